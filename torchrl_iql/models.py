@@ -1,0 +1,466 @@
+"""The networks of the official IQL code as TorchRL modules.
+
+Every function takes sizes or TorchRL specs, reads the entry ``"observation"`` ``[*B, D]`` and returns
+an ordinary TensorDict module: two hidden layers of 256 ReLU units, orthogonal initialisation with
+gain sqrt 2 and zero biases. Pass ``observation_statistics`` (mean and standard deviation, ``[D]`` each)
+to normalise the observation inside the network: as buffers of the network the statistics go wherever
+it goes, so training, evaluation, checkpoints and online use cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.data import Bounded, Categorical, TensorSpec
+from torchrl.modules import (
+    MLP,
+    Actor,
+    IndependentNormal,
+    ProbabilisticActor,
+    TanhNormal,
+    ValueOperator,
+)
+from torchrl.modules.distributions import OneHotCategorical
+
+__all__ = [
+    "Architecture",
+    "categorical_policy",
+    "deterministic_policy",
+    "discrete_qvalue_network",
+    "gaussian_policy",
+    "qvalue_ensemble",
+    "qvalue_network",
+    "squashed_policy",
+    "value_network",
+]
+
+Statistics = tuple[Tensor, Tensor]
+PolicyKind = Literal["gaussian", "squashed", "deterministic", "categorical"]
+HIDDEN_SIZES = (256, 256)
+LOG_STD_BOUNDS = (-5.0, 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What it takes to build the networks of a run again, in plain values that JSON can hold.
+
+    Args:
+        observation_size: D.
+        action_size: the number of action dimensions, or of discrete actions.
+        action_bounds: the lowest and the highest action, one number per dimension each; None for
+            discrete actions, and for -1 and 1.
+        policy: ``"gaussian"``, ``"squashed"``, ``"deterministic"``, or ``"categorical"`` for discrete
+            actions.
+        hidden_sizes: units of each hidden layer, in every network.
+        dropout: of the policy.
+        num_qvalue_nets: the size of the Q ensemble.
+        normalize_observation: whether the networks hold observation statistics.
+
+    Raises:
+        ValueError: if ``policy`` is not one of those.
+    """
+
+    observation_size: int
+    action_size: int
+    action_bounds: tuple[Sequence[float], Sequence[float]] | None = None
+    policy: PolicyKind = "gaussian"
+    hidden_sizes: Sequence[int] = HIDDEN_SIZES
+    dropout: float = 0.0
+    num_qvalue_nets: int = 2
+    normalize_observation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.policy not in get_args(PolicyKind):
+            raise ValueError(f"policy must be one of {get_args(PolicyKind)}, got {self.policy!r}")
+
+    @property
+    def discrete(self) -> bool:
+        return self.policy == "categorical"
+
+    def build(
+        self, observation_statistics: Statistics | None = None
+    ) -> tuple[TensorDictModule, list[TensorDictModule], TensorDictModule]:
+        """The networks, freshly initialised.
+
+        Args:
+            observation_statistics: mean and standard deviation, ``[D]`` each, used if
+                ``normalize_observation``; without them the networks wait for those of a checkpoint.
+
+        Returns:
+            the policy, the Q networks and the value network, in the order of the losses' arguments.
+        """
+        if not self.normalize_observation:
+            observation_statistics = None
+        elif observation_statistics is None:
+            observation_statistics = (
+                torch.zeros(self.observation_size),
+                torch.ones(self.observation_size),
+            )
+        common = {
+            "hidden_sizes": self.hidden_sizes,
+            "observation_statistics": observation_statistics,
+        }
+        action = self.action_size
+        if self.action_bounds is not None:
+            low, high = torch.tensor(self.action_bounds, dtype=torch.float32)
+            action = Bounded(low=low, high=high)
+        policy = _POLICIES[self.policy](
+            self.observation_size, action, dropout=self.dropout, **common
+        )
+        qvalue = discrete_qvalue_network if self.discrete else qvalue_network
+        return (
+            policy,
+            [qvalue(self.observation_size, action, **common) for _ in range(self.num_qvalue_nets)],
+            value_network(self.observation_size, **common),
+        )
+
+
+def gaussian_policy(
+    observation: int | TensorSpec,
+    action: int | TensorSpec,
+    *,
+    hidden_sizes: Sequence[int] = HIDDEN_SIZES,
+    dropout: float = 0.0,
+    observation_statistics: Statistics | None = None,
+) -> ProbabilisticActor:
+    """The paper's policy: a Gaussian whose mean is squashed by tanh and whose actions are not.
+
+    The log standard deviation is a parameter of its own, independent of the state, initially 0 and
+    clipped to [-5, 2]. Evaluated deterministically, the policy returns its mean.
+
+    Args:
+        observation: D, or a spec of shape ``[*B, D]``.
+        action: the number of action dimensions A, bounded by -1 and 1, or a bounded spec.
+        hidden_sizes: units of each hidden layer.
+        dropout: probability of dropping a hidden unit in training; the paper has 0.1 on Kitchen and
+            Adroit.
+        observation_statistics: mean and standard deviation of the observations, ``[D]`` each.
+
+    Returns:
+        a module that writes ``loc``, ``scale`` and ``action``, ``[*B, A]``.
+    """
+    low, high = _bounds(action)
+    torso = _Torso(
+        _size(observation),
+        len(low),
+        hidden_sizes,
+        dropout=dropout,
+        statistics=observation_statistics,
+    )
+    return _continuous_actor(
+        _GaussianParameters(torso, low, high, squash_mean=True), action, IndependentNormal
+    )
+
+
+def squashed_policy(
+    observation: int | TensorSpec,
+    action: int | TensorSpec,
+    *,
+    hidden_sizes: Sequence[int] = HIDDEN_SIZES,
+    dropout: float = 0.0,
+    observation_statistics: Statistics | None = None,
+) -> ProbabilisticActor:
+    """A Gaussian squashed by tanh into the action bounds, with a state-independent deviation.
+
+    Known to score lower than :func:`gaussian_policy`: actions of the data near a bound have extreme
+    log-likelihoods. Arguments and returns as there.
+    """
+    low, high = _bounds(action)
+    torso = _Torso(
+        _size(observation),
+        len(low),
+        hidden_sizes,
+        dropout=dropout,
+        statistics=observation_statistics,
+    )
+    bounds = {"low": low, "high": high}
+    return _continuous_actor(
+        _GaussianParameters(torso, low, high, squash_mean=False), action, TanhNormal, bounds
+    )
+
+
+def deterministic_policy(
+    observation: int | TensorSpec,
+    action: int | TensorSpec,
+    *,
+    hidden_sizes: Sequence[int] = HIDDEN_SIZES,
+    dropout: float = 0.0,
+    observation_statistics: Statistics | None = None,
+) -> Actor:
+    """An action within its bounds, no distribution; arguments as :func:`gaussian_policy`."""
+    low, high = _bounds(action)
+    torso = _Torso(
+        _size(observation),
+        len(low),
+        hidden_sizes,
+        dropout=dropout,
+        statistics=observation_statistics,
+    )
+    spec = action if isinstance(action, TensorSpec) else None
+    return Actor(nn.Sequential(torso, _TanhTo(low, high)), spec=spec)
+
+
+def categorical_policy(
+    observation: int | TensorSpec,
+    action: int | TensorSpec,
+    *,
+    hidden_sizes: Sequence[int] = HIDDEN_SIZES,
+    dropout: float = 0.0,
+    observation_statistics: Statistics | None = None,
+) -> ProbabilisticActor:
+    """A policy over discrete actions.
+
+    Args:
+        observation: D, or a spec of shape ``[*B, D]``.
+        action: the number of actions A, or a spec: integers ``[*B]`` are written for a number or a
+            :class:`~torchrl.data.Categorical` spec, one-hot vectors ``[*B, A]`` for the others.
+        hidden_sizes: units of each hidden layer.
+        dropout: probability of dropping a hidden unit in training.
+        observation_statistics: mean and standard deviation of the observations, ``[D]`` each.
+
+    Returns:
+        a module that writes ``logits`` and ``action``.
+    """
+    torso = _Torso(
+        _size(observation),
+        _choices(action),
+        hidden_sizes,
+        dropout=dropout,
+        statistics=observation_statistics,
+    )
+    integers = isinstance(action, (int, Categorical))
+    return ProbabilisticActor(
+        TensorDictModule(torso, in_keys=["observation"], out_keys=["logits"]),
+        in_keys=["logits"],
+        spec=action if isinstance(action, TensorSpec) else Categorical(action),
+        distribution_class=torch.distributions.Categorical if integers else OneHotCategorical,
+        distribution_kwargs={"validate_args": False} if integers else None,
+    )
+
+
+def value_network(
+    observation: int | TensorSpec,
+    *,
+    hidden_sizes: Sequence[int] = HIDDEN_SIZES,
+    observation_statistics: Statistics | None = None,
+) -> ValueOperator:
+    """V(s): reads ``observation`` ``[*B, D]`` and writes ``state_value`` ``[*B, 1]``."""
+    torso = _Torso(_size(observation), 1, hidden_sizes, statistics=observation_statistics)
+    return ValueOperator(torso, in_keys=["observation"])
+
+
+def qvalue_network(
+    observation: int | TensorSpec,
+    action: int | TensorSpec,
+    *,
+    hidden_sizes: Sequence[int] = HIDDEN_SIZES,
+    observation_statistics: Statistics | None = None,
+) -> ValueOperator:
+    """Q(s, a): reads ``observation`` and ``action``, writes ``state_action_value`` ``[*B, 1]``.
+
+    With an action spec, the network sees actions in units of its bounds, from -1 to 1.
+    """
+    torso = _Torso(
+        _size(observation),
+        1,
+        hidden_sizes,
+        statistics=observation_statistics,
+        action_bounds=_bounds(action),
+    )
+    return ValueOperator(torso, in_keys=["observation", "action"])
+
+
+def qvalue_ensemble(
+    observation: int | TensorSpec, action: int | TensorSpec, *, num: int = 2, **kwargs
+) -> list[ValueOperator]:
+    """``num`` independent :func:`qvalue_network`, the list that :class:`~torchrl_iql.IQLLoss` takes."""
+    return [qvalue_network(observation, action, **kwargs) for _ in range(num)]
+
+
+def discrete_qvalue_network(
+    observation: int | TensorSpec,
+    action: int | TensorSpec,
+    *,
+    hidden_sizes: Sequence[int] = HIDDEN_SIZES,
+    observation_statistics: Statistics | None = None,
+) -> TensorDictModule:
+    """Q(s, .): reads ``observation``, writes ``state_action_value`` ``[*B, A]``, one per action."""
+    torso = _Torso(
+        _size(observation), _choices(action), hidden_sizes, statistics=observation_statistics
+    )
+    return TensorDictModule(torso, in_keys=["observation"], out_keys=["state_action_value"])
+
+
+_POLICIES: dict[str, Callable[..., TensorDictModule]] = {
+    "gaussian": gaussian_policy,
+    "squashed": squashed_policy,
+    "deterministic": deterministic_policy,
+    "categorical": categorical_policy,
+}
+
+
+class _Linear(nn.Linear):
+    """A linear layer that also takes parameters stacked in front, ``[N, out, in]`` and ``[N, out]``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight.ndim == 2:
+            return super().forward(input)
+        stacked = input.expand(*self.weight.shape[:-2], *input.shape[-2:])
+        return torch.baddbmm(self.bias.unsqueeze(-2), stacked, self.weight.mT)
+
+
+class _Normalize(nn.Module):
+    """Zero mean and unit deviation, by fixed statistics."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        if mean.shape != std.shape or not bool((std > 0).all()):
+            raise ValueError(
+                "observation_statistics must be a mean and a positive standard deviation of the same "
+                f"shape, got shapes {tuple(mean.shape)} and {tuple(std.shape)}"
+            )
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+
+    def forward(self, observation: Tensor) -> Tensor:
+        mean, std = (b if b.ndim == 1 else b.unsqueeze(-2) for b in (self.mean, self.std))
+        return (observation - mean) / std
+
+
+class _Torso(nn.Module):
+    """Normalisation of the observation, and of the action if there is one, and an MLP.
+
+    ``takes_stacked_parameters`` tells the losses that parameters with N in front give outputs
+    ``[N, *B, out]`` in one call: a batched product is far cheaper than a vmap over small networks.
+    """
+
+    takes_stacked_parameters = True
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        hidden_sizes: Sequence[int],
+        *,
+        dropout: float = 0.0,
+        statistics: Statistics | None = None,
+        action_bounds: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        if statistics is not None and statistics[0].shape != (inputs,):
+            raise ValueError(
+                f"observation_statistics have shape {tuple(statistics[0].shape)}, expected {(inputs,)}"
+            )
+        self.normalize = nn.Identity() if statistics is None else _Normalize(*statistics)
+        self.scale_action = nn.Identity()
+        if action_bounds is not None:
+            low, high = action_bounds
+            inputs += len(low)
+            if not bool((low == -1).all() and (high == 1).all()):
+                self.scale_action = _Normalize((high + low) / 2, (high - low) / 2)
+        self.mlp = MLP(
+            in_features=inputs,
+            out_features=outputs,
+            num_cells=list(hidden_sizes),
+            activation_class=nn.ReLU,
+            dropout=dropout or None,
+            layer_class=_Linear,
+        )
+        for layer in self.mlp.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, observation: Tensor, action: Tensor | None = None) -> Tensor:
+        batch = observation.shape[:-1]
+        stacked = self.mlp[0].weight.shape[:-2]  # pyright: ignore
+        if stacked:
+            observation = observation.reshape(-1, observation.shape[-1])
+        inputs = self.normalize(observation)
+        if action is not None:
+            flat = action.reshape(*observation.shape[:-1], action.shape[-1])
+            actions: Tensor = self.scale_action(flat)
+            lead = torch.broadcast_shapes(inputs.shape[:-1], actions.shape[:-1])
+            inputs = torch.cat([inputs.expand(*lead, -1), actions.expand(*lead, -1)], dim=-1)
+        outputs = self.mlp(inputs)
+        return outputs.reshape(*stacked, *batch, -1) if stacked else outputs
+
+
+class _TanhTo(nn.Module):
+    """tanh, scaled and shifted into [low, high]."""
+
+    middle: Tensor
+    half_range: Tensor
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("middle", (high + low) / 2)
+        self.register_buffer("half_range", (high - low) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.middle + self.half_range * torch.tanh(x)
+
+
+class _GaussianParameters(nn.Module):
+    """Mean from the state and a state-independent standard deviation, in units of the half range."""
+
+    unit: Tensor
+
+    def __init__(self, torso: nn.Module, low: Tensor, high: Tensor, squash_mean: bool) -> None:
+        super().__init__()
+        self.torso = torso
+        self.log_std = nn.Parameter(torch.zeros(len(low)))
+        self.squash = _TanhTo(low, high) if squash_mean else nn.Identity()
+        self.register_buffer("unit", (high - low) / 2 if squash_mean else torch.ones_like(low))
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        mean = self.squash(self.torso(observation))
+        std = self.log_std.clamp(*LOG_STD_BOUNDS).exp() * self.unit
+        return mean, std.expand_as(mean)
+
+
+def _continuous_actor(
+    parameters: nn.Module,
+    action: int | TensorSpec,
+    distribution: type,
+    distribution_kwargs: dict | None = None,
+) -> ProbabilisticActor:
+    # Argument checks of torch.distributions would wait for the device at every step.
+    checks = {"validate_args": False} if distribution is IndependentNormal else {}
+    return ProbabilisticActor(
+        TensorDictModule(parameters, in_keys=["observation"], out_keys=["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        spec=action if isinstance(action, TensorSpec) else None,
+        distribution_class=distribution,
+        distribution_kwargs={**checks, **(distribution_kwargs or {})},
+    )
+
+
+def _size(observation: int | TensorSpec) -> int:
+    return observation if isinstance(observation, int) else observation.shape[-1]
+
+
+def _choices(action: int | TensorSpec) -> int:
+    return action if isinstance(action, int) else action.n  # pyright: ignore
+
+
+def _bounds(action: int | TensorSpec) -> tuple[Tensor, Tensor]:
+    if isinstance(action, int):
+        return -torch.ones(action), torch.ones(action)
+    if not isinstance(action, Bounded):
+        raise ValueError(f"the action spec must be Bounded, got {action}")
+    low, high = (b.reshape(-1, action.shape[-1])[0].float() for b in (action.low, action.high))
+    if not bool((torch.isfinite(low) & torch.isfinite(high) & (low < high)).all()):
+        raise ValueError(f"the action bounds must be finite and low < high, got {low} and {high}")
+    return low, high

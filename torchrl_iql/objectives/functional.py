@@ -1,0 +1,133 @@
+"""Implicit Q-Learning as pure functions: the equations of the paper, one function each.
+
+"Offline Reinforcement Learning with Implicit Q-Learning", Kostrikov, Nair, Levine, 2021
+(https://arxiv.org/abs/2110.06169). Tensors in, tensors out, one value per transition: ``[*B]`` is
+any batch shape and ``[N, *B]`` adds the N networks of the Q ensemble. Nothing here reduces over the
+batch, knows of keys or networks, or synchronises with the device, so the functions can be compiled,
+captured, and batched over independent learners.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "DISTANCES",
+    "Distance",
+    "actor_loss",
+    "advantage_weight",
+    "expectile_loss",
+    "min_q",
+    "qvalue_loss",
+    "td_target",
+    "value_loss",
+]
+
+Distance = Literal["l2", "l1", "smooth_l1"]
+DISTANCES: tuple[str, ...] = get_args(Distance)
+
+
+def min_q(q: Tensor) -> Tensor:
+    """The pessimistic value of a Q ensemble, min_i Q_i(s, a): ``[N, *B] -> [*B]``."""
+    return q.min(dim=0).values
+
+
+def expectile_loss(u: Tensor, expectile: float | Tensor) -> Tensor:
+    r"""The asymmetric square :math:`L_2^\tau(u) = |\tau - 1(u < 0)| u^2` (section 4.1).
+
+    Args:
+        u: differences, any shape.
+        expectile: :math:`\tau` in (0, 1]. 0.5 is half the ordinary square; towards 1 the minimiser of
+            the mean loss goes from the mean of the samples to their maximum.
+
+    Returns:
+        the loss of each element, in the shape of ``u``.
+    """
+    return (expectile - (u < 0).to(u.dtype)).abs() * u.square()
+
+
+def value_loss(target_q: Tensor, v: Tensor, expectile: float | Tensor) -> Tensor:
+    r"""The value objective :math:`L_2^\tau(\min_i \hat Q_i(s, a) - V(s))` (equation 5).
+
+    Args:
+        target_q: the target ensemble at the actions of the data, ``[N, *B]``, detached here.
+        v: V(s), ``[*B]``; the only input that receives gradients.
+        expectile: :math:`\tau` in (0, 1].
+
+    Returns:
+        ``[*B]``.
+    """
+    return expectile_loss(min_q(target_q).detach() - v, expectile)
+
+
+def td_target(
+    reward: Tensor, next_v: Tensor, terminated: Tensor, discount: float | Tensor
+) -> Tensor:
+    r"""The one-step target :math:`r + \gamma (1 - terminated) V(s')` of equation 6.
+
+    Args:
+        reward: ``[*B]``; for an n-step transition the discounted sum of its n rewards.
+        next_v: V(s'), ``[*B]``, detached here. Where ``terminated``, it is not read: it may be NaN.
+        terminated: bool, ``[*B]``. A truncation (time limit) is not a termination: it bootstraps.
+        discount: :math:`\gamma`; :math:`\gamma^n`, ``[*B]``, for n-step transitions.
+
+    Returns:
+        ``[*B]``.
+    """
+    return reward + discount * next_v.detach().masked_fill(terminated, 0.0)
+
+
+def qvalue_loss(q: Tensor, target: Tensor, distance: Distance = "l2") -> Tensor:
+    """The distance of each Q network to the shared TD target, summed over the ensemble (equation 6).
+
+    Args:
+        q: Q_i(s, a), ``[N, *B]``.
+        target: ``[*B]``, detached here.
+        distance: ``"l2"`` is the paper's squared error.
+
+    Returns:
+        ``[*B]``.
+    """
+    target = target.detach().expand_as(q)
+    if distance == "l2":
+        loss = F.mse_loss(q, target, reduction="none")
+    elif distance == "l1":
+        loss = F.l1_loss(q, target, reduction="none")
+    elif distance == "smooth_l1":
+        loss = F.smooth_l1_loss(q, target, reduction="none")
+    else:
+        raise ValueError(f"distance must be one of {DISTANCES}, got {distance!r}")
+    return loss.sum(dim=0)
+
+
+def advantage_weight(advantage: Tensor, temperature: float | Tensor, clip: float) -> Tensor:
+    r"""The weight of an action in policy extraction, :math:`\min(e^{\beta A}, clip)`.
+
+    Args:
+        advantage: :math:`A = \min_i \hat Q_i(s, a) - V(s)`, ``[*B]``.
+        temperature: :math:`\beta \ge 0`, an inverse temperature: 0 clones the behaviour, and the
+            larger it is, the greedier the policy.
+        clip: the largest weight, 100 in the official code.
+
+    Returns:
+        ``[*B]``, positive.
+    """
+    return torch.exp(temperature * advantage).clamp_max(clip)
+
+
+def actor_loss(log_prob: Tensor, weight: Tensor) -> Tensor:
+    r"""Advantage-weighted regression, :math:`-\min(e^{\beta A}, clip) \log \pi(a | s)` (equation 7).
+
+    Args:
+        log_prob: :math:`\log \pi(a | s)` at the actions of the data, ``[*B]``; for a deterministic
+            policy minus the squared error of its action.
+        weight: :func:`advantage_weight`, ``[*B]``, detached here: the policy never moves Q or V.
+
+    Returns:
+        ``[*B]``.
+    """
+    return -weight.detach() * log_prob

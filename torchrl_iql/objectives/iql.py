@@ -1,0 +1,774 @@
+"""Implicit Q-Learning as TorchRL LossModules.
+
+The equations are in :mod:`torchrl_iql.objectives.functional`. This module reads the batch, evaluates
+each network once, calls the equations and reduces.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from tensordict import (
+    TensorDict,
+    TensorDictBase,
+    TensorDictParams,
+    is_tensor_collection,
+)
+from tensordict.nn import (
+    CompositeDistribution,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    dispatch,
+)
+from tensordict.nn.distributions import Delta as TensorDictDelta
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torchrl.data.tensor_specs import TensorSpec
+from torchrl.data.utils import _find_action_space
+from torchrl.modules import Actor, Delta, TanhDelta
+from torchrl.objectives.common import LossModule
+from torchrl.objectives.utils import (
+    ValueEstimators,
+    _vmap_func,
+    dispatch_value_estimator,
+)
+from torchrl.objectives.value import ValueEstimatorBase
+
+from torchrl_iql.objectives import functional as iql
+
+__all__ = ["DiscreteIQLLoss", "IQLLoss"]
+
+Reduction = Literal["none", "mean", "sum"]
+ScalarOutputMode = Literal["exclude", "non_tensor"]
+
+
+class IQLLoss(LossModule):
+    r"""Implicit Q-Learning for continuous, composite or any other actions that Q(s, a) takes as input.
+
+    Kostrikov, Nair, Levine, "Offline Reinforcement Learning with Implicit Q-Learning", 2021
+    (https://arxiv.org/abs/2110.06169). With :math:`\hat Q` the target networks and D the data:
+
+    .. math::
+        L_V &= E_D [ L_2^\tau ( \min_i \hat Q_i(s, a) - V(s) ) ] \\
+        L_Q &= E_D [ \sum_i ( r + \gamma (1 - terminated) V(s') - Q_i(s, a) )^2 ] \\
+        L_\pi &= - E_D [ \min( e^{\beta (\min_i \hat Q_i(s, a) - V(s))}, clip ) \log \pi(a | s) ]
+
+    :meth:`forward` evaluates each network once per input (policy, target Q, Q, V(s), V(s')) and all
+    three losses from the same parameters. :meth:`value_loss`, :meth:`qvalue_loss` and
+    :meth:`actor_loss` compute one of them, from the entries that it needs.
+
+    Args:
+        actor_network: the policy. One with ``get_dist`` is trained on the log-likelihood of the data's
+            actions; a deterministic one (a module that writes the action, or a ``Delta`` or
+            ``TanhDelta`` distribution) on its squared error, summed over the action's dimensions.
+        qvalue_network: Q(s, a), writing ``state_action_value`` ``[*B, 1]``. From a single module
+            ``num_qvalue_nets`` are made: the first keeps the given parameters and the others are
+            drawn to resemble it (see Differences). A list of modules is stacked as it is.
+        value_network: V(s), writing ``state_value`` ``[*B, 1]``.
+
+    Keyword Args:
+        num_qvalue_nets: the number N of Q networks, at least 1; the length of the list, if given.
+        loss_function: the distance of Q to its target: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
+        temperature: :math:`\beta`, finite and at least 0. 0 is behaviour cloning.
+        expectile: :math:`\tau` in (0, 1]. 0.5 gives the values of the behaviour policy.
+        weight_clip: the largest advantage weight, above 0; ``inf`` for none.
+        gamma: deprecated by TorchRL, must be None: see :meth:`make_value_estimator`.
+        priority_key: deprecated by TorchRL, must be None: see :meth:`set_keys`.
+        separate_losses: if True, parameters that the networks share are trained by one loss only:
+            the policy's, then the value's.
+        reduction: ``"mean"`` (the default), ``"sum"``, or ``"none"`` for losses of shape ``[*B]``.
+        deactivate_vmap: evaluate the Q networks in a loop instead of through :func:`torch.vmap`.
+        scalar_output_mode: what becomes of the scalar diagnostics when ``reduction="none"``:
+            ``"exclude"`` or ``"non_tensor"``.
+
+    ``expectile`` and ``temperature`` are scalar buffers, so that a schedule may assign
+    ``loss.temperature = 5.0`` without recompiling. They are not part of the state dict.
+
+    Reads: the ``in_keys`` of the networks, ``action``, ``("next", "reward")``, ``("next", "done")``
+    and ``("next", "terminated")`` (``[*B, 1]``), the ``in_keys`` of V under ``"next"``, and where present
+    ``steps_to_next_obs`` (n-step transitions), ``priority_weight`` (importance weights) and TorchRL's
+    masks. Every key can be renamed by :meth:`set_keys`.
+
+    Returns:
+        A TensorDict of scalars: ``loss_actor``, ``loss_qvalue``, ``loss_value``, ``entropy`` (minus the
+        mean log-likelihood of the data's actions; absent for deterministic policies), and the
+        diagnostics ``advantage``, ``value``, ``qvalue`` (means) and ``clip_fraction`` (the share of
+        weights that reached ``weight_clip``). The squared TD error, the largest over the networks, is
+        written to the batch under the ``priority`` key, unless the batch is locked.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, at construction.
+        KeyError, ValueError: an entry of the batch is missing or has the wrong shape.
+
+    Differences from :class:`torchrl.objectives.IQLLoss`:
+        - The defaults are the paper's: ``loss_function="l2"`` (TorchRL ``"smooth_l1"``),
+          ``expectile=0.7`` (0.5), ``temperature=3.0`` (1.0). The clip of the weights is an argument.
+        - The output holds diagnostics beside TorchRL's four entries.
+        - All three losses and the entropy honour masks, importance weights and n-step discounts.
+        - A single ``qvalue_network`` keeps its initialisation. In the further networks each weight
+          matrix is multiplied by a random orthogonal one, which keeps its singular values (an
+          orthogonal matrix stays orthogonal), and biases are redrawn within their own range.
+          TorchRL redraws every parameter uniformly.
+        - The batch receives the priority and nothing else (no ``_log_prob``, ``loc``, ``scale``), and
+          may be locked; in that case the priority is not written.
+        - V(s') is not read where ``terminated``: the next observation may be NaN there.
+        - The losses are float32 or wider, also from bfloat16 networks.
+        - :meth:`train` and :meth:`eval` reach the networks; the module can be pickled; its state dict
+          is the same before and after use; :meth:`make_value_estimator` returns the module.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_iql import IQLLoss, models
+        >>> loss = IQLLoss(
+        ...     models.gaussian_policy(3, 2), models.qvalue_ensemble(3, 2), models.value_network(3)
+        ... )
+        >>> loss_actor, loss_qvalue, loss_value, entropy = loss(
+        ...     observation=torch.randn(8, 3),
+        ...     action=torch.rand(8, 2),
+        ...     next_observation=torch.randn(8, 3),
+        ...     next_reward=torch.randn(8, 1),
+        ...     next_done=torch.zeros(8, 1, dtype=torch.bool),
+        ...     next_terminated=torch.zeros(8, 1, dtype=torch.bool),
+        ... )
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """The entries that :meth:`set_keys` can rename.
+
+        Attributes:
+            value: V(s), written by the value network.
+            action: the action of the data.
+            log_prob: accepted for TorchRL's sake; the batch receives no log-probability.
+            priority: the squared TD error, written to the batch.
+            priority_weight: the importance weight of each transition, read if present.
+            state_action_value: Q(s, a), written by the Q network.
+            reward: the reward, under ``"next"``.
+            done: the end of an episode, under ``"next"``.
+            terminated: the end of an episode by the environment's own rules, under ``"next"``.
+        """
+
+        value: NestedKey = "state_value"
+        action: NestedKey = "action"
+        log_prob: NestedKey = "_log_prob"
+        priority: NestedKey = "td_error"
+        priority_weight: NestedKey = "priority_weight"
+        state_action_value: NestedKey = "state_action_value"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+
+    default_keys = _AcceptedKeys
+    default_value_estimator = ValueEstimators.TD0
+    SUPPORTED_VALUE_ESTIMATORS = (
+        ValueEstimators.TD0,
+        ValueEstimators.TD1,
+        ValueEstimators.TDLambda,
+    )
+    out_keys = ["loss_actor", "loss_qvalue", "loss_value", "entropy"]  # pyright: ignore
+    _schedulable_buffers = frozenset({"expectile", "temperature"})
+
+    tensor_keys: _AcceptedKeys
+    expectile: Tensor
+    temperature: Tensor
+    actor_network: TensorDictModule
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+    qvalue_network: TensorDictModule
+    qvalue_network_params: TensorDictParams
+    target_qvalue_network_params: TensorDictParams
+    value_network: TensorDictModule
+    value_network_params: TensorDictParams
+    target_value_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential | TensorDictModule,
+        qvalue_network: TensorDictModule | list[TensorDictModule],
+        value_network: TensorDictModule,
+        *,
+        num_qvalue_nets: int = 2,
+        loss_function: iql.Distance = "l2",
+        temperature: float = 3.0,
+        expectile: float = 0.7,
+        weight_clip: float = 100.0,
+        gamma: float | None = None,
+        priority_key: str | None = None,
+        separate_losses: bool = False,
+        reduction: Reduction | None = None,
+        deactivate_vmap: bool = False,
+        scalar_output_mode: ScalarOutputMode | None = None,
+    ) -> None:
+        if gamma is not None:
+            raise TypeError(
+                f"gamma={gamma!r} is not an argument of the loss: call make_value_estimator(gamma=...)"
+            )
+        _check_choice("loss_function", loss_function, iql.DISTANCES)
+        _check_choice("reduction", reduction, (None, *get_args(Reduction)))
+        _check_choice(
+            "scalar_output_mode",
+            scalar_output_mode,
+            (None, *get_args(ScalarOutputMode)),
+        )
+        _check_number("temperature", temperature, 0 <= temperature < math.inf, "[0, inf)")
+        _check_number("expectile", expectile, 0 < expectile <= 1, "(0, 1]")
+        _check_number("weight_clip", weight_clip, weight_clip > 0, "(0, inf]")
+        qvalue_network = _check_qvalue_networks(qvalue_network, num_qvalue_nets)
+
+        self._in_keys: list[NestedKey] = []
+        self._out_keys = None
+        super().__init__()
+        self._set_deprecated_ctor_keys(priority=priority_key)
+        self.deactivate_vmap = deactivate_vmap
+        self.delay_qvalue = True
+        self.num_qvalue_nets = num_qvalue_nets
+        self.loss_function: iql.Distance = loss_function
+        self.weight_clip = weight_clip
+        self.reduction = reduction or "mean"
+        self.scalar_output_mode = scalar_output_mode or "exclude"
+
+        # Shared parameters: with separate_losses the networks converted later hold detached copies.
+        self.convert_to_functional(actor_network, "actor_network")
+        shared = list(actor_network.parameters()) if separate_losses else None
+        self.convert_to_functional(value_network, "value_network", compare_against=shared)
+        if shared is not None:
+            shared += value_network.parameters()
+        self.convert_to_functional(
+            qvalue_network,  # pyright: ignore
+            "qvalue_network",
+            expand_dim=num_qvalue_nets if num_qvalue_nets > 1 else None,
+            create_target_params=True,
+            compare_against=shared,
+        )
+        if num_qvalue_nets > 1 and isinstance(qvalue_network, nn.Module):
+            self._draw_ensemble(qvalue_network)
+
+        # float64, since a 0-dim tensor does not promote the losses and 0.7 should stay 0.7.
+        for name, number in (("expectile", expectile), ("temperature", temperature)):
+            buffer = torch.tensor(number, dtype=torch.float64, device=self._default_device)
+            self.register_buffer(name, buffer, persistent=False)
+        self.make_value_estimator(device=self._default_device)
+        self.register_load_state_dict_pre_hook(_adapt_state_dict)
+
+        self._deterministic = _is_deterministic(actor_network)
+        if self.reduction == "none" and scalar_output_mode is None:
+            warnings.warn(
+                "With reduction='none' the scalars of the output (entropy and diagnostics) have no "
+                "place among the losses and are excluded. Pass scalar_output_mode='exclude' to "
+                "silence this warning or 'non_tensor' to keep them as non-tensor data.",
+                category=UserWarning,
+                stacklevel=2,
+            )
+        self._writes_scalars = self.reduction != "none" or scalar_output_mode == "non_tensor"
+        if self._deterministic or not self._writes_scalars:
+            self.out_keys = self.out_keys[:3]  # pyright: ignore
+
+    # --- The algorithm -----------------------------------------------------------------------------
+
+    @dispatch()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The three losses and the diagnostics, each network evaluated once per input."""
+        log_prob = self._log_likelihood(tensordict)
+        target_q = self._target_q(tensordict)
+        q = self._q(tensordict)
+        v = self._v(tensordict)
+        target = self._td_target(tensordict)
+
+        loss_actor, weight = self._actor_loss(tensordict, log_prob, target_q, v)
+        loss_value = self._value_loss(tensordict, target_q, v)
+        loss_qvalue, td_error = self._qvalue_loss(tensordict, q, target)
+        self._write_priority(tensordict, td_error)
+
+        losses = {
+            "loss_actor": loss_actor,
+            "loss_qvalue": loss_qvalue,
+            "loss_value": loss_value,
+        }
+        scalars = {
+            "advantage": iql.min_q(target_q) - v,
+            "value": v,
+            "qvalue": q.mean(dim=0),
+            "clip_fraction": (weight >= self.weight_clip).to(weight.dtype),
+        }
+        if not self._deterministic:
+            scalars["entropy"] = -log_prob
+        out = TensorDict(losses, batch_size=loss_actor.shape)
+        if self._writes_scalars:
+            for key, per_transition in scalars.items():
+                scalar = self._reduce_loss(per_transition.detach(), tensordict, reduction="mean")
+                if self.reduction == "none":
+                    out.set_non_tensor(key, scalar)
+                else:
+                    out.set(key, scalar)
+        self._release(tensordict, out)
+        return out
+
+    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
+        """Advantage-weighted regression of the policy (equation 7).
+
+        Returns:
+            the loss, and an empty dictionary.
+        """
+        loss, _ = self._actor_loss(
+            tensordict,
+            self._log_likelihood(tensordict),
+            self._target_q(tensordict),
+            self._v(tensordict),
+        )
+        self._release(tensordict)
+        return loss, {}
+
+    def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
+        """Expectile regression of V on the target Q (equation 5).
+
+        Returns:
+            the loss, and an empty dictionary.
+        """
+        loss = self._value_loss(tensordict, self._target_q(tensordict), self._v(tensordict))
+        self._release(tensordict)
+        return loss, {}
+
+    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
+        """Regression of every Q network on the TD target (equation 6).
+
+        Returns:
+            the loss, and a dictionary with the squared ``td_error``, ``[N, *B]``, detached.
+        """
+        loss, td_error = self._qvalue_loss(
+            tensordict, self._q(tensordict), self._td_target(tensordict)
+        )
+        self._release(tensordict)
+        return loss, {"td_error": td_error}
+
+    def _actor_loss(
+        self, td: TensorDictBase, log_prob: Tensor, target_q: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        _check_shape("log-probability of the action", log_prob, v.shape)
+        advantage = (iql.min_q(target_q) - v).detach()
+        weight = iql.advantage_weight(advantage, self.temperature.to(v.dtype), self.weight_clip)
+        return self._reduce(td, iql.actor_loss(log_prob, weight)), weight
+
+    def _value_loss(self, td: TensorDictBase, target_q: Tensor, v: Tensor) -> Tensor:
+        return self._reduce(td, iql.value_loss(target_q, v, self.expectile.to(v.dtype)))
+
+    def _qvalue_loss(self, td: TensorDictBase, q: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        _check_shape("Q(s, a)", q[0], target.shape)
+        loss = iql.qvalue_loss(q, target, self.loss_function)
+        return self._reduce(td, loss), (q - target).square().detach()
+
+    # --- The networks, evaluated --------------------------------------------------------------------
+
+    def _log_likelihood(self, td: TensorDictBase) -> Tensor:
+        """log pi(a | s) at the actions of the data, ``[*B]``; if deterministic -|a - pi(s)|^2."""
+        inputs = _select(td, self.actor_network, "actor_network")
+        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
+            if self._deterministic:
+                predicted = _run(self.actor_network, inputs).get(self.tensor_keys.action)
+                action = self._get(td, self.tensor_keys.action)
+                _check_shape("action of the policy", predicted, action.shape)
+                return -(_at_least_float32(predicted) - action).square().sum(dim=-1)
+            dist = _run(self.actor_network.get_dist, inputs)
+        if isinstance(dist, CompositeDistribution):
+            log_prob = dist.log_prob(td.copy())
+        else:
+            action = self._get(td, self.tensor_keys.action)
+            if not dist.event_shape and action.shape == (*dist.batch_shape, 1):
+                action = action.squeeze(-1)
+            log_prob = dist.log_prob(action)
+        if is_tensor_collection(log_prob):
+            log_prob = log_prob.sum(dim="feature", reduce=True)  # pyright: ignore
+        return _at_least_float32(log_prob)
+
+    def _v(self, td: TensorDictBase) -> Tensor:
+        """V(s), ``[*B]``."""
+        return self._value(td, self.value_network_params)
+
+    def _value(
+        self, td: TensorDictBase, params: TensorDictParams, prefix: str | None = None
+    ) -> Tensor:
+        inputs = _select(td, self.value_network, "value_network", prefix)
+        with params.to_module(self.value_network, preserve_module_state=False):
+            outputs = _run(self.value_network, inputs)
+        value = _get_output(outputs, self.tensor_keys.value, self.value_network)
+        return _at_least_float32(_squeeze_last(value, self.tensor_keys.value))
+
+    def _q(self, td: TensorDictBase) -> Tensor:
+        """Q_i(s, a) at the actions of the data, ``[N, *B]``."""
+        return self._q_ensemble(td, self.qvalue_network_params)
+
+    @torch.no_grad()
+    def _target_q(self, td: TensorDictBase) -> Tensor:
+        return self._q_ensemble(td, self.target_qvalue_network_params)
+
+    def _q_ensemble(self, td: TensorDictBase, params: TensorDictParams) -> Tensor:
+        inputs = _select(td, self.qvalue_network, "qvalue_network")
+        if self.num_qvalue_nets == 1:
+            params = params.unsqueeze(0)
+        network, key = self.qvalue_network, self.tensor_keys.state_action_value
+        module = getattr(network, "module", None)
+        if module is not None and _takes_stacks(module) and network.out_keys == [key]:
+            with params.to_module(network, preserve_module_state=False):
+                q = _run(lambda td: module(*(td.get(k) for k in network.in_keys)), inputs)
+        else:
+            vmapped = _vmap_func(
+                network,
+                (None, 0),
+                randomness=self.vmap_randomness,
+                pseudo_vmap=self.deactivate_vmap,
+            )
+            q = _get_output(_run(vmapped, inputs, params), key, network)  # pyright: ignore
+        return _at_least_float32(self._at_action(td, q))
+
+    def _at_action(self, td: TensorDictBase, q: Tensor) -> Tensor:
+        """The values of the data's actions, ``[N, *B]``, from the output of the Q networks."""
+        return _squeeze_last(q, self.tensor_keys.state_action_value)
+
+    @torch.no_grad()
+    def _td_target(self, td: TensorDictBase) -> Tensor:
+        """The value estimator's target, ``[*B]``, with V(s') evaluated here, once."""
+        keys = self.tensor_keys
+        next_v = self._value(td, self.target_value_network_params, prefix="next")
+        next_v = next_v.unsqueeze(-1)
+        _check_shape(("next", keys.reward), self._get(td, ("next", keys.reward)), next_v.shape)
+        done = self._get(td, ("next", keys.done))
+        terminated = td.get(("next", keys.terminated), default=done)
+        for key, flag in ((keys.done, done), (keys.terminated, terminated)):
+            _check_shape(("next", key), flag, next_v.shape)
+        target = self.value_estimator.value_estimate(
+            td, next_value=next_v.masked_fill(terminated, 0.0)
+        )
+        return target.squeeze(-1).to(next_v.dtype)
+
+    # --- Reading and writing the batch ---------------------------------------------------------------
+
+    def _reduce(self, td: TensorDictBase, loss: Tensor) -> Tensor:
+        weights = self._maybe_get_priority_weight(td)
+        if weights is not None:
+            weights = self._expand_loss_mask(weights, loss)
+        return self._reduce_loss(loss, td, weights=weights)
+
+    def _write_priority(self, td: TensorDictBase, td_error: Tensor) -> None:
+        if not td.is_locked:
+            td.set(self.tensor_keys.priority, td_error.max(dim=0).values)
+
+    @staticmethod
+    def _get(td: TensorDictBase, key: NestedKey) -> Tensor:
+        value = td.get(key, default=None)
+        if value is None:
+            raise KeyError(_missing(td, key, "the loss"))
+        return value
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """The entries that :meth:`forward` reads, in a fixed order."""
+        if not self._in_keys:
+            self._set_in_keys()
+        return self._in_keys
+
+    @in_keys.setter
+    def in_keys(self, values: list[NestedKey]) -> None:
+        self._in_keys = values
+
+    def _set_in_keys(self) -> None:
+        keys = self.tensor_keys
+        in_keys: list[NestedKey] = [
+            *self.actor_network.in_keys,
+            *self.qvalue_network.in_keys,
+            *self.value_network.in_keys,
+            keys.action,
+            *(_nested("next", key) for key in self.value_network.in_keys),
+            ("next", keys.reward),
+            ("next", keys.done),
+            ("next", keys.terminated),
+        ]
+        self._in_keys = list(dict.fromkeys(in_keys))
+
+    # --- What a LossModule is made of ----------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Not available: a loss may span devices, so nothing may rely on this."""
+        raise RuntimeError("A loss has no device of its own; ask its parameters instead.")
+
+    def make_value_estimator(
+        self, value_type: ValueEstimators | str | Any = None, **hyperparams
+    ) -> IQLLoss:
+        """Choose how the target of Q is estimated; TD(0) with ``gamma=0.99`` if never called.
+
+        Args:
+            value_type: ``TD0``, ``TD1`` or ``TDLambda`` of :class:`~torchrl.objectives.ValueEstimators`,
+                their name, or a value estimator (class or instance) of one's own.
+            **hyperparams: what the estimator takes, for example ``gamma`` in [0, 1].
+
+        Returns:
+            the loss itself.
+        """
+        gamma = hyperparams.get("gamma")
+        if gamma is not None:
+            _check_number("gamma", gamma, 0 <= gamma <= 1, "[0, 1]")
+        if value_type is None:
+            value_type = self.default_value_estimator
+        if isinstance(value_type, ValueEstimatorBase) or (
+            isinstance(value_type, type) and issubclass(value_type, ValueEstimatorBase)
+        ):
+            return super().make_value_estimator(value_type, **hyperparams)  # pyright: ignore
+        dispatch_value_estimator(
+            self,
+            value_type,
+            supported=self.SUPPORTED_VALUE_ESTIMATORS,
+            tensor_keys=self._estimator_keys(),
+            **hyperparams,
+        )
+        return self
+
+    def _estimator_keys(self) -> dict[str, NestedKey]:
+        keys = {name: getattr(self.tensor_keys, name) for name in ("reward", "done", "terminated")}
+        # The estimator checks this name, though V(s') is evaluated here; V may be renamed after it.
+        if self.tensor_keys.value in self.value_network.out_keys:
+            keys["value"] = self.tensor_keys.value
+        return keys
+
+    def _forward_value_estimator_keys(self, **kwargs) -> None:
+        self.value_estimator.set_keys(**self._estimator_keys())
+        self._set_in_keys()
+
+    def train(self, mode: bool = True) -> IQLLoss:
+        """Set the training mode of the loss and of its networks (dropout, for example)."""
+        super().train(mode)
+        for network in (self.actor_network, self.qvalue_network, self.value_network):
+            network.train(mode)
+        return self
+
+    def _make_vmap(self) -> None:
+        """Nothing to make: the ensemble is mapped anew at each call, so that the loss can be pickled."""
+
+    def _release(self, *tensordicts: TensorDictBase) -> None:
+        # Weak references cannot be rebuilt under torch.compile.
+        names = ("actor_network", "qvalue_network", "value_network")
+        params = [f"{prefix}{n}_params" for n in names for prefix in ("", "target_")]
+        self._clear_weakrefs(*tensordicts, *params)
+
+    @torch.no_grad()
+    def _draw_ensemble(self, given: nn.Module) -> None:
+        """Network 0 gets the given parameters, the others fresh ones of the same kind."""
+        for key, stacked in self.qvalue_network_params.items(True, True):
+            if not isinstance(stacked, nn.Parameter):
+                continue  # a buffer, or a parameter shared with another network
+            name = key if isinstance(key, str) else ".".join(key)
+            parameter = given.get_parameter(name)
+            stacked.data[0] = parameter
+            for other in stacked.data[1:]:
+                other.copy_(_drawn_like(parameter, is_bias=name.endswith("bias")))
+        self.target_qvalue_network_params.data.update_(self.qvalue_network_params.data)
+
+
+class DiscreteIQLLoss(IQLLoss):
+    """Implicit Q-Learning for discrete actions: Q(s) holds one value per action.
+
+    Everything that :class:`IQLLoss` says holds here too, but for the Q networks, which write
+    ``state_action_value`` with one entry per action, ``[*B, A]``.
+
+    Args:
+        actor_network: the policy, a distribution over A actions.
+        qvalue_network: Q(s, .), a module or a list of them.
+        value_network: V(s).
+
+    Keyword Args:
+        action_space: how the data writes actions: ``"one-hot"`` (``[*B, A]``) or ``"categorical"``
+            (integers, ``[*B]`` or ``[*B, 1]``), or a spec (:class:`~torchrl.data.OneHot`,
+            :class:`~torchrl.data.Categorical`). None warns and means one-hot.
+        **kwargs: those of :class:`IQLLoss`.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_iql import DiscreteIQLLoss, models
+        >>> loss = DiscreteIQLLoss(
+        ...     models.categorical_policy(3, 4),
+        ...     models.discrete_qvalue_network(3, 4),
+        ...     models.value_network(3),
+        ...     action_space="categorical",
+        ... )
+        >>> loss_actor, loss_qvalue, loss_value, entropy = loss(
+        ...     observation=torch.randn(8, 3),
+        ...     action=torch.randint(4, (8,)),
+        ...     next_observation=torch.randn(8, 3),
+        ...     next_reward=torch.randn(8, 1),
+        ...     next_done=torch.zeros(8, 1, dtype=torch.bool),
+        ...     next_terminated=torch.zeros(8, 1, dtype=torch.bool),
+        ... )
+    """
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        qvalue_network: TensorDictModule | list[TensorDictModule],
+        value_network: TensorDictModule,
+        *,
+        action_space: str | TensorSpec | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if action_space is None:
+            warnings.warn(
+                "action_space was not given: DiscreteIQLLoss reads actions as 'one-hot'. Pass "
+                "action_space='one-hot' or 'categorical'.",
+                category=UserWarning,
+                stacklevel=2,
+            )
+            action_space = "one-hot"
+        found = _find_action_space(action_space)
+        if found not in ("one_hot", "categorical"):
+            raise ValueError(
+                f"action_space must be 'one-hot' or 'categorical', got {action_space!r}"
+            )
+        self.action_space = found
+        super().__init__(actor_network, qvalue_network, value_network, **kwargs)
+
+    def _at_action(self, td: TensorDictBase, q: Tensor) -> Tensor:
+        action = self._get(td, self.tensor_keys.action)
+        if self.action_space == "one_hot":
+            _check_shape(self.tensor_keys.action, action, q.shape[1:])
+            return (q * action.to(q.dtype)).sum(dim=-1)
+        if action.ndim == q.ndim - 2:
+            action = action.unsqueeze(-1)
+        _check_shape(self.tensor_keys.action, action, (*q.shape[1:-1], 1))
+        return q.gather(-1, action.expand(len(q), *action.shape)).squeeze(-1)
+
+
+# --- Checks and helpers -----------------------------------------------------------------------------
+
+
+def _check_choice(name: str, value: object, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def _check_number(name: str, value: float, within: bool, interval: str) -> None:
+    if not within:  # NaN is within nothing
+        raise ValueError(f"{name} must be in {interval}, got {value!r}")
+
+
+def _check_qvalue_networks(
+    networks: TensorDictModule | list[TensorDictModule], number: int
+) -> TensorDictModule | list[TensorDictModule]:
+    if number < 1:
+        raise ValueError(f"num_qvalue_nets must be at least 1, got {number!r}")
+    if isinstance(networks, (list, tuple)):
+        if len(networks) != number:
+            raise ValueError(
+                f"qvalue_network has {len(networks)} networks, but num_qvalue_nets={number}"
+            )
+        return networks if number > 1 else networks[0]
+    if number > 1 and any(map(nn.parameter.is_lazy, networks.parameters())):
+        raise ValueError(
+            "qvalue_network has lazy parameters: run it once on a batch before it can be "
+            f"expanded to num_qvalue_nets={number} networks, or pass a list of networks"
+        )
+    return networks
+
+
+def _takes_stacks(module: nn.Module) -> bool:
+    """Whether a network of :mod:`torchrl_iql.models` evaluates all Q functions in one call."""
+    return getattr(module, "takes_stacked_parameters", False)
+
+
+def _is_deterministic(actor_network: TensorDictModule) -> bool:
+    if isinstance(actor_network, Actor) or not hasattr(actor_network, "get_dist"):
+        return True
+    distributions = [getattr(m, "distribution_class", None) for m in actor_network.modules()]
+    return any(d in (Delta, TanhDelta, TensorDictDelta) for d in distributions)
+
+
+def _check_shape(what: NestedKey, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != torch.Size(expected):
+        raise ValueError(f"{what!r} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
+
+
+def _missing(td: TensorDictBase, key: NestedKey, reader: str) -> str:
+    return f"{reader} needs the entry {key!r}, and the batch holds {list(td.keys(True, True))}"
+
+
+def _nested(prefix: str | None, key: NestedKey) -> NestedKey:
+    if prefix is None:
+        return key
+    return (prefix, key) if isinstance(key, str) else (prefix, *key)
+
+
+def _select(
+    td: TensorDictBase, module: TensorDictModule, name: str, prefix: str | None = None
+) -> TensorDictBase:
+    """A new TensorDict with the inputs of ``module``: what it writes stays out of the batch."""
+    for key in module.in_keys:
+        if _nested(prefix, key) not in td.keys(True):
+            raise KeyError(_missing(td, _nested(prefix, key), name))
+    source = td if prefix is None else td.get(prefix)
+    return source.select(*module.in_keys)
+
+
+def _run(network: Callable, inputs: TensorDictBase, *args: Any) -> Any:
+    """Call a network and explain a failure that comes from the dtype of an input."""
+    if torch.compiler.is_compiling():
+        return network(inputs, *args)
+    try:
+        return network(inputs, *args)
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        found = {key: value.dtype for key, value in inputs.items(True, True)}
+        raise RuntimeError(
+            f"{error}\nThe network was given {found}: cast the data to the dtype of the network's "
+            "parameters once, when it is loaded"
+        ) from error
+
+
+def _get_output(outputs: TensorDictBase, key: NestedKey, module: TensorDictModule) -> Tensor:
+    value = outputs.get(key, default=None)
+    if value is None:
+        raise KeyError(
+            f"a network writes {module.out_keys}, but the loss reads {key!r}: rename it with "
+            "set_keys(...) or in the network's out_keys"
+        )
+    return value
+
+
+def _squeeze_last(value: Tensor, key: NestedKey) -> Tensor:
+    if value.shape[-1:] != (1,):
+        raise ValueError(
+            f"a network writes {key!r} of shape {tuple(value.shape)}, expected a last dimension of 1"
+        )
+    return value.squeeze(-1)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _drawn_like(parameter: Tensor, is_bias: bool) -> Tensor:
+    """A random parameter of the kind of the given one: a rotated matrix, or a bias of its range."""
+    if is_bias:
+        return torch.empty_like(parameter).uniform_(-1, 1) * parameter.abs().max()
+    if parameter.ndim < 2:
+        return parameter  # the scale of a normalisation layer
+    matrix = parameter.flatten(1).to(torch.float32)
+    gaussian = torch.randn(matrix.shape[1], matrix.shape[1], device=matrix.device)
+    rotation, r = torch.linalg.qr(gaussian)
+    return (matrix @ (rotation * r.diagonal().sign())).view_as(parameter)
+
+
+def _adapt_state_dict(module: IQLLoss, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Accept TorchRL's state dicts: without a value estimator, or one Q network with a leading dim."""
+    for key, own in module.state_dict().items():
+        full_key = prefix + key
+        if key.startswith("_value_estimator."):
+            state_dict.setdefault(full_key, own)
+        elif (
+            module.num_qvalue_nets == 1
+            and key.removeprefix("target_").startswith("qvalue_network_params.")
+            and full_key in state_dict
+            and state_dict[full_key].shape == (1, *own.shape)
+        ):
+            state_dict[full_key] = state_dict[full_key].squeeze(0)
