@@ -1,0 +1,8 @@
+"""Offline data sets: read, checked and joined once, then sampled on the training device."""
+
+from torchrl_iql.data.dataset import OfflineDataset
+from torchrl_iql.data.episodes import EpisodeRule
+from torchrl_iql.data.minari import load
+from torchrl_iql.data.rewards import RewardRule
+
+__all__ = ["EpisodeRule", "OfflineDataset", "RewardRule", "load"]

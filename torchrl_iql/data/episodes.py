@@ -1,0 +1,97 @@
+"""One recorded episode, checked, as columns of transitions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from gymnasium import Space
+from minari import EpisodeData
+from tensordict import NestedKey
+
+from torchrl_iql.data.spaces import action_rows, observation_rows, require_finite
+
+__all__ = ["EpisodeRule", "transition_columns"]
+
+EpisodeRule = Literal["as_stored", "until_success"]
+
+
+def transition_columns(
+    episode: EpisodeData,
+    observation_space: Space,
+    action_space: Space,
+    episode_rule: EpisodeRule,
+) -> dict[NestedKey, np.ndarray]:
+    """Turns an episode of T transitions into one array per entry of a TensorDict.
+
+    Args:
+        episode: T + 1 observations; T actions, rewards, terminations and truncations.
+        observation_space: Space of one observation.
+        action_space: Space of one action.
+        episode_rule: ``"as_stored"``, or ``"until_success"`` to terminate the episode at its first
+            success and drop the rest.
+
+    Returns:
+        The entries described in :class:`~torchrl_iql.data.OfflineDataset`, rewards in float64.
+
+    Raises:
+        TypeError: If a space can not be turned into rows.
+        ValueError: If lengths disagree, a value does not fit its space, is NaN or infinite, or
+            ``"until_success"`` finds no record of success. The last observation before a
+            termination may be NaN, since its value is never used; it is kept.
+    """
+    length = len(episode)
+    if length == 0:
+        raise ValueError("rewards has no entries")
+    for key in ("actions", "terminations", "truncations"):
+        if (found := len(getattr(episode, key))) != length:
+            raise ValueError(f"{key} has {found} entries, expected {length}, as many as rewards")
+
+    success = _first_success(episode) if episode_rule == "until_success" else None
+    stop = length if success is None else success + 1
+    observations = observation_rows(observation_space, episode.observations, length + 1)[: stop + 1]
+    actions = action_rows(action_space, episode.actions[:stop])
+    rewards = np.array(episode.rewards[:stop], np.float64)
+    terminated = np.array(episode.terminations[:stop], bool)
+    truncated = np.array(episode.truncations[:stop], bool)
+    if success is not None:
+        terminated[-1], truncated[-1] = True, False
+    elif not terminated[-1]:
+        # A recording that just stops: unmarked, the next episode would seem to continue it.
+        truncated[-1] = True
+    require_finite(observations[:-1] if terminated[-1] else observations, "observations")
+    require_finite(rewards, "rewards")
+
+    return {
+        "observation": observations[:-1],
+        "action": actions,
+        ("next", "observation"): observations[1:],
+        ("next", "reward"): rewards.reshape(-1, 1),
+        ("next", "done"): (terminated | truncated).reshape(-1, 1),
+        ("next", "terminated"): terminated.reshape(-1, 1),
+        ("next", "truncated"): truncated.reshape(-1, 1),
+    }
+
+
+def _first_success(episode: EpisodeData) -> int | None:
+    """Index of the first transition that ends in success, None without one.
+
+    Success is ``infos["success"]``, else a reward of 1 among rewards of 0 and 1. Minari stores the
+    info of the reset before those of the steps: a success there belongs to no transition.
+    """
+    length, infos = len(episode), episode.infos or {}
+    if "success" in infos:
+        recorded = np.asarray(infos["success"], bool)
+        if len(recorded) not in (length, length + 1):
+            raise ValueError(
+                f"infos/success has {len(recorded)} entries, expected {length} or {length + 1}"
+            )
+        success = recorded[-length:]
+    elif np.isin(episode.rewards, (0, 1)).all():
+        success = np.asarray(episode.rewards, bool)
+    else:
+        raise ValueError(
+            "episode rule 'until_success' needs infos/success or rewards of 0 and 1, "
+            f"found infos {sorted(infos)} and other rewards"
+        )
+    return int(success.argmax()) if success.any() else None

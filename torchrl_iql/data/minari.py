@@ -1,0 +1,89 @@
+"""Reader of Minari data sets, in all of Minari's storage formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import minari
+from minari import EpisodeData, MinariDataset
+from minari.storage import get_dataset_path
+
+from torchrl_iql.data.dataset import OfflineDataset, require_rules
+from torchrl_iql.data.episodes import EpisodeRule
+from torchrl_iql.data.rewards import RewardRule
+
+__all__ = ["load"]
+
+
+def load(
+    source: str | Path,
+    *,
+    reward: RewardRule = "none",
+    episodes: EpisodeRule = "as_stored",
+    download: bool = True,
+) -> OfflineDataset:
+    """Reads a Minari data set.
+
+    Args:
+        source: The id of a data set, as ``"mujoco/hopper/medium-v0"``, or its folder: the one that
+            contains ``data``, or ``data`` itself.
+        reward: Reward rule: ``"none"``, ``"minus_one"`` (AntMaze), ``"return_range"`` (locomotion).
+        episodes: Episode rule: ``"as_stored"``, or ``"until_success"`` for mazes, whose recordings
+            go on after the goal: each episode terminates at its first success.
+        download: Whether to download an id that is not there locally.
+
+    Raises:
+        FileNotFoundError: If there is no such data set, or its download failed.
+        TypeError: If a space can not be turned into rows.
+        ValueError: If a rule is unknown or does not apply, or the data are damaged or incomplete.
+    """
+    require_rules(reward, episodes)
+    dataset = _open(source, download)
+    metadata = dataset.storage.metadata
+    low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    return OfflineDataset.from_episodes(
+        str(source),
+        _complete_episodes(dataset, str(source)),
+        observation_space=dataset.observation_space,
+        action_space=dataset.action_space,
+        # Minari has no public name for this specification, only for the environment made from it.
+        env_spec=dataset._eval_env_spec or dataset.env_spec,
+        reference_scores=None if low is None or high is None else (low, high),
+        reward_rule=reward,
+        episode_rule=episodes,
+    )
+
+
+def _open(source: str | Path, download: bool) -> MinariDataset:
+    for folder in (Path(source), Path(source, "data")):
+        if (folder / "metadata.json").is_file():
+            return MinariDataset(folder)
+
+    root = get_dataset_path()
+    missing = f"no Minari data set {str(source)!r}, neither as a folder nor as an id in {root}"
+    if isinstance(source, Path):
+        raise FileNotFoundError(missing)
+    if not (root / source / "data").is_dir():
+        if not download:
+            raise FileNotFoundError(f"{missing} (see `minari list local`), and download is False")
+        try:
+            minari.download_dataset(source)
+        except Exception as error:  # network, unknown id or version, optional package not installed
+            raise FileNotFoundError(
+                f"{missing} (see `minari list local`), and its download failed: {error}"
+            ) from error
+    return minari.load_dataset(source)
+
+
+def _complete_episodes(dataset: MinariDataset, name: str) -> Iterator[EpisodeData]:
+    steps = 0
+    for episode in dataset.iterate_episodes():
+        steps += len(episode)
+        yield episode
+    if steps != dataset.total_steps:
+        # Minari 0.5.4 silently cuts an episode of Arrow or Parquet after 32767 transitions.
+        raise ValueError(
+            f"{name}: read {steps} of {dataset.total_steps} transitions; files are missing, or an "
+            "episode is too long for Minari's arrow and parquet readers (32767 steps): use hdf5"
+        )

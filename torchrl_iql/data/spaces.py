@@ -1,0 +1,132 @@
+"""Observations and actions of a whole episode as the rows a network takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from gymnasium import Space, spaces
+
+__all__ = ["action_rows", "observation_rows", "require_finite"]
+
+CLIP_MARGIN = 1e-5
+"""Actions stay this share of half the range inside their bounds: +-(1 - 1e-5), official code."""
+
+RANGE_TOLERANCE = 1e-3
+"""Actions farther outside than this share of the range are an error, not rounding."""
+
+
+def observation_rows(space: Space, observations: Any, length: int) -> np.ndarray:
+    """Flattens the observations of an episode, without a loop over its steps.
+
+    Row t is ``gymnasium.spaces.flatten(space, observation t)``, what an environment gives in
+    ``gymnasium.wrappers.FlattenObservation``: ``Box`` and ``MultiBinary`` are raveled, ``Discrete``
+    and ``MultiDiscrete`` one-hot encoded, ``Tuple`` and ``Dict`` (keys in the order of the space:
+    sorted) concatenated.
+
+    Args:
+        space: Space of one observation, of flattened size D.
+        observations: As Minari stores them: one array of shape ``[length, ...]`` per leaf.
+        length: Number of observations, for the check.
+
+    Returns:
+        Array ``[length, D]``, float32.
+
+    Raises:
+        TypeError: If a leaf of the space has no fixed size.
+        ValueError: If a leaf has another length, or a category outside its space.
+    """
+    leaves = []
+    for key, rows in _leaves(space, observations, "observations"):
+        if len(rows) != length:
+            raise ValueError(
+                f"{key} has {len(rows)} entries, expected {length}, one more than rewards"
+            )
+        leaves.append(rows)
+    return np.concatenate(leaves, axis=1, dtype=np.float32)
+
+
+def _leaves(space: Space, values: Any, key: str) -> Iterator[tuple[str, np.ndarray]]:
+    match space:
+        case spaces.Dict():
+            for name, subspace in space.spaces.items():
+                yield from _leaves(subspace, values[name], f"{key}/{name}")
+        case spaces.Tuple():
+            for i, subspace in enumerate(space.spaces):
+                yield from _leaves(subspace, values[i], f"{key}/{i}")
+        case spaces.Box() | spaces.MultiBinary():
+            yield key, np.reshape(values, (len(values), spaces.flatdim(space)))
+        case spaces.Discrete():
+            yield key, np.eye(int(space.n))[_categories(values, space.n, space.start, key)]
+        case spaces.MultiDiscrete():
+            columns = np.reshape(values, (len(values), space.nvec.size)).T
+            for column, n, start in zip(columns, space.nvec.flat, space.start.flat, strict=True):
+                yield key, np.eye(int(n))[_categories(column, n, start, key)]
+        case _:
+            raise TypeError(f"{key}: can not flatten {space} to a vector of fixed size")
+
+
+def _categories(values: Any, n: Any, start: Any, key: str) -> np.ndarray:
+    """Categories ``[T]``, int64, counted from 0."""
+    values = np.reshape(values, len(values)).astype(np.int64)
+    outside = (values < start) | (values >= start + n)
+    if outside.any():
+        step = outside.argmax()
+        raise ValueError(f"{key}[{step}] is {values[step]}, outside {start}..{start + n - 1}")
+    return values - start
+
+
+def action_rows(space: Space, actions: Any) -> np.ndarray:
+    """Turns the actions of an episode into rows inside the support of a policy.
+
+    A ``Box`` is raveled and, in the dimensions bounded on both sides, clipped to ``CLIP_MARGIN``
+    of half the range inside the bounds. ``Discrete`` gives categories counted from 0, wherever the
+    space starts.
+
+    Args:
+        space: ``Box`` of A elements, or ``Discrete``.
+        actions: Array ``[T, ...]`` of actions.
+
+    Returns:
+        Array ``[T, A]``, float32, for ``Box``; ``[T]``, int64, for ``Discrete``.
+
+    Raises:
+        TypeError: If the space is of another kind.
+        ValueError: If an action is NaN, infinite, or outside a bounded dimension by more than
+            ``RANGE_TOLERANCE`` of the range.
+    """
+    match space:
+        case spaces.Discrete():
+            return _categories(actions, space.n, space.start, "actions")
+        case spaces.Box():
+            rows = np.reshape(actions, (len(actions), spaces.flatdim(space)))
+            require_finite(rows, "actions")
+            return _clip(rows, space)
+        case _:
+            raise TypeError(f"the action space must be Box or Discrete, found {space}")
+
+
+def _clip(rows: np.ndarray, space: spaces.Box) -> np.ndarray:
+    bounded = (space.bounded_below & space.bounded_above).ravel()
+    low = np.where(bounded, space.low.ravel().astype(np.float64), -np.inf)
+    high = np.where(bounded, space.high.ravel().astype(np.float64), np.inf)
+    span = np.where(bounded, high - low, 0)
+    margin = CLIP_MARGIN * span / 2
+    clipped = rows.clip((low + margin).astype(np.float32), (high - margin).astype(np.float32))
+    outside = np.abs(rows - clipped) > margin + RANGE_TOLERANCE * span
+    if outside.any():
+        step, dim = np.argwhere(outside)[0]
+        raise ValueError(
+            f"actions[{step}, {dim}] is {rows[step, dim]:g}, outside [{low[dim]:g}, {high[dim]:g}] "
+            f"by more than {RANGE_TOLERANCE:g} of this range"
+        )
+    return clipped.astype(np.float32, copy=False)
+
+
+def require_finite(values: np.ndarray, key: str) -> None:
+    """Raises a ValueError that locates the first NaN or infinite entry, if there is one."""
+    wrong = ~np.isfinite(values)
+    if wrong.any():
+        index = np.argwhere(wrong)[0].tolist()
+        raise ValueError(f"{key}{index} is {values[tuple(index)]}")
