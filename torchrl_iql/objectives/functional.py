@@ -47,7 +47,9 @@ def expectile_loss(u: Tensor, expectile: float | Tensor) -> Tensor:
     Returns:
         the loss of each element, in the shape of ``u``.
     """
-    return (expectile - (u < 0).to(u.dtype)).abs() * u.square()
+    below = (u < 0).to(u.dtype)
+    weight = below * (1 - expectile) + (1 - below) * expectile
+    return (weight * u.square()).to(u.dtype)
 
 
 def value_loss(target_q: Tensor, v: Tensor, expectile: float | Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import (
     ValueEstimators,
     _vmap_func,
+    default_value_kwargs,
     dispatch_value_estimator,
 )
 from torchrl.objectives.value import ValueEstimatorBase
@@ -248,9 +249,8 @@ class IQLLoss(LossModule):
         if num_qvalue_nets > 1 and isinstance(qvalue_network, nn.Module):
             self._draw_ensemble(qvalue_network)
 
-        # float64, since a 0-dim tensor does not promote the losses and 0.7 should stay 0.7.
         for name, number in (("expectile", expectile), ("temperature", temperature)):
-            buffer = torch.tensor(number, dtype=torch.float64, device=self._default_device)
+            buffer = _coefficient(number, self._default_device)
             self.register_buffer(name, buffer, persistent=False)
         self.make_value_estimator(device=self._default_device)
         self.register_load_state_dict_pre_hook(_adapt_state_dict)
@@ -354,7 +354,7 @@ class IQLLoss(LossModule):
         return self._reduce(td, iql.actor_loss(log_prob, weight)), weight
 
     def _value_loss(self, td: TensorDictBase, target_q: Tensor, v: Tensor) -> Tensor:
-        return self._reduce(td, iql.value_loss(target_q, v, self.expectile.to(v.dtype)))
+        return self._reduce(td, iql.value_loss(target_q, v, self.expectile))
 
     def _qvalue_loss(self, td: TensorDictBase, q: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         _check_shape("Q(s, a)", q[0], target.shape)
@@ -377,6 +377,8 @@ class IQLLoss(LossModule):
             log_prob = dist.log_prob(td.copy())
         else:
             action = self._get(td, self.tensor_keys.action)
+            if action.dtype is torch.bool:  # OneHot's own dtype, of which there is no argmax
+                action = action.to(torch.uint8)
             if not dist.event_shape and action.shape == (*dist.batch_shape, 1):
                 action = action.squeeze(-1)
             log_prob = dist.log_prob(action)
@@ -524,6 +526,14 @@ class IQLLoss(LossModule):
             tensor_keys=self._estimator_keys(),
             **hyperparams,
         )
+        defaults = default_value_kwargs(self.value_type)  # pyright: ignore
+        coefficients = {**defaults, **hyperparams}
+        for name in ("gamma", "lmbda"):
+            if name in coefficients:
+                buffer = _coefficient(
+                    coefficients[name], getattr(self.value_estimator, name).device
+                )
+                setattr(self.value_estimator, name, buffer)
         return self
 
     def _estimator_keys(self) -> dict[str, NestedKey]:
@@ -542,6 +552,17 @@ class IQLLoss(LossModule):
         super().train(mode)
         for network in (self.actor_network, self.qvalue_network, self.value_network):
             network.train(mode)
+        return self
+
+    def _apply(self, fn: Callable) -> IQLLoss:
+        """Cast and move the networks, but only move the coefficients."""
+        owners = ((self, "expectile"), (self, "temperature"))
+        owners += tuple((self.value_estimator, name) for name in ("gamma", "lmbda"))
+        kept = [(owner, name, getattr(owner, name, None)) for owner, name in owners]
+        super()._apply(fn)
+        for owner, name, buffer in kept:
+            if buffer is not None:
+                setattr(owner, name, buffer.to(getattr(owner, name).device))
         return self
 
     def _make_vmap(self) -> None:
@@ -686,6 +707,11 @@ def _is_deterministic(actor_network: TensorDictModule) -> bool:
 def _check_shape(what: NestedKey, tensor: Tensor, expected: tuple[int, ...]) -> None:
     if tensor.shape != torch.Size(expected):
         raise ValueError(f"{what!r} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
+
+
+def _coefficient(number: float | Tensor, device: torch.device | None) -> Tensor:
+    """A scalar in float64: 0-dim, it does not promote the losses, and 0.7 stays 0.7."""
+    return torch.as_tensor(number, dtype=torch.float64).to(device)
 
 
 def _missing(td: TensorDictBase, key: NestedKey, reader: str) -> str:
