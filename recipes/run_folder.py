@@ -1,0 +1,79 @@
+"""What a run leaves behind, metrics, checkpoints and scores in one folder, and how it is stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torchrl.record.loggers import get_logger
+
+__all__ = ["RunFolder", "StopSignal"]
+
+
+class RunFolder:
+    """The folder of one run.
+
+    ``metrics.csv`` has one line per logged step, whose first column is ``step``; a new metric adds a
+    column, and cells are empty where a metric was not logged.
+
+    Args:
+        path: created if it does not exist.
+        backend: a logger of TorchRL to send the metrics to as well: ``"tensorboard"``, ``"wandb"`` or
+            ``""`` for none.
+    """
+
+    def __init__(self, path: Path, backend: str = "") -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.metrics = path / "metrics.csv"
+        self.last = path / "last.ckpt"
+        self.best = path / "best.ckpt"
+        self._rows: dict[int, dict[str, Any]] = {}
+        self._logger = get_logger(backend, str(path), path.name)
+        if self.metrics.exists():  # a resumed run
+            with self.metrics.open(newline="") as file:
+                self._rows = {int(row["step"]): row for row in csv.DictReader(file)}
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the line of a step."""
+        self._rows.setdefault(step, {"step": step}).update(metrics)
+        columns = dict.fromkeys(key for row in self._rows.values() for key in row)
+        with self.metrics.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self._rows.values())
+        if self._logger is not None:
+            self._logger.log_metrics(dict(metrics), step=step)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines after a step: a run that resumes there logs them again."""
+        self._rows = {at: row for at, row in self._rows.items() if at <= step}
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+class StopSignal:
+    """Turns the first Ctrl-C into a request, so that no gradient step is left half done.
+
+    Attributes:
+        requested: whether Ctrl-C was pressed. A second one raises KeyboardInterrupt as usual.
+    """
+
+    requested = False
+
+    def __enter__(self) -> StopSignal:
+        self._previous = signal.signal(signal.SIGINT, self._request)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, self._previous)

@@ -1,0 +1,109 @@
+"""Checkpoints: complete, whole or absent, and readable without the run that wrote them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_training import transitions
+
+from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep, checkpoint, load_policy
+from torchrl_iql.models import Architecture
+
+ARCHITECTURE = Architecture(
+    observation_size=3,
+    action_size=2,
+    action_bounds=([-1.0, -2.0], [1.0, 0.5]),
+    hidden_sizes=(8, 8),
+    dropout=0.1,
+    normalize_observation=True,
+)
+STATISTICS = (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 2.0]))
+
+
+def learner(architecture: Architecture = ARCHITECTURE) -> TrainStep:
+    networks = architecture.build(STATISTICS)
+    if architecture.discrete:
+        return TrainStep(DiscreteIQLLoss(*networks, action_space="categorical"))
+    return TrainStep(IQLLoss(*networks), actor_decay_steps=10)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "squashed", "deterministic", "categorical"])
+def test_the_policy_loads_from_the_file_alone(kind: str, tmp_path: Path) -> None:
+    discrete = kind == "categorical"
+    architecture = Architecture(
+        observation_size=3,
+        action_size=2,
+        action_bounds=None if discrete else ARCHITECTURE.action_bounds,
+        policy=kind,
+        normalize_observation=True,
+    )
+    source = learner(architecture)
+    path = checkpoint.save(tmp_path / "a.ckpt", source, architecture)
+    policy = load_policy(path)
+    trained = source.loss.get_stateful_net("actor_network").eval()
+    observation = torch.randn(5, 3)
+    batch = transitions(5).set("observation", observation)
+    assert not policy.training
+    assert torch.equal(policy(batch.copy())["action"], trained(batch.copy())["action"])
+
+
+def test_training_and_random_numbers_continue_bit_for_bit(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first = learner()
+    for _ in range(3):
+        first(transitions(16))
+    path = checkpoint.save(tmp_path / "a.ckpt", first, ARCHITECTURE, best={"score": 1.5})
+    expected = [first(transitions(16)) for _ in range(3)]  # dropout and data draw random numbers
+    drawn = np.random.rand()
+
+    torch.manual_seed(123)
+    second = learner()
+    assert checkpoint.load_learner(path, second)["best"] == {"score": 1.5}
+    assert second.steps == 3
+    for metrics in expected:
+        again = second(transitions(16))
+        assert all(torch.equal(metrics[key], again[key]) for key in metrics.keys())
+    for name, value in first.loss.state_dict().items():
+        assert torch.equal(value, second.loss.state_dict()[name]), name
+    assert np.random.rand() == drawn
+
+
+def test_the_target_networks_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    source = learner()
+    for _ in range(3):
+        source(transitions(16))
+    source.loss.target_qvalue_network_params.data.mul_(2.0)  # far from the online networks
+    path = checkpoint.save(tmp_path / "a.ckpt", source, ARCHITECTURE)
+    restored = learner()
+    checkpoint.load_learner(path, restored)
+    for ours, theirs in zip(
+        restored.loss.target_qvalue_network_params.values(True, True),
+        source.loss.target_qvalue_network_params.values(True, True),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = learner()
+    path = checkpoint.save(tmp_path / "a.ckpt", source, ARCHITECTURE)
+    before = path.read_bytes()
+
+    def full(self: TrainStep) -> dict:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(TrainStep, "state_dict", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(path, source, ARCHITECTURE)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*missing\.ckpt"):
+        load_policy(tmp_path / "missing.ckpt")
