@@ -8,9 +8,11 @@ from copy import deepcopy
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.modules import ValueOperator
 from torchrl.objectives import BCLoss, SoftUpdate
 
-from torchrl_iql import IQLLoss, TrainStep, models
+from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep, models
+from torchrl_iql.models import Architecture
 
 
 def transitions(n: int) -> TensorDict:
@@ -113,6 +115,51 @@ def test_temperature_zero_is_torchrls_behaviour_cloning() -> None:
         loss.actor_network_params.parameters(), cloning.parameters(), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "squashed", "deterministic", "categorical"])
+def test_the_direct_evaluation_equals_the_loss_to_the_last_bit(kind: str) -> None:
+    torch.manual_seed(0)
+    architecture = Architecture(
+        observation_size=3,
+        action_size=2,
+        policy=kind,
+        hidden_sizes=(16, 16),
+        normalize_observation=True,
+    )
+    networks = architecture.build((torch.ones(3), torch.full((3,), 2.0)))
+    settings = {"action_space": "categorical"} if architecture.discrete else {}
+    loss = (DiscreteIQLLoss if architecture.discrete else IQLLoss)(*networks, **settings)
+    step = TrainStep(loss)
+    assert step._direct is not None
+    for _ in range(3):  # the networks are those of the loss, also after a step
+        batch = transitions(32)
+        if architecture.discrete:
+            batch["action"] = torch.randint(2, (32,))
+        batch["steps_to_next_obs"] = torch.randint(1, 4, (32, 1))
+        batch["priority_weight"] = torch.rand(32)
+        direct, plain = step._direct(batch), loss(batch)
+        assert set(direct.keys()) == set(plain.keys())
+        assert all(torch.equal(direct[key], plain[key]) for key in plain.keys())
+        step(batch)
+
+
+def test_other_networks_and_keys_are_evaluated_by_the_loss() -> None:
+    renamed = make_loss()
+    renamed.set_keys(reward="cost")
+    single = IQLLoss(
+        models.gaussian_policy(3, 2),
+        models.qvalue_network(3, 2),
+        models.value_network(3),
+        num_qvalue_nets=1,
+    )
+    own = IQLLoss(
+        models.gaussian_policy(3, 2),
+        models.qvalue_ensemble(3, 2),
+        ValueOperator(torch.nn.Linear(3, 1), in_keys=["observation"]),
+    )
+    for loss in (renamed, single, own):
+        assert TrainStep(loss)._direct is None
 
 
 @pytest.mark.parametrize(

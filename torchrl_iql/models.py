@@ -315,6 +315,11 @@ class _Linear(nn.Linear):
         return torch.baddbmm(self.bias.unsqueeze(-2), stacked, self.weight.mT)
 
 
+def _per_batch(vector: Tensor) -> Tensor:
+    """A vector per feature; if N of them are stacked, ``[N, 1, features]``."""
+    return vector if vector.ndim == 1 else vector.unsqueeze(-2)
+
+
 class _Normalize(nn.Module):
     """Zero mean and unit deviation, by fixed statistics."""
 
@@ -332,8 +337,7 @@ class _Normalize(nn.Module):
         self.register_buffer("std", std.clone())
 
     def forward(self, observation: Tensor) -> Tensor:
-        mean, std = (b if b.ndim == 1 else b.unsqueeze(-2) for b in (self.mean, self.std))
-        return (observation - mean) / std
+        return (observation - _per_batch(self.mean)) / _per_batch(self.std)
 
 
 class _Torso(nn.Module):
@@ -409,13 +413,14 @@ class _TanhTo(nn.Module):
         self.register_buffer("half_range", (high - low) / 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.middle + self.half_range * torch.tanh(x)
+        return _per_batch(self.middle) + _per_batch(self.half_range) * torch.tanh(x)
 
 
 class _GaussianParameters(nn.Module):
     """Mean from the state and a state-independent standard deviation, in units of the half range."""
 
     unit: Tensor
+    takes_stacked_parameters = True
 
     def __init__(self, torso: nn.Module, low: Tensor, high: Tensor, squash_mean: bool) -> None:
         super().__init__()
@@ -427,7 +432,7 @@ class _GaussianParameters(nn.Module):
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         mean = self.squash(self.torso(observation))
         std = self.log_std.clamp(*LOG_STD_BOUNDS).exp() * self.unit
-        return mean, std.expand_as(mean)
+        return mean, _per_batch(std).expand_as(mean)
 
 
 def _continuous_actor(

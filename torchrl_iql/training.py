@@ -9,6 +9,8 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.objectives import LossModule, SoftUpdate
 
+from torchrl_iql.objectives.direct import DirectEvaluation
+
 __all__ = ["TrainStep"]
 
 
@@ -63,6 +65,7 @@ class TrainStep:
             self.optimizer, [cosine, lambda step: 1.0]
         )
         self.steps = 0
+        self._direct = DirectEvaluation.of(loss)
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         """Take one gradient step.
@@ -73,7 +76,7 @@ class TrainStep:
         Returns:
             the output of the loss before the step, detached.
         """
-        metrics = self.loss(batch)
+        metrics = self.loss(batch) if self._direct is None else self._direct(batch)
         total = torch.stack([v for k, v in metrics.items() if k.startswith("loss_")]).sum()
         self.optimizer.zero_grad()
         total.backward()

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from tensordict import (
@@ -46,6 +46,24 @@ __all__ = ["DiscreteIQLLoss", "IQLLoss"]
 
 Reduction = Literal["none", "mean", "sum"]
 ScalarOutputMode = Literal["exclude", "non_tensor"]
+
+
+class Outputs(NamedTuple):
+    """The network outputs that the losses of a batch ``[*B]`` are made of.
+
+    Attributes:
+        log_prob: log pi(a | s), or minus the squared error of a deterministic policy, ``[*B]``.
+        target_q: the target Q networks at the actions of the data, ``[N, *B]``, without gradients.
+        q: the Q networks there, ``[N, *B]``.
+        v: V(s), ``[*B]``.
+        td_target: r + gamma (1 - terminated) V(s'), ``[*B]``, without gradients.
+    """
+
+    log_prob: Tensor
+    target_q: Tensor
+    q: Tensor
+    v: Tensor
+    td_target: Tensor
 
 
 class IQLLoss(LossModule):
@@ -273,22 +291,31 @@ class IQLLoss(LossModule):
     @dispatch()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The three losses and the diagnostics, each network evaluated once per input."""
-        log_prob = self._log_likelihood(tensordict)
-        target_q = self._target_q(tensordict)
-        q = self._q(tensordict)
-        v = self._v(tensordict)
-        target = self._td_target(tensordict)
+        return self.losses(tensordict, self.evaluate(tensordict))
 
+    def evaluate(self, tensordict: TensorDictBase) -> Outputs:
+        """All that :meth:`losses` needs of the networks."""
+        return Outputs(
+            log_prob=self.log_likelihood(tensordict),
+            target_q=self._target_q(tensordict),
+            q=self._q(tensordict),
+            v=self._v(tensordict),
+            td_target=self.td_target(tensordict, self._next_v(tensordict)),
+        )
+
+    def losses(self, tensordict: TensorDictBase, outputs: Outputs) -> TensorDictBase:
+        """What :meth:`forward` returns, and the priority in the batch, from given network outputs."""
+        log_prob, target_q, q, v, td_target = outputs
         loss_actor, weight = self._actor_loss(tensordict, log_prob, target_q, v)
         loss_value = self._value_loss(tensordict, target_q, v)
-        loss_qvalue, td_error = self._qvalue_loss(tensordict, q, target)
-        self._write_priority(tensordict, td_error)
+        loss_qvalue, td_error = self._qvalue_loss(tensordict, q, td_target)
+        if not tensordict.is_locked:
+            tensordict.set(self.tensor_keys.priority, td_error.max(dim=0).values)
 
-        losses = {
-            "loss_actor": loss_actor,
-            "loss_qvalue": loss_qvalue,
-            "loss_value": loss_value,
-        }
+        out = TensorDict(
+            {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value},
+            batch_size=loss_actor.shape,
+        )
         scalars = {
             "advantage": iql.min_q(target_q) - v,
             "value": v,
@@ -297,7 +324,6 @@ class IQLLoss(LossModule):
         }
         if not self._deterministic:
             scalars["entropy"] = -log_prob
-        out = TensorDict(losses, batch_size=loss_actor.shape)
         if self._writes_scalars:
             for key, per_transition in scalars.items():
                 scalar = self._reduce_loss(per_transition.detach(), tensordict, reduction="mean")
@@ -316,7 +342,7 @@ class IQLLoss(LossModule):
         """
         loss, _ = self._actor_loss(
             tensordict,
-            self._log_likelihood(tensordict),
+            self.log_likelihood(tensordict),
             self._target_q(tensordict),
             self._v(tensordict),
         )
@@ -340,7 +366,9 @@ class IQLLoss(LossModule):
             the loss, and a dictionary with the squared ``td_error``, ``[N, *B]``, detached.
         """
         loss, td_error = self._qvalue_loss(
-            tensordict, self._q(tensordict), self._td_target(tensordict)
+            tensordict,
+            self._q(tensordict),
+            self.td_target(tensordict, self._next_v(tensordict)),
         )
         self._release(tensordict)
         return loss, {"td_error": td_error}
@@ -354,6 +382,7 @@ class IQLLoss(LossModule):
         return self._reduce(td, iql.actor_loss(log_prob, weight)), weight
 
     def _value_loss(self, td: TensorDictBase, target_q: Tensor, v: Tensor) -> Tensor:
+        _check_shape("V(s)", v, target_q.shape[1:])
         return self._reduce(td, iql.value_loss(target_q, v, self.expectile))
 
     def _qvalue_loss(self, td: TensorDictBase, q: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -363,7 +392,7 @@ class IQLLoss(LossModule):
 
     # --- The networks, evaluated --------------------------------------------------------------------
 
-    def _log_likelihood(self, td: TensorDictBase) -> Tensor:
+    def log_likelihood(self, td: TensorDictBase) -> Tensor:
         """log pi(a | s) at the actions of the data, ``[*B]``; if deterministic -|a - pi(s)|^2."""
         inputs = _select(td, self.actor_network, "actor_network")
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
@@ -386,18 +415,17 @@ class IQLLoss(LossModule):
             log_prob = log_prob.sum(dim="feature", reduce=True)  # pyright: ignore
         return _at_least_float32(log_prob)
 
-    def _v(self, td: TensorDictBase) -> Tensor:
-        """V(s), ``[*B]``."""
-        return self._value(td, self.value_network_params)
-
-    def _value(
-        self, td: TensorDictBase, params: TensorDictParams, prefix: str | None = None
-    ) -> Tensor:
+    def _v(self, td: TensorDictBase, prefix: str | None = None) -> Tensor:
+        """V(s), or V(s') with the prefix ``"next"``, ``[*B]``."""
         inputs = _select(td, self.value_network, "value_network", prefix)
-        with params.to_module(self.value_network, preserve_module_state=False):
+        with self.value_network_params.to_module(self.value_network, preserve_module_state=False):
             outputs = _run(self.value_network, inputs)
         value = _get_output(outputs, self.tensor_keys.value, self.value_network)
         return _at_least_float32(_squeeze_last(value, self.tensor_keys.value))
+
+    @torch.no_grad()
+    def _next_v(self, td: TensorDictBase) -> Tensor:
+        return self._v(td, prefix="next")
 
     def _q(self, td: TensorDictBase) -> Tensor:
         """Q_i(s, a) at the actions of the data, ``[N, *B]``."""
@@ -412,10 +440,9 @@ class IQLLoss(LossModule):
         if self.num_qvalue_nets == 1:
             params = params.unsqueeze(0)
         network, key = self.qvalue_network, self.tensor_keys.state_action_value
-        module = getattr(network, "module", None)
-        if module is not None and _takes_stacks(module) and network.out_keys == [key]:
+        if takes_stacked_parameters(network) and network.out_keys == [key]:
             with params.to_module(network, preserve_module_state=False):
-                q = _run(lambda td: module(*(td.get(k) for k in network.in_keys)), inputs)
+                q = _run(lambda td: network.module(*map(td.get, network.in_keys)), inputs)
         else:
             vmapped = _vmap_func(
                 network,
@@ -424,17 +451,16 @@ class IQLLoss(LossModule):
                 pseudo_vmap=self.deactivate_vmap,
             )
             q = _get_output(_run(vmapped, inputs, params), key, network)  # pyright: ignore
-        return _at_least_float32(self._at_action(td, q))
+        return _at_least_float32(self.at_action(td, q))
 
-    def _at_action(self, td: TensorDictBase, q: Tensor) -> Tensor:
+    def at_action(self, td: TensorDictBase, q: Tensor) -> Tensor:
         """The values of the data's actions, ``[N, *B]``, from the output of the Q networks."""
         return _squeeze_last(q, self.tensor_keys.state_action_value)
 
     @torch.no_grad()
-    def _td_target(self, td: TensorDictBase) -> Tensor:
-        """The value estimator's target, ``[*B]``, with V(s') evaluated here, once."""
+    def td_target(self, td: TensorDictBase, next_v: Tensor) -> Tensor:
+        """The value estimator's target, ``[*B]``, from V(s'), ``[*B]``."""
         keys = self.tensor_keys
-        next_v = self._value(td, self.target_value_network_params, prefix="next")
         next_v = next_v.unsqueeze(-1)
         _check_shape(("next", keys.reward), self._get(td, ("next", keys.reward)), next_v.shape)
         done = self._get(td, ("next", keys.done))
@@ -453,10 +479,6 @@ class IQLLoss(LossModule):
         if weights is not None:
             weights = self._expand_loss_mask(weights, loss)
         return self._reduce_loss(loss, td, weights=weights)
-
-    def _write_priority(self, td: TensorDictBase, td_error: Tensor) -> None:
-        if not td.is_locked:
-            td.set(self.tensor_keys.priority, td_error.max(dim=0).values)
 
     @staticmethod
     def _get(td: TensorDictBase, key: NestedKey) -> Tensor:
@@ -649,7 +671,7 @@ class DiscreteIQLLoss(IQLLoss):
         self.action_space = found
         super().__init__(actor_network, qvalue_network, value_network, **kwargs)
 
-    def _at_action(self, td: TensorDictBase, q: Tensor) -> Tensor:
+    def at_action(self, td: TensorDictBase, q: Tensor) -> Tensor:
         action = self._get(td, self.tensor_keys.action)
         if self.action_space == "one_hot":
             _check_shape(self.tensor_keys.action, action, q.shape[1:])
@@ -692,9 +714,9 @@ def _check_qvalue_networks(
     return networks
 
 
-def _takes_stacks(module: nn.Module) -> bool:
-    """Whether a network of :mod:`torchrl_iql.models` evaluates all Q functions in one call."""
-    return getattr(module, "takes_stacked_parameters", False)
+def takes_stacked_parameters(network: nn.Module) -> bool:
+    """Whether a network of :mod:`torchrl_iql.models` evaluates an ensemble in one call."""
+    return getattr(getattr(network, "module", None), "takes_stacked_parameters", False)
 
 
 def _is_deterministic(actor_network: TensorDictModule) -> bool:
