@@ -1,0 +1,299 @@
+"""Complete episodes of a deterministic policy, and what they are worth.
+
+* :class:`Evaluator`: plays the same seeded episodes at every call.
+* :class:`Evaluation`: the outcome of one call, per episode and summarised.
+* :data:`REFERENCE_SCORES`: D4RL's random and expert returns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Self
+
+import gymnasium
+import gymnasium_robotics
+import numpy as np
+import torch
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces import Box, Discrete
+from gymnasium.wrappers import FlattenObservation
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+__all__ = ["REFERENCE_SCORES", "Evaluation", "Evaluator"]
+
+gymnasium.register_envs(gymnasium_robotics)
+
+REFERENCE_SCORES: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "HalfCheetah": (-280.178953, 12135.0),
+        "Hopper": (-20.272305, 3234.3),
+        "Walker2d": (1.629008, 4592.3),
+        "Ant": (-325.6, 3879.7),
+        "AdroitHandPen": (96.262799, 3076.8331017826877),
+        "AdroitHandHammer": (-274.856578, 12794.134825156867),
+        "AdroitHandDoor": (-56.512833, 2880.5693087298737),
+        "AdroitHandRelocate": (-6.425911, 4233.877797728884),
+        "FrankaKitchen": (0.0, 4.0),
+    }
+)
+"""D4RL's mean returns of a random and of an expert policy, by environment name (no version)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The outcome of ``E`` complete episodes.
+
+    Args:
+        returns: Undiscounted sums of rewards, float64 ``[E]``.
+        lengths: Numbers of steps, int64 ``[E]``.
+        successes: Whether the environment reported success at any step, bool ``[E]``; ``None`` if
+            it never reported on it.
+        normalized_scores: 0 for a random and 100 for an expert policy, float64 ``[E]``; ``None`` if
+            neither reference returns nor successes are known.
+        trajectories: The flat observations of each episode, float32 ``[length + 1, D]``; ``None``
+            unless they were asked for.
+
+    Example:
+        >>> evaluation = Evaluation(returns=np.array([1.0, 3.0]), lengths=np.array([5, 7]))
+        >>> evaluation.score_name, evaluation.score
+        ('return', 2.0)
+        >>> evaluation.summary()
+        {'score': 2.0, 'return': 2.0, 'return_stderr': 1.0, 'length': 6.0, 'length_stderr': 1.0}
+    """
+
+    returns: np.ndarray
+    lengths: np.ndarray
+    successes: np.ndarray | None = None
+    normalized_scores: np.ndarray | None = None
+    trajectories: list[np.ndarray] | None = None
+
+    @property
+    def score(self) -> float:
+        """The headline number: the mean normalized score if there is one, else the mean return."""
+        scores = self.returns if self.normalized_scores is None else self.normalized_scores
+        return float(scores.mean())
+
+    @property
+    def score_name(self) -> str:
+        """What :attr:`score` is the mean of: ``"normalized_score"`` or ``"return"``."""
+        return "return" if self.normalized_scores is None else "normalized_score"
+
+    def summary(self) -> dict[str, float]:
+        """Means and standard errors, for a logger or a JSON file.
+
+        Returns:
+            ``score``, then ``return``, ``length``, ``success`` and ``normalized_score`` as far as
+            they are known, each with its standard error ``*_stderr`` (absent after a single
+            episode, which says nothing about the spread).
+        """
+        samples = {
+            "return": self.returns,
+            "length": self.lengths,
+            "success": self.successes,
+            "normalized_score": self.normalized_scores,
+        }
+        summary = {"score": self.score}
+        for name, sample in samples.items():
+            if sample is not None:
+                summary[name] = float(sample.mean())
+                if len(sample) > 1:
+                    summary[f"{name}_stderr"] = float(sample.std(ddof=1)) / math.sqrt(len(sample))
+        return summary
+
+
+class Evaluator:
+    """Plays complete episodes of a deterministic policy, the same ones at every call.
+
+    There is one environment per episode, built once. The policy acts for all of them at once, and
+    each plays exactly one episode, until it is terminated or truncated: a short episode does not
+    make room for another, and a finished environment is not stepped any more. Observations that are
+    not vectors are flattened by :class:`gymnasium.wrappers.FlattenObservation`.
+
+    Args:
+        env_spec: The environment, as an id or as the spec stored with a data set.
+        episodes: The number of episodes ``E``, at least 1.
+        seed: Episode ``i`` is reset with ``seed + i``, at every call.
+        reference_scores: The returns of a random and of an expert policy, for the normalized score
+            ``100 (return - random) / (expert - random)``. Default: those of
+            :data:`REFERENCE_SCORES` under the exact name of the environment; failing that the
+            normalized score is ``100 * success``, as D4RL scores its mazes, where the environment
+            reports success.
+
+    Raises:
+        ValueError: If ``episodes`` or ``reference_scores`` are out of range, or the environment
+            cannot be built.
+        TypeError: If the action space is neither ``Box`` nor ``Discrete``.
+
+    Example:
+        >>> from tensordict.nn import TensorDictModule
+        >>> push_right = TensorDictModule(
+        ...     lambda observation: torch.ones(len(observation), dtype=torch.int64),
+        ...     in_keys=["observation"],
+        ...     out_keys=["action"],
+        ... )
+        >>> with Evaluator("CartPole-v1", episodes=3) as evaluate:
+        ...     evaluate(push_right).returns.tolist()
+        [8.0, 9.0, 10.0]
+    """
+
+    def __init__(
+        self,
+        env_spec: EnvSpec | str,
+        *,
+        episodes: int = 10,
+        seed: int = 0,
+        reference_scores: tuple[float, float] | None = None,
+    ) -> None:
+        if episodes < 1:
+            raise ValueError(f"episodes must be at least 1, got {episodes}.")
+        if reference_scores is not None:
+            random, expert = reference_scores
+            if not -math.inf < random < expert < math.inf:
+                raise ValueError(
+                    "reference_scores must be finite returns (random, expert) with random < expert, "
+                    f"got {reference_scores}."
+                )
+        self.seed = seed
+        self.envs = [_build(env_spec) for _ in range(episodes)]
+        action_space = self.envs[0].action_space
+        if not isinstance(action_space, Box | Discrete):
+            self.close()
+            raise TypeError(f"The action space must be Box or Discrete, got {action_space}.")
+        self.action_space = action_space
+        spec = self.envs[0].spec
+        if reference_scores is None and spec is not None and spec.namespace is None:
+            reference_scores = REFERENCE_SCORES.get(spec.name)
+        self.reference_scores = reference_scores
+
+    def __call__(
+        self, policy: TensorDictModuleBase, *, keep_trajectories: bool = False
+    ) -> Evaluation:
+        """Plays one episode in each environment.
+
+        Args:
+            policy: Reads ``"observation"``, float32 ``[E, D]``, and writes ``"action"``: ``[E, *A]``
+                for a ``Box`` of shape ``A`` (clipped to its bounds); ``[E]`` or ``[E, 1]`` (index)
+                or ``[E, n]`` (one-hot) for a ``Discrete(n)``. It acts on the device of its
+                parameters, in eval mode, without gradients and without exploration.
+            keep_trajectories: Whether to return the observations of every episode.
+
+        Returns:
+            The outcome of the ``E`` episodes.
+
+        Raises:
+            ValueError: If an action has another shape, or that of a running episode is NaN.
+        """
+        episodes = len(self.envs)
+        returns = np.zeros(episodes)
+        lengths = np.zeros(episodes, dtype=np.int64)
+        successes: list[bool | None] = [None] * episodes
+        running = np.ones(episodes, dtype=bool)
+        resets = [env.reset(seed=self.seed + i)[0] for i, env in enumerate(self.envs)]
+        observations = np.stack(resets).astype(np.float32)
+        trajectories = [[observation] for observation in observations.copy()]
+
+        with (
+            torch.no_grad(),
+            set_exploration_type(ExplorationType.DETERMINISTIC),
+            _eval_mode(policy),
+        ):
+            while running.any():
+                actions = self._actions(policy, observations, running)
+                for i in np.flatnonzero(running):
+                    observations[i], reward, terminated, truncated, info = self.envs[i].step(
+                        actions[i]
+                    )
+                    returns[i] += float(reward)
+                    lengths[i] += 1
+                    running[i] = not (terminated or truncated)
+                    success = info.get("success", info.get("is_success"))
+                    if success is not None:
+                        successes[i] = bool(successes[i]) or bool(success)
+                    if keep_trajectories:
+                        trajectories[i].append(observations[i].copy())
+
+        reported = any(success is not None for success in successes)
+        succeeded = np.array(successes, dtype=bool) if reported else None
+        return Evaluation(
+            returns=returns,
+            lengths=lengths,
+            successes=succeeded,
+            normalized_scores=self._normalized_scores(returns, succeeded),
+            trajectories=[np.stack(t) for t in trajectories] if keep_trajectories else None,
+        )
+
+    def close(self) -> None:
+        """Closes the environments."""
+        for env in self.envs:
+            env.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _actions(
+        self, policy: TensorDictModuleBase, observations: np.ndarray, running: np.ndarray
+    ) -> np.ndarray:
+        """Checked actions, ``[E, *A]`` in the type of the action space (``A`` is ``()`` if discrete)."""
+        device = next((parameter.device for parameter in policy.parameters()), None)
+        batch = TensorDict(
+            {"observation": torch.tensor(observations, device=device)}, [len(observations)]
+        )
+        actions = policy(batch)["action"].cpu().numpy()
+        space = self.action_space
+        shapes = [space.shape] if isinstance(space, Box) else [(), (1,), (int(space.n),)]
+        allowed = [(len(observations), *shape) for shape in shapes]
+        if actions.shape not in allowed:
+            raise ValueError(
+                f"The policy wrote an action of shape {list(actions.shape)}; {space} needs "
+                f"{' or '.join(str(list(shape)) for shape in allowed)}."
+            )
+        not_a_number = running & np.isnan(actions).reshape(len(actions), -1).any(axis=1)
+        if not_a_number.any():
+            raise ValueError(f"The action of episode {np.flatnonzero(not_a_number)[0]} is NaN.")
+        if isinstance(space, Box):
+            return np.clip(actions, space.low, space.high).astype(space.dtype)
+        if actions.shape[1:] in [(), (1,)]:
+            return actions.reshape(-1)
+        return space.start + actions.argmax(axis=1)
+
+    def _normalized_scores(
+        self, returns: np.ndarray, successes: np.ndarray | None
+    ) -> np.ndarray | None:
+        if self.reference_scores is not None:
+            random, expert = self.reference_scores
+            return 100.0 * (returns - random) / (expert - random)
+        return None if successes is None else 100.0 * successes
+
+
+@contextmanager
+def _eval_mode(module: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside; outside every submodule is back in its own mode."""
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
+
+
+def _build(env_spec: EnvSpec | str) -> gymnasium.Env:
+    try:
+        env = gymnasium.make(env_spec)
+    except Exception as error:
+        name = getattr(env_spec, "id", env_spec)
+        raise ValueError(
+            f"The environment {name!r} cannot be built ({error}). "
+            "Is the package that defines it installed and registered with gymnasium?"
+        ) from error
+    is_vector = isinstance(env.observation_space, Box) and len(env.observation_space.shape) == 1
+    return env if is_vector else FlattenObservation(env)
