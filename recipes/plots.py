@@ -1,0 +1,125 @@
+"""Pictures of a run: its learning curves, and what it learned of a maze."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from gymnasium_robotics.envs.maze.maze_v4 import Maze
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import EngFormatter
+
+__all__ = ["learning_curves", "value_map"]
+
+BLUE = "#2a6f97"
+SLATE = "#2f3640"
+RED = "#e63946"
+DPI = 150
+PIXELS_PER_CELL = 32
+
+
+def learning_curves(metrics_csv: Path, png: Path) -> None:
+    """Draws every metric of a run over its gradient steps, a panel each.
+
+    Args:
+        metrics_csv: Has a column ``step`` and one per metric, whose cells are empty where it was not
+            logged. ``x_stderr`` is drawn as a band around ``x``.
+        png: The picture to write.
+
+    Raises:
+        ValueError: If no metric was ever logged.
+    """
+    with metrics_csv.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    curves: dict[str, np.ndarray] = {}
+    for name in rows[0] if rows else ():
+        points = [(float(row["step"]), float(row[name])) for row in rows if row[name]]
+        if points and name != "step":
+            curves[name] = np.array(points).T
+    panels = [name for name in curves if not name.endswith("_stderr")]
+    if not panels:
+        raise ValueError(f"{metrics_csv} holds no metric to draw.")
+
+    last = max(float(row["step"]) for row in rows)
+    columns = min(4, math.ceil(math.sqrt(len(panels))))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.1 * columns, 2.2 * lines + 0.3), layout="constrained")
+    for index, name in enumerate(panels):
+        steps, values = curves[name]
+        axes = figure.add_subplot(lines, columns, index + 1)
+        axes.plot(steps, values, color=BLUE, lw=1.5, marker="." if len(steps) < 50 else None)
+        if f"{name}_stderr" in curves:
+            error = np.interp(steps, *curves[f"{name}_stderr"])
+            axes.fill_between(steps, values - error, values + error, color=BLUE, alpha=0.2, lw=0)
+        axes.set_title(name.replace("_", " "), fontsize=10, loc="left", color=SLATE)
+        axes.set_xlim(0, 1.03 * last)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.tick_params(labelsize=8, colors=SLATE)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=SLATE, alpha=0.12)
+    figure.supxlabel("gradient steps", fontsize=9, color=SLATE)
+    figure.savefig(png, dpi=DPI)
+
+
+def value_map(
+    value: Callable[[np.ndarray], np.ndarray],
+    maze: Maze,
+    trajectories: Sequence[np.ndarray],
+    png: Path,
+) -> None:
+    """Draws V over the free cells of a maze, for a body at rest, and trajectories on top.
+
+    A flat observation of a maze is ``(achieved goal [2], desired goal [2], body [D - 4])``. The map
+    moves the body of the first trajectory's first observation, which is at rest and knows the goal,
+    to every position.
+
+    Args:
+        value: V of flat observations, float32 ``[n, D]`` to ``[n]``.
+        maze: The maze of the environment, ``env.unwrapped.maze``.
+        trajectories: Flat observations ``[length + 1, D]`` of one or more episodes.
+        png: The picture to write.
+    """
+    free = np.array([[cell != 1 for cell in row] for row in maze.maze_map])
+    pixels = np.kron(free, np.ones((PIXELS_PER_CELL, PIXELS_PER_CELL), dtype=bool))
+    size = maze.maze_size_scaling / PIXELS_PER_CELL
+    row, column = np.nonzero(pixels)
+    positions = np.stack(
+        [(column + 0.5) * size - maze.x_map_center, maze.y_map_center - (row + 0.5) * size], axis=1
+    )
+    at_rest = trajectories[0][0]
+    observations = np.tile(at_rest, (len(positions), 1)).astype(np.float32)
+    observations[:, :2] = positions
+    if np.array_equal(at_rest[4:6], at_rest[:2]):  # The point mass's body has its position, too.
+        observations[:, 4:6] = positions
+    values = np.full(pixels.shape, np.nan)
+    values[pixels] = value(observations)
+
+    height, width = pixels.shape
+    figure = Figure(figsize=(6.4, 5.2 * height / width + 0.5), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(
+        values,
+        cmap=colormaps["viridis"].with_extremes(bad=SLATE),
+        extent=(
+            -maze.x_map_center,
+            width * size - maze.x_map_center,
+            maze.y_map_center - height * size,
+            maze.y_map_center,
+        ),
+    )
+    outline = [withStroke(linewidth=2.4, foreground=SLATE)]
+    for trajectory in trajectories:
+        axes.plot(*trajectory[:, :2].T, color="white", lw=1.2, path_effects=outline)
+    marker = {"color": RED, "edgecolors": "white", "zorder": 3}
+    starts = np.stack([trajectory[0, :2] for trajectory in trajectories])
+    axes.scatter(starts[:, 0], starts[:, 1], s=40, label="start", **marker)
+    axes.scatter(at_rest[2], at_rest[3], s=250, marker="*", label="goal", **marker)
+    axes.set_axis_off()
+    figure.colorbar(image, label="V(s)", shrink=0.8)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(png, dpi=DPI)
