@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
-from torchrl.data import Bounded, Categorical, TensorSpec
+from torchrl.data import Bounded, Categorical, OneHot, TensorSpec
 from torchrl.modules import (
     MLP,
     Actor,
@@ -457,7 +457,11 @@ def _size(observation: int | TensorSpec) -> int:
 
 
 def _choices(action: int | TensorSpec) -> int:
-    return action if isinstance(action, int) else action.n  # pyright: ignore
+    if isinstance(action, int):
+        return action
+    if type(action) not in (Categorical, OneHot):  # their subclasses hold several choices
+        raise ValueError(f"the action spec must be Categorical or OneHot, got {action}")
+    return action.n  # pyright: ignore
 
 
 def _bounds(action: int | TensorSpec) -> tuple[Tensor, Tensor]:

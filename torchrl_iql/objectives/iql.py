@@ -23,6 +23,7 @@ from tensordict.nn import (
     CompositeDistribution,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
+    TensorDictModuleBase,
     dispatch,
 )
 from tensordict.nn.distributions import Delta as TensorDictDelta
@@ -227,6 +228,13 @@ class IQLLoss(LossModule):
             raise TypeError(
                 f"gamma={gamma!r} is not an argument of the loss: call make_value_estimator(gamma=...)"
             )
+        if priority_key is not None:
+            raise RuntimeError(
+                f"priority_key={priority_key!r} is not an argument of the loss: call "
+                "set_keys(priority=...)"
+            )
+        for name, network in (("actor_network", actor_network), ("value_network", value_network)):
+            _check_network(name, network)
         _check_choice("loss_function", loss_function, iql.DISTANCES)
         _check_choice("reduction", reduction, (None, *get_args(Reduction)))
         _check_choice(
@@ -242,7 +250,6 @@ class IQLLoss(LossModule):
         self._in_keys: list[NestedKey] = []
         self._out_keys = None
         super().__init__()
-        self._set_deprecated_ctor_keys(priority=priority_key)
         self.deactivate_vmap = deactivate_vmap
         self.delay_qvalue = True
         self.num_qvalue_nets = num_qvalue_nets
@@ -264,8 +271,15 @@ class IQLLoss(LossModule):
             create_target_params=True,
             compare_against=shared,
         )
-        if num_qvalue_nets > 1 and isinstance(qvalue_network, nn.Module):
-            self._draw_ensemble(qvalue_network)
+        if isinstance(qvalue_network, nn.Module):
+            if num_qvalue_nets > 1:
+                self._draw_ensemble(qvalue_network)
+        elif shared is not None:
+            with self.qvalue_network_params.unlock_() as params:
+                for name, parameter in qvalue_network[0].named_parameters():
+                    if any(parameter is other for other in shared):
+                        key = tuple(name.split("."))
+                        params.set(key, params.get(key).data)
 
         for name, number in (("expectile", expectile), ("temperature", temperature)):
             buffer = _coefficient(number, self._default_device)
@@ -295,9 +309,10 @@ class IQLLoss(LossModule):
 
     def evaluate(self, tensordict: TensorDictBase) -> Outputs:
         """All that :meth:`losses` needs of the networks."""
+        target_q = self._target_q(tensordict)  # first: it checks the shape of discrete actions
         return Outputs(
             log_prob=self.log_likelihood(tensordict),
-            target_q=self._target_q(tensordict),
+            target_q=target_q,
             q=self._q(tensordict),
             v=self._v(tensordict),
             td_target=self.td_target(tensordict, self._next_v(tensordict)),
@@ -340,12 +355,9 @@ class IQLLoss(LossModule):
         Returns:
             the loss, and an empty dictionary.
         """
-        loss, _ = self._actor_loss(
-            tensordict,
-            self.log_likelihood(tensordict),
-            self._target_q(tensordict),
-            self._v(tensordict),
-        )
+        target_q, v = self._target_q(tensordict), self._v(tensordict)
+        log_prob = self.log_likelihood(tensordict)
+        loss, _ = self._actor_loss(tensordict, log_prob, target_q, v)
         self._release(tensordict)
         return loss, {}
 
@@ -376,6 +388,7 @@ class IQLLoss(LossModule):
     def _actor_loss(
         self, td: TensorDictBase, log_prob: Tensor, target_q: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
+        _check_shape("V(s)", v, target_q.shape[1:])
         _check_shape("log-probability of the action", log_prob, v.shape)
         advantage = (iql.min_q(target_q) - v).detach()
         weight = iql.advantage_weight(advantage, self.temperature.to(v.dtype), self.weight_clip)
@@ -468,14 +481,17 @@ class IQLLoss(LossModule):
         for key, flag in ((keys.done, done), (keys.terminated, terminated)):
             _check_shape(("next", key), flag, next_v.shape)
         target = self.value_estimator.value_estimate(
-            td, next_value=next_v.masked_fill(terminated, 0.0)
+            td.copy(),  # average_rewards writes into it
+            next_value=next_v.masked_fill(terminated, 0.0),
         )
         return target.squeeze(-1).to(next_v.dtype)
 
     # --- Reading and writing the batch ---------------------------------------------------------------
 
     def _reduce(self, td: TensorDictBase, loss: Tensor) -> Tensor:
-        weights = self._maybe_get_priority_weight(td)
+        weights = None
+        if self.use_prioritized_weights in (True, "auto"):
+            weights = td.get(self.tensor_keys.priority_weight, default=None)
         if weights is not None:
             weights = self._expand_loss_mask(weights, loss)
         return self._reduce_loss(loss, td, weights=weights)
@@ -501,7 +517,7 @@ class IQLLoss(LossModule):
     def _set_in_keys(self) -> None:
         keys = self.tensor_keys
         in_keys: list[NestedKey] = [
-            *self.actor_network.in_keys,
+            *_inputs(self.actor_network),
             *self.qvalue_network.in_keys,
             *self.value_network.in_keys,
             keys.action,
@@ -540,7 +556,9 @@ class IQLLoss(LossModule):
         if isinstance(value_type, ValueEstimatorBase) or (
             isinstance(value_type, type) and issubclass(value_type, ValueEstimatorBase)
         ):
-            return super().make_value_estimator(value_type, **hyperparams)  # pyright: ignore
+            super().make_value_estimator(value_type, **hyperparams)  # pyright: ignore
+            self.value_estimator.set_keys(**self._estimator_keys())
+            return self
         dispatch_value_estimator(
             self,
             value_type,
@@ -695,11 +713,18 @@ def _check_number(name: str, value: float, within: bool, interval: str) -> None:
         raise ValueError(f"{name} must be in {interval}, got {value!r}")
 
 
+def _check_network(name: str, network: object) -> None:
+    if not isinstance(network, TensorDictModuleBase):
+        raise TypeError(f"{name} must be a TensorDictModule, got {network!r}")
+
+
 def _check_qvalue_networks(
     networks: TensorDictModule | list[TensorDictModule], number: int
 ) -> TensorDictModule | list[TensorDictModule]:
     if number < 1:
         raise ValueError(f"num_qvalue_nets must be at least 1, got {number!r}")
+    for network in networks if isinstance(networks, (list, tuple)) else [networks]:
+        _check_network("qvalue_network", network)
     if isinstance(networks, (list, tuple)):
         if len(networks) != number:
             raise ValueError(
@@ -746,15 +771,22 @@ def _nested(prefix: str | None, key: NestedKey) -> NestedKey:
     return (prefix, key) if isinstance(key, str) else (prefix, *key)
 
 
+def _inputs(module: TensorDictModule) -> list[NestedKey]:
+    """The ``in_keys``, less those under which a composite policy writes its own parameters."""
+    written = {key[0] for key in module.out_keys if isinstance(key, tuple)}
+    return [key for key in module.in_keys if key not in written]
+
+
 def _select(
     td: TensorDictBase, module: TensorDictModule, name: str, prefix: str | None = None
 ) -> TensorDictBase:
     """A new TensorDict with the inputs of ``module``: what it writes stays out of the batch."""
-    for key in module.in_keys:
+    keys = _inputs(module)
+    for key in keys:
         if _nested(prefix, key) not in td.keys(True):
             raise KeyError(_missing(td, _nested(prefix, key), name))
     source = td if prefix is None else td.get(prefix)
-    return source.select(*module.in_keys)
+    return source.select(*keys)
 
 
 def _run(network: Callable, inputs: TensorDictBase, *args: Any) -> Any:
@@ -764,7 +796,7 @@ def _run(network: Callable, inputs: TensorDictBase, *args: Any) -> Any:
     try:
         return network(inputs, *args)
     except RuntimeError as error:
-        if "dtype" not in str(error):
+        if "dtype" not in str(error) and "scalar type" not in str(error):
             raise
         found = {key: value.dtype for key, value in inputs.items(True, True)}
         raise RuntimeError(
