@@ -104,7 +104,7 @@ def train(
     learner = learner_for(cfg, dataset, architecture, temperature)
     policy = learner.loss.get_stateful_net("actor_network")
     buffer = dataset.replay_buffer(cfg.batch_size, device=cfg.compute.device)
-    best = {"score": -float("inf"), "step": 0}
+    best: dict[str, Any] | None = None
     if folder.last.exists():
         best = checkpoint.load_learner(folder.last, learner, cfg.compute.device)["best"]
         folder.forget_after(learner.steps)
@@ -127,7 +127,7 @@ def train(
             if learner.steps % cfg.eval_interval == 0 or learner.steps == cfg.steps:
                 scores = evaluate(policy).summary()
                 folder.log(learner.steps, {f"eval/{k}": v for k, v in scores.items()})
-                if scores["score"] > best["score"]:
+                if best is None or scores["score"] > best["score"]:
                     best = {"score": scores["score"], "step": learner.steps}
                     save(folder.best)
                 save(folder.last)
@@ -143,9 +143,10 @@ def train(
 
 def draw(cfg: DictConfig, learner: TrainStep, evaluate: Evaluator, folder: RunFolder) -> None:
     """Learning curves, and in a maze the learned V with a few evaluation trajectories."""
-    plots.learning_curves(folder.metrics, folder.path / "learning_curves.png")
+    if folder.metrics.exists():
+        plots.learning_curves(folder.metrics, folder.path / "learning_curves.png")
     maze = getattr(evaluate.envs[0].unwrapped, "maze", None)
-    if maze is None:
+    if maze is None or learner.steps < cfg.steps:
         return
     value = learner.loss.get_stateful_net("value_network").eval()
     policy = learner.loss.get_stateful_net("actor_network")
@@ -175,6 +176,8 @@ def run(cfg: DictConfig, path: Path) -> dict[str, Any]:
         f"{dataset.name}: {len(dataset.transitions)} transitions in "
         f"{len(dataset.episode_lengths)} episodes, mean return {dataset.episode_returns.mean():.1f}"
     )
+    if dataset.env_spec is None:
+        raise ValueError(f"{dataset.name} does not name the environment to evaluate in")
     folder = RunFolder(path, cfg.logger.backend)
     OmegaConf.save(cfg, path / "config.yaml", resolve=True)
     scores: dict[str, Any] = {"dataset": dataset.name, "seed": cfg.seed}
@@ -202,8 +205,9 @@ def report(scores: dict[str, Any], path: str) -> str:
     for key, name in (("iql", "IQL"), ("cloning", "behaviour cloning")):
         if "score" in scores.get(key, {}):
             result = scores[key]
+            kind = "normalized score" if "normalized_score" in result else "return"
             lines.append(
-                f"{name}: score {result['score']:.1f} after {result['steps']} steps "
+                f"{name}: {kind} {result['score']:.1f} after {result['steps']} steps "
                 f"(best {result['best']['score']:.1f} at step {result['best']['step']})"
             )
     if any(scores.get(key, {}).get("interrupted") for key in ("iql", "cloning")):

@@ -50,6 +50,9 @@ ENV_SPEC = EnvSpec(
 """The environment of the data and of the evaluation: ends with reward 1 within 0.45 m of the goal."""
 
 NEAREST, FARTHEST = 1, 4  # cells from the start of a walk to its end
+GOAL_SHARE = (
+    0.5  # of the walks that start near enough end at the goal: V has to learn what it is worth
+)
 ARRIVED = 0.3  # m from the centre of the last cell
 LONGEST = 150  # steps of a walk
 POSITION_GAIN, VELOCITY_GAIN = 10.0, 1.0  # those of maze2d's controller
@@ -122,6 +125,7 @@ def _episodes(env: gymnasium.Env, transitions: int, seed: int) -> Iterator[Episo
     kinds = {(i, j): kind for i, row in enumerate(maze.maze_map) for j, kind in enumerate(row)}
     free = [cell for cell, kind in kinds.items() if kind != 1]
     starts = [cell for cell in free if kinds[cell] != "g"]
+    (goal,) = (cell for cell in free if kinds[cell] == "g")
     distances = {cell: _distances(cell, set(free)) for cell in free}
     total = 0
     with tqdm(total=transitions, desc=DATASET_ID, unit="step") as bar:
@@ -129,6 +133,8 @@ def _episodes(env: gymnasium.Env, transitions: int, seed: int) -> Iterator[Episo
             start = starts[rng.integers(len(starts))]
             ends = [cell for cell in free if NEAREST <= distances[start][cell] <= FARTHEST]
             end = ends[rng.integers(len(ends))]
+            if goal in ends and rng.random() < GOAL_SHARE:
+                end = goal
             episode = _walk(env, start, end, distances[end], rng)
             total += len(episode)
             bar.update(len(episode))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDict
 
 from torchrl_iql import Evaluator, IQLLoss, load_dataset, load_policy
 
@@ -149,6 +150,24 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(
     assert rows(halves) == rows(whole)
     parts = load_policy(halves / "last.ckpt"), load_policy(whole / "last.ckpt")
     assert all(map(torch.equal, parts[0].parameters(), parts[1].parameters()))
+
+
+def test_a_run_stopped_before_anything_was_logged_can_be_resumed(
+    maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(f"dataset={maze_id}", "compare_with_cloning=false")
+    step = offline.TrainStep.__call__
+
+    def press_ctrl_c(self: offline.TrainStep, batch: TensorDict) -> TensorDict:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(offline.TrainStep, "__call__", press_ctrl_c)
+    scores = offline.run(cfg, tmp_path)
+    assert scores["iql"] == {"steps": 1, "best": None, "interrupted": True}
+    assert "resume=folder" in offline.report(scores, "folder")
+    monkeypatch.undo()
+    assert offline.run(cfg, tmp_path)["iql"]["steps"] == 60
 
 
 def test_what_cannot_be_resumed_is_named(tmp_path: Path) -> None:
