@@ -110,7 +110,7 @@ class IQLLoss(LossModule):
     ``loss.temperature = 5.0`` without recompiling. They are not part of the state dict.
 
     Reads: the ``in_keys`` of the networks, ``action``, ``("next", "reward")``, ``("next", "done")``
-    and ``("next", "terminated")`` (``[*B, 1]``), the ``in_keys`` of V under ``"next"``, and where present
+    and ``("next", "terminated")`` (bool ``[*B, 1]``; without the latter ``done``), the ``in_keys`` of V under ``"next"``, and where present
     ``steps_to_next_obs`` (n-step transitions), ``priority_weight`` (importance weights) and TorchRL's
     masks. Every key can be renamed by :meth:`set_keys`.
 
@@ -129,7 +129,8 @@ class IQLLoss(LossModule):
         - The defaults are the paper's: ``loss_function="l2"`` (TorchRL ``"smooth_l1"``),
           ``expectile=0.7`` (0.5), ``temperature=3.0`` (1.0). The clip of the weights is an argument.
         - The output holds diagnostics beside TorchRL's four entries.
-        - All three losses and the entropy honour masks, importance weights and n-step discounts.
+        - All three losses honour masks and importance weights, Q's honours n-step discounts, and the
+          entropy and the diagnostics honour masks.
         - A single ``qvalue_network`` keeps its initialisation. In the further networks each weight
           matrix is multiplied by a random orthogonal one, which keeps its singular values (an
           orthogonal matrix stays orthogonal), and biases are redrawn within their own range.
@@ -299,6 +300,9 @@ class IQLLoss(LossModule):
         self._writes_scalars = self.reduction != "none" or scalar_output_mode == "non_tensor"
         if self._deterministic or not self._writes_scalars:
             self.out_keys = self.out_keys[:3]  # pyright: ignore
+        # Found out now rather than in the first call, which torch.compile would trace twice.
+        self._set_in_keys()
+        _ = self.vmap_randomness
 
     # --- The algorithm -----------------------------------------------------------------------------
 
@@ -480,6 +484,8 @@ class IQLLoss(LossModule):
         terminated = td.get(("next", keys.terminated), default=done)
         for key, flag in ((keys.done, done), (keys.terminated, terminated)):
             _check_shape(("next", key), flag, next_v.shape)
+            if flag.dtype is not torch.bool:
+                raise ValueError(f"{('next', key)!r} has dtype {flag.dtype}, expected torch.bool")
         target = self.value_estimator.value_estimate(
             td.copy(),  # average_rewards writes into it
             next_value=next_v.masked_fill(terminated, 0.0),
@@ -522,9 +528,7 @@ class IQLLoss(LossModule):
             *self.value_network.in_keys,
             keys.action,
             *(_nested("next", key) for key in self.value_network.in_keys),
-            ("next", keys.reward),
-            ("next", keys.done),
-            ("next", keys.terminated),
+            *(_nested("next", key) for key in (keys.reward, keys.done, keys.terminated)),
         ]
         self._in_keys = list(dict.fromkeys(in_keys))
 
