@@ -456,3 +456,16 @@ def test_bad_statistics(name, mean: Tensor, std: Tensor, parts: list[str]):
         network(name, observation_statistics=(mean, std))
     for part in parts:
         assert part in str(error.value)
+
+
+def test_statistics_in_float64_serve_float32_networks():
+    """As NumPy gives them."""
+    statistics = (
+        torch.ones(OBS, dtype=torch.float64),
+        torch.full((OBS,), 2.0, dtype=torch.float64),
+    )
+    value = models.value_network(OBS, observation_statistics=statistics)
+    plain = models.value_network(OBS)
+    plain.load_state_dict(value.state_dict(), strict=False)
+    observation = torch.randn(4, OBS)
+    assert torch.equal(value(observation=observation), plain(observation=(observation - 1) / 2))

@@ -333,12 +333,12 @@ class _Normalize(nn.Module):
                 "observation_statistics must be a mean and a positive standard deviation of the same "
                 f"shape, got shapes {tuple(mean.shape)} and {tuple(std.shape)}"
             )
-        dtype = torch.get_default_dtype()
-        self.register_buffer("mean", mean.to(dtype, copy=True))
-        self.register_buffer("std", std.to(dtype, copy=True))
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
 
     def forward(self, observation: Tensor) -> Tensor:
-        return (observation - _per_batch(self.mean)) / _per_batch(self.std)
+        mean, std = (_per_batch(x).to(observation.dtype) for x in (self.mean, self.std))
+        return (observation - mean) / std
 
 
 class _Torso(nn.Module):
