@@ -102,17 +102,19 @@ class IQLLoss(LossModule):
         separate_losses: if True, parameters that the networks share are trained by one loss only:
             the policy's, then the value's.
         reduction: ``"mean"`` (the default), ``"sum"``, or ``"none"`` for losses of shape ``[*B]``.
-        deactivate_vmap: evaluate the Q networks in a loop instead of through :func:`torch.vmap`.
+        deactivate_vmap: evaluate the Q networks in a loop instead of through :func:`torch.vmap`. Those
+            of :mod:`torchrl_iql.models` need neither: they take stacked parameters.
         scalar_output_mode: what becomes of the scalar diagnostics when ``reduction="none"``:
             ``"exclude"`` or ``"non_tensor"``.
 
     ``expectile`` and ``temperature`` are scalar buffers, so that a schedule may assign
     ``loss.temperature = 5.0`` without recompiling. They are not part of the state dict.
 
-    Reads: the ``in_keys`` of the networks, ``action``, ``("next", "reward")``, ``("next", "done")``
-    and ``("next", "terminated")`` (bool ``[*B, 1]``; without the latter ``done``), the ``in_keys`` of V under ``"next"``, and where present
-    ``steps_to_next_obs`` (n-step transitions), ``priority_weight`` (importance weights) and TorchRL's
-    masks. Every key can be renamed by :meth:`set_keys`.
+    Reads: the ``in_keys`` of the networks, ``action``, ``("next", "reward")`` (``[*B, 1]``),
+    ``("next", "done")`` and ``("next", "terminated")`` (bool ``[*B, 1]``; without the latter,
+    ``done``), the ``in_keys`` of V under ``"next"``, and where present ``steps_to_next_obs`` (n-step
+    transitions), ``priority_weight`` (importance weights) and TorchRL's masks. :meth:`set_keys`
+    renames them.
 
     Returns:
         A TensorDict of scalars: ``loss_actor``, ``loss_qvalue``, ``loss_value``, ``entropy`` (minus the
@@ -138,7 +140,10 @@ class IQLLoss(LossModule):
         - The batch receives the priority and nothing else (no ``_log_prob``, ``loc``, ``scale``), and
           may be locked; in that case the priority is not written.
         - V(s') is not read where ``terminated``: the next observation may be NaN there.
-        - The losses are float32 or wider, also from bfloat16 networks.
+        - The losses are float32 or wider, also from bfloat16 networks; expectile, temperature and
+          discount stay float64 when the networks are cast.
+        - Composite, categorical ``[B, 1]``, boolean one-hot and deterministic actions work, and
+          networks may have inputs of their own.
         - :meth:`train` and :meth:`eval` reach the networks; the module can be pickled; its state dict
           is the same before and after use; :meth:`make_value_estimator` returns the module.
 
