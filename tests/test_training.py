@@ -144,6 +144,16 @@ def test_the_direct_evaluation_equals_the_loss_to_the_last_bit(kind: str) -> Non
         step(batch)
 
 
+def test_the_direct_evaluation_is_float32_under_autocast_too() -> None:
+    torch.manual_seed(0)
+    step, batch = TrainStep(make_loss()), transitions(32)
+    assert step._direct is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        direct, plain = step._direct(batch), step.loss(batch)
+    assert all(torch.equal(direct[key], plain[key]) for key in plain.keys())
+    assert {value.dtype for value in direct.values()} == {torch.float32}
+
+
 def test_other_networks_and_keys_are_evaluated_by_the_loss() -> None:
     renamed = make_loss()
     renamed.set_keys(reward="cost")

@@ -16,6 +16,7 @@ from torchrl_iql.objectives.iql import (
     DiscreteIQLLoss,
     IQLLoss,
     Outputs,
+    at_least_float32,
     takes_stacked_parameters,
 )
 
@@ -70,17 +71,17 @@ class DirectEvaluation:
         inputs = [td.get(key) for key in loss.qvalue_network.in_keys]
         with torch.no_grad():
             target_q = loss.at_action(td, self.target_q(*inputs))
-            next_v = self.v(td.get(("next", "observation"))).squeeze(-1)
+            next_v = at_least_float32(self.v(td.get(("next", "observation"))).squeeze(-1))
         if self.gaussian is None:
             log_prob = loss.log_likelihood(td)
         else:
             distribution = IndependentNormal(*self.gaussian(observation), validate_args=False)
             log_prob = distribution.log_prob(td.get("action"))
         outputs = Outputs(
-            log_prob=log_prob,
-            target_q=target_q,
-            q=loss.at_action(td, self.q(*inputs)),
-            v=self.v(observation).squeeze(-1),
+            log_prob=at_least_float32(log_prob),
+            target_q=at_least_float32(target_q),
+            q=at_least_float32(loss.at_action(td, self.q(*inputs))),
+            v=at_least_float32(self.v(observation).squeeze(-1)),
             td_target=loss.td_target(td, next_v),
         )
         return loss.losses(td, outputs)

@@ -422,7 +422,7 @@ class IQLLoss(LossModule):
                 predicted = _run(self.actor_network, inputs).get(self.tensor_keys.action)
                 action = self._get(td, self.tensor_keys.action)
                 _check_shape("action of the policy", predicted, action.shape)
-                return -(_at_least_float32(predicted) - action).square().sum(dim=-1)
+                return -(at_least_float32(predicted) - action).square().sum(dim=-1)
             dist = _run(self.actor_network.get_dist, inputs)
         if isinstance(dist, CompositeDistribution):
             log_prob = dist.log_prob(td.copy())
@@ -435,7 +435,7 @@ class IQLLoss(LossModule):
             log_prob = dist.log_prob(action)
         if is_tensor_collection(log_prob):
             log_prob = log_prob.sum(dim="feature", reduce=True)  # pyright: ignore
-        return _at_least_float32(log_prob)
+        return at_least_float32(log_prob)
 
     def _v(self, td: TensorDictBase, prefix: str | None = None) -> Tensor:
         """V(s), or V(s') with the prefix ``"next"``, ``[*B]``."""
@@ -443,7 +443,7 @@ class IQLLoss(LossModule):
         with self.value_network_params.to_module(self.value_network, preserve_module_state=False):
             outputs = _run(self.value_network, inputs)
         value = _get_output(outputs, self.tensor_keys.value, self.value_network)
-        return _at_least_float32(_squeeze_last(value, self.tensor_keys.value))
+        return at_least_float32(_squeeze_last(value, self.tensor_keys.value))
 
     @torch.no_grad()
     def _next_v(self, td: TensorDictBase) -> Tensor:
@@ -473,7 +473,7 @@ class IQLLoss(LossModule):
                 pseudo_vmap=self.deactivate_vmap,
             )
             q = _get_output(_run(vmapped, inputs, params), key, network)  # pyright: ignore
-        return _at_least_float32(self.at_action(td, q))
+        return at_least_float32(self.at_action(td, q))
 
     def at_action(self, td: TensorDictBase, q: Tensor) -> Tensor:
         """The values of the data's actions, ``[N, *B]``, from the output of the Q networks."""
@@ -832,7 +832,7 @@ def _squeeze_last(value: Tensor, key: NestedKey) -> Tensor:
     return value.squeeze(-1)
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
