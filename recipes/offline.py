@@ -1,15 +1,20 @@
-"""Train IQL on an offline data set.
+"""Train IQL on an offline data set, one learner or many at once.
 
 With no argument: the embedded maze data, made on first use, IQL beside behaviour cloning.
 
     python recipes/offline.py
-    python recipes/offline.py task=locomotion dataset=mujoco/hopper/medium-v0 compute=gpu seed=1
+    python recipes/offline.py task=locomotion dataset=mujoco/hopper/medium-v0 seeds=[0,1,2,3]
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import hydra
@@ -19,12 +24,16 @@ import pointmaze
 import torch
 from gymnasium.spaces import Discrete
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from run_folder import RunFolder, StopSignal
+from scipy.stats import t as student_t
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
 from tqdm import tqdm
 
 from torchrl_iql import (
     DiscreteIQLLoss,
+    Evaluation,
     Evaluator,
     IQLLoss,
     OfflineDataset,
@@ -33,6 +42,14 @@ from torchrl_iql import (
     load_dataset,
 )
 from torchrl_iql.models import Architecture
+
+VARIABLE = ("expectile", "temperature", "learning_rate", "discount", "seed")
+"""What may differ between the learners of a run."""
+
+EVALUATION_SEED = (
+    10_000  # plus the seed of the learner: away from the seeds that data are made with
+)
+STEPS_PER_CALL = 100  # between two looks at Ctrl-C
 
 
 def architecture_for(cfg: DictConfig, dataset: OfflineDataset) -> Architecture:
@@ -59,112 +76,232 @@ def architecture_for(cfg: DictConfig, dataset: OfflineDataset) -> Architecture:
     )
 
 
-def learner_for(
-    cfg: DictConfig, dataset: OfflineDataset, architecture: Architecture, temperature: float
-) -> TrainStep:
-    networks = architecture.build(dataset.observation_statistics())
-    settings = {
-        "num_qvalue_nets": architecture.num_qvalue_nets,
+def replicas(cfg: DictConfig) -> list[dict[str, Any]]:
+    """The learners to train at once: every combination of the seeds and of settings with several values.
+
+    Returns:
+        for each its settings, those in ``VARIABLE``, and its ``name``: what distinguishes it.
+    """
+    given = {
         "expectile": cfg.expectile,
-        "temperature": temperature,
-        "weight_clip": cfg.weight_clip,
+        "temperature": cfg.temperature,
+        "learning_rate": cfg.learning_rate,
+        "discount": cfg.discount,
+        "seed": cfg.seeds,
     }
-    if architecture.discrete:
-        loss = DiscreteIQLLoss(*networks, action_space="categorical", **settings)
-    else:
-        loss = IQLLoss(*networks, **settings)
-    loss.make_value_estimator(gamma=cfg.discount)
+    grid = {key: list(v) if isinstance(v, ListConfig) else [v] for key, v in given.items()}
+    for key, values in grid.items():
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{key}: give one value or several different ones, got {values}")
+    varied = [key for key, values in grid.items() if len(values) > 1]
+    combinations = (dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values()))
+    return [
+        {"name": ",".join(f"{key}={combination[key]}" for key in varied), **combination}
+        for combination in combinations
+    ]
+
+
+def learner_for(
+    cfg: DictConfig,
+    dataset: OfflineDataset,
+    architecture: Architecture,
+    settings: list[dict[str, Any]],
+) -> TrainStep:
+    losses = []
+    for each in settings:
+        torch.manual_seed(each["seed"])
+        networks = architecture.build(dataset.observation_statistics())
+        kwargs: dict[str, Any] = {
+            "num_qvalue_nets": architecture.num_qvalue_nets,
+            "expectile": each["expectile"],
+            "temperature": each["temperature"],
+            "weight_clip": cfg.weight_clip,
+        }
+        if architecture.discrete:
+            loss = DiscreteIQLLoss(*networks, action_space="categorical", **kwargs)
+        else:
+            loss = IQLLoss(*networks, **kwargs)
+        loss.make_value_estimator(gamma=each["discount"])
+        losses.append(loss.to(cfg.compute.device))
     return TrainStep(
-        loss.to(cfg.compute.device),
-        learning_rate=cfg.learning_rate,
+        losses,
+        learning_rate=[each["learning_rate"] for each in settings],
         target_rate=cfg.target_rate,
         actor_decay_steps=cfg.steps if cfg.decay_actor else None,
+        execution=cfg.compute.execution,
     )
 
 
-def train(
-    cfg: DictConfig,
-    dataset: OfflineDataset,
-    evaluate: Evaluator,
-    folder: RunFolder,
-    *,
-    name: str,
-    temperature: float,
-) -> tuple[TrainStep, dict[str, Any]]:
-    """Take the gradient steps that the folder's last checkpoint lacks, evaluating on the way.
+class Run:
+    """The replicas of a run, each with a folder of its own, and what they have scored so far."""
 
-    Ctrl-C saves a checkpoint and ends the training; a second one stops at once.
+    def __init__(
+        self, cfg: DictConfig, dataset: OfflineDataset, evaluate: Evaluator, path: Path
+    ) -> None:
+        self.cfg = cfg
+        self.dataset = dataset
+        self.evaluate = evaluate
+        self.settings = replicas(cfg)
+        self.folders = [
+            RunFolder(path / each["name"], cfg.logger.backend) for each in self.settings
+        ]
+        self.architecture = architecture_for(cfg, dataset)
+        self.policy, _, _ = self.architecture.build()  # as load_policy will build it
+        self.learner = learner_for(cfg, dataset, self.architecture, self.settings)
+        self.best: list[dict[str, Any] | None] = [None] * len(self.settings)
+        self.evaluations: list[Evaluation] | None = None
+        self.in_maze = hasattr(evaluate.envs[0].unwrapped, "maze")
+        if all(folder.last.exists() for folder in self.folders):
+            self._resume()
+
+    def train(self) -> None:
+        """Takes the gradient steps that are missing, evaluating on the way.
+
+        Ctrl-C saves a checkpoint and ends the training; a second one stops at once.
+        """
+        cfg, learner = self.cfg, self.learner
+        seeds = [each["seed"] for each in self.settings]
+        streaming = cfg.compute.streaming
+        with (
+            self.dataset.minibatches(
+                cfg.batch_size, seeds=seeds, device=cfg.compute.device, streaming=streaming
+            ) as minibatches,
+            StopSignal() as stop,
+            tqdm(total=cfg.steps, initial=learner.steps, desc="IQL", unit="step") as bar,
+        ):
+            while not stop.requested and (learner.steps < cfg.steps or self.evaluations is None):
+                if learner.steps < cfg.steps:
+                    steps = self._until_next_event()
+                    metrics = learner.run(minibatches, steps)
+                    bar.update(steps)
+                    if learner.steps % cfg.log_interval == 0:
+                        self._log(metrics, bar)
+                if learner.steps % cfg.eval_interval == 0 or learner.steps == cfg.steps:
+                    self._evaluate()
+        if stop.requested:
+            self._save()
+
+    def _until_next_event(self) -> int:
+        done, cfg = self.learner.steps, self.cfg
+        intervals = (STEPS_PER_CALL, cfg.log_interval, cfg.eval_interval)
+        return min(cfg.steps - done, *(interval - done % interval for interval in intervals))
+
+    def _log(self, metrics: TensorDictBase, bar: tqdm) -> None:
+        values = {key: value.reshape(-1).tolist() for key, value in metrics.items()}
+        values["policy_lr"] = self.learner.policy_lr
+        for r, folder in enumerate(self.folders):
+            folder.log(self.learner.steps, {key: value[r] for key, value in values.items()})
+        shown = {key[5:]: mean(v) for key, v in values.items() if key.startswith("loss_")}
+        if self.evaluations is not None:
+            shown["score"] = mean(evaluation.score for evaluation in self.evaluations)
+        bar.set_postfix(shown)
+
+    def _evaluate(self) -> None:
+        self.evaluations = []
+        for r, (each, folder) in enumerate(zip(self.settings, self.folders, strict=True)):
+            self.evaluate.seed = EVALUATION_SEED + each["seed"]
+            self.policy.load_state_dict(self._network(r, "actor").state_dict())
+            evaluation = self.evaluate(self.policy, keep_trajectories=self.in_maze)
+            self.evaluations.append(evaluation)
+            folder.log(
+                self.learner.steps, {f"eval/{k}": v for k, v in evaluation.summary().items()}
+            )
+            best = self.best[r]
+            if best is None or evaluation.score > best["score"]:
+                self.best[r] = {"score": evaluation.score, "step": self.learner.steps}
+                self._save_replica(r, folder.best)
+        self._save()
+
+    def _network(self, replica: int, name: str) -> TensorDictModule:
+        return self.learner.losses[replica].get_stateful_net(f"{name}_network")
+
+    # --- Checkpoints ---------------------------------------------------------------------------------
+
+    def _save_replica(self, replica: int, path: Path) -> Path:
+        metadata = {"best": self.best[replica], "dataset": self.dataset.name}
+        return checkpoint.save(path, self.learner, self.architecture, replica=replica, **metadata)
+
+    def _save(self) -> None:
+        """Replaces the last checkpoints of all replicas together."""
+        new = [
+            self._save_replica(r, folder.last.with_suffix(".new"))
+            for r, folder in enumerate(self.folders)
+        ]
+        for path, folder in zip(new, self.folders, strict=True):
+            path.replace(folder.last)
+
+    def _resume(self) -> None:
+        steps = set()
+        for r, folder in enumerate(self.folders):
+            saved = checkpoint.load_learner(folder.last, self.learner, replica=r)
+            self.best[r] = saved["best"]
+            steps.add(self.learner.steps)
+            folder.forget_after(self.learner.steps)
+        if len(steps) > 1:
+            raise ValueError(
+                f"the checkpoints of the replicas are from different steps, {sorted(steps)}: the run "
+                "was killed while it replaced them, and cannot be continued"
+            )
+
+    # --- Results -------------------------------------------------------------------------------------
+
+    def scores(self) -> list[dict[str, Any]]:
+        """What ``scores.json`` says of each replica."""
+        state = {"steps": self.learner.steps, "interrupted": self.learner.steps < self.cfg.steps}
+        results = [each.summary() for each in self.evaluations or []] or [{} for _ in self.settings]
+        return [
+            {**each, **result, **state, "best": best}
+            for each, result, best in zip(self.settings, results, self.best, strict=True)
+        ]
+
+    def draw(self) -> None:
+        """Learning curves, and in a maze the learned V with a few evaluation trajectories."""
+        for r, folder in enumerate(self.folders):
+            if folder.metrics.exists():
+                plots.learning_curves(folder.metrics, folder.path / "learning_curves.png")
+            if self.in_maze and self.evaluations is not None:
+                trajectories = self.evaluations[r].trajectories or []
+                maze = self.evaluate.envs[0].unwrapped.maze  # pyright: ignore
+                picture = folder.path / "value_map.png"
+                plots.value_map(self._value_function(r), maze, trajectories[:5], picture)
+
+    def _value_function(self, replica: int) -> Callable[[np.ndarray], np.ndarray]:
+        value = self._network(replica, "value").eval()
+
+        @torch.no_grad()
+        def v(observations: np.ndarray) -> np.ndarray:
+            batch = torch.as_tensor(observations, device=self.learner.device)
+            return value(batch).squeeze(-1).cpu().numpy()
+
+        return v
+
+
+def summaries(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The mean score over the seeds for each combination of the other settings.
 
     Returns:
-        the learner, and its final scores: those of :meth:`torchrl_iql.Evaluation.summary`, the number
-        of steps, the best evaluation on the way, and whether the run was interrupted.
+        for each: the settings, the number of ``seeds``, the mean ``score``, and half the width of its
+        95% confidence interval (Student's t), ``ci95``, None for a single seed.
     """
-    torch.manual_seed(cfg.seed)
-    architecture = architecture_for(cfg, dataset)
-    learner = learner_for(cfg, dataset, architecture, temperature)
-    policy = learner.loss.get_stateful_net("actor_network")
-    buffer = dataset.replay_buffer(cfg.batch_size, device=cfg.compute.device)
-    best: dict[str, Any] | None = None
-    if folder.last.exists():
-        best = checkpoint.load_learner(folder.last, learner, cfg.compute.device)["best"]
-        folder.forget_after(learner.steps)
-
-    def save(path: Path) -> None:
-        checkpoint.save(path, learner, architecture, best=best, dataset=dataset.name)
-
-    scores: dict[str, float] = {}
-    bar = tqdm(total=cfg.steps, initial=learner.steps, desc=name, unit="step")
-    with StopSignal() as stop:
-        while not stop.requested and (learner.steps < cfg.steps or not scores):
-            if learner.steps < cfg.steps:
-                metrics = learner(buffer.sample())
-                bar.update()
-                if learner.steps % cfg.log_interval == 0:
-                    values = {key: float(value) for key, value in metrics.items()}
-                    folder.log(learner.steps, values | {"policy_lr": learner.policy_lr})
-                    losses = {k[5:]: v for k, v in values.items() if k.startswith("loss_")}
-                    bar.set_postfix(losses | ({"score": scores["score"]} if scores else {}))
-            if learner.steps % cfg.eval_interval == 0 or learner.steps == cfg.steps:
-                scores = evaluate(policy).summary()
-                folder.log(learner.steps, {f"eval/{k}": v for k, v in scores.items()})
-                if best is None or scores["score"] > best["score"]:
-                    best = {"score": scores["score"], "step": learner.steps}
-                    save(folder.best)
-                save(folder.last)
-    if stop.requested:
-        save(folder.last)
-    bar.close()
-    return learner, scores | {
-        "steps": learner.steps,
-        "best": best,
-        "interrupted": learner.steps < cfg.steps,
-    }
-
-
-def draw(cfg: DictConfig, learner: TrainStep, evaluate: Evaluator, folder: RunFolder) -> None:
-    """Learning curves, and in a maze the learned V with a few evaluation trajectories."""
-    if folder.metrics.exists():
-        plots.learning_curves(folder.metrics, folder.path / "learning_curves.png")
-    maze = getattr(evaluate.envs[0].unwrapped, "maze", None)
-    if maze is None or learner.steps < cfg.steps:
-        return
-    value = learner.loss.get_stateful_net("value_network").eval()
-    policy = learner.loss.get_stateful_net("actor_network")
-
-    @torch.no_grad()
-    def v(observations: np.ndarray) -> np.ndarray:
-        batch = torch.as_tensor(observations, device=cfg.compute.device)
-        return value(batch).squeeze(-1).cpu().numpy()
-
-    trajectories = evaluate(policy, keep_trajectories=True).trajectories
-    plots.value_map(v, maze, trajectories[:5], folder.path / "value_map.png")
+    groups: dict[tuple, list[float]] = {}
+    for each in scores:
+        settings = tuple((key, each[key]) for key in VARIABLE if key != "seed")
+        groups.setdefault(settings, []).append(each["score"])
+    rows = []
+    for settings, values in groups.items():
+        seeds = len(values)
+        quantile = student_t.ppf(0.975, seeds - 1) if seeds > 1 else None
+        ci95 = None if quantile is None else float(quantile * stdev(values) / math.sqrt(seeds))
+        rows.append({**dict(settings), "seeds": seeds, "score": mean(values), "ci95": ci95})
+    return rows
 
 
 def run(cfg: DictConfig, path: Path) -> dict[str, Any]:
     """One run in a folder, continued if the folder holds a part of it.
 
     Returns:
-        what ``scores.json`` holds: the data set, the seed, and the scores of ``iql`` and ``cloning``.
+        what ``scores.json`` holds: the data set, the scores of each of the ``replicas``, and the
+        ``summary`` over seeds.
     """
     if cfg.compute.threads is not None:
         torch.set_num_threads(cfg.compute.threads)
@@ -178,43 +315,42 @@ def run(cfg: DictConfig, path: Path) -> dict[str, Any]:
     )
     if dataset.env_spec is None:
         raise ValueError(f"{dataset.name} does not name the environment to evaluate in")
-    folder = RunFolder(path, cfg.logger.backend)
-    OmegaConf.save(cfg, path / "config.yaml", resolve=True)
-    scores: dict[str, Any] = {"dataset": dataset.name, "seed": cfg.seed}
     with Evaluator(
-        dataset.env_spec,
-        episodes=cfg.eval_episodes,
-        seed=10_000 + cfg.seed,  # away from the seeds that data sets are made with
-        reference_scores=dataset.reference_scores,
+        dataset.env_spec, episodes=cfg.eval_episodes, reference_scores=dataset.reference_scores
     ) as evaluate:
-        learner, scores["iql"] = train(
-            cfg, dataset, evaluate, folder, name="IQL", temperature=cfg.temperature
-        )
-        if cfg.compare_with_cloning and not scores["iql"]["interrupted"]:
-            _, scores["cloning"] = train(
-                cfg, dataset, evaluate, RunFolder(path / "cloning"), name="BC", temperature=0.0
-            )
-        draw(cfg, learner, evaluate, folder)
-    folder.write_json("scores.json", scores)
+        its = Run(cfg, dataset, evaluate, path)
+        OmegaConf.save(cfg, path / "config.yaml", resolve=True)
+        its.train()
+        its.draw()
+    scores: dict[str, Any] = {"dataset": dataset.name, "replicas": its.scores()}
+    if its.evaluations is not None:
+        scores["summary"] = summaries(scores["replicas"])
+    (path / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     return scores
 
 
 def report(scores: dict[str, Any], path: str) -> str:
     """What the user reads at the end."""
+    replicas, rows = scores["replicas"], scores.get("summary", [])
+    score = "normalized score" if "normalized_score" in replicas[0] else "return"
     lines = []
-    for key, name in (("iql", "IQL"), ("cloning", "behaviour cloning")):
-        if "score" in scores.get(key, {}):
-            result = scores[key]
-            kind = "normalized score" if "normalized_score" in result else "return"
-            lines.append(
-                f"{name}: {kind} {result['score']:.1f} after {result['steps']} steps "
-                f"(best {result['best']['score']:.1f} at step {result['best']['step']})"
-            )
-    if any(scores.get(key, {}).get("interrupted") for key in ("iql", "cloning")):
-        lines.append(f"Interrupted. Continue with: python recipes/offline.py resume={path}")
+    for row in rows:
+        varied = [k for k in VARIABLE if k in row and len({other[k] for other in rows}) > 1]
+        name = ", ".join(f"{key}={row[key]:g}" for key in varied) or "IQL"
+        name += " (behaviour cloning)" if row["temperature"] == 0 else ""
+        seeds = (
+            "one seed" if row["seeds"] == 1 else f"± {row['ci95']:.1f}, 95% of {row['seeds']} seeds"
+        )
+        lines.append(f"{name}: {score} {row['score']:.1f} ({seeds})")
+    if replicas[0]["interrupted"]:
+        lines.append(
+            f"Interrupted after {replicas[0]['steps']} steps. "
+            f"Continue with: python recipes/offline.py resume={path}"
+        )
+    policy = Path(path, replicas[0]["name"], "last.ckpt")
     lines += [
-        f"Results: {path} (scores.json, metrics.csv, *.png, last.ckpt, best.ckpt)",
-        f"Load the policy: torchrl_iql.load_policy({path + '/last.ckpt'!r})",
+        f"Results: {path} (scores.json, and for each learner metrics.csv, *.png, *.ckpt)",
+        f"Load a policy: torchrl_iql.load_policy({str(policy)!r})",
     ]
     return "\n".join(lines)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,24 +37,33 @@ class RunFolder:
         if self.metrics.exists():  # a resumed run
             with self.metrics.open(newline="") as file:
                 self._rows = {int(row["step"]): row for row in csv.DictReader(file)}
+        self._columns = {"step": None}
+        self._columns |= {key: None for row in self._rows.values() for key in row}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add metrics to the line of a step."""
+        appends = step not in self._rows and metrics.keys() <= self._columns.keys()
         self._rows.setdefault(step, {"step": step}).update(metrics)
-        columns = dict.fromkeys(key for row in self._rows.values() for key in row)
-        with self.metrics.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self._rows.values())
+        self._columns.update(dict.fromkeys(metrics))
+        if appends:
+            with self.metrics.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(self._rows[step])
+        else:
+            self._write()
         if self._logger is not None:
             self._logger.log_metrics(dict(metrics), step=step)
+
+    def _write(self) -> None:
+        with self.metrics.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(self._rows.values())
 
     def forget_after(self, step: int) -> None:
         """Drop the lines after a step: a run that resumes there logs them again."""
         self._rows = {at: row for at, row in self._rows.items() if at <= step}
-
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
+        if self.metrics.exists():
+            self._write()
 
 
 class StopSignal:

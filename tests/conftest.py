@@ -14,6 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests load is not kept in the user's cache."""
+    os.environ["TORCHRL_IQL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def maze_id(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The id of a small PointMaze data set, in a Minari store of the tests' own."""

@@ -43,11 +43,12 @@ def test_the_policy_loads_from_the_file_alone(kind: str, tmp_path: Path) -> None
     source = learner(architecture)
     path = checkpoint.save(tmp_path / "a.ckpt", source, architecture)
     policy = load_policy(path)
-    trained = source.loss.get_stateful_net("actor_network").eval()
+    trained = source.losses[0].get_stateful_net("actor_network").eval()
     observation = torch.randn(5, 3)
     batch = transitions(5).set("observation", observation)
     assert not policy.training
-    assert torch.equal(policy(batch.copy())["action"], trained(batch.copy())["action"])
+    expected = trained(batch.copy())["action"]
+    torch.testing.assert_close(policy(batch.copy())["action"], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_training_and_random_numbers_continue_bit_for_bit(tmp_path: Path) -> None:
@@ -66,8 +67,8 @@ def test_training_and_random_numbers_continue_bit_for_bit(tmp_path: Path) -> Non
     for metrics in expected:
         again = second(transitions(16))
         assert all(torch.equal(metrics[key], again[key]) for key in metrics.keys())
-    for name, value in first.loss.state_dict().items():
-        assert torch.equal(value, second.loss.state_dict()[name]), name
+    for name, value in first.losses[0].state_dict().items():
+        assert torch.equal(value, second.losses[0].state_dict()[name]), name
     assert np.random.rand() == drawn
 
 
@@ -75,16 +76,29 @@ def test_the_target_networks_are_those_of_the_checkpoint(tmp_path: Path) -> None
     source = learner()
     for _ in range(3):
         source(transitions(16))
-    source.loss.target_qvalue_network_params.data.mul_(2.0)  # far from the online networks
+    source.losses[0].target_qvalue_network_params.data.mul_(2.0)  # far from the online networks
     path = checkpoint.save(tmp_path / "a.ckpt", source, ARCHITECTURE)
     restored = learner()
     checkpoint.load_learner(path, restored)
     for ours, theirs in zip(
-        restored.loss.target_qvalue_network_params.values(True, True),
-        source.loss.target_qvalue_network_params.values(True, True),
+        restored.losses[0].target_qvalue_network_params.values(True, True),
+        source.losses[0].target_qvalue_network_params.values(True, True),
         strict=True,
     ):
         assert torch.equal(ours, theirs)
+
+
+def test_a_checkpoint_holds_one_replica_and_no_more(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    together = TrainStep([IQLLoss(*ARCHITECTURE.build(STATISTICS)) for _ in range(20)])
+    together(torch.stack([transitions(16) for _ in range(20)]))
+    path = checkpoint.save(tmp_path / "a.ckpt", together, ARCHITECTURE, replica=7)
+    alone = learner()
+    checkpoint.load_learner(path, alone)
+    for name, value in together.losses[7].state_dict().items():
+        assert torch.equal(value, alone.losses[0].state_dict()[name]), name
+    single = checkpoint.save(tmp_path / "b.ckpt", alone, ARCHITECTURE)
+    assert path.stat().st_size == pytest.approx(single.stat().st_size, rel=0.01)
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(
@@ -94,7 +108,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
     path = checkpoint.save(tmp_path / "a.ckpt", source, ARCHITECTURE)
     before = path.read_bytes()
 
-    def full(self: TrainStep) -> dict:
+    def full(self: TrainStep, replica: int) -> dict:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(TrainStep, "state_dict", full)

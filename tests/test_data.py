@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
+import os
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +32,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is set to None", "ignore:env_s
 FORMATS = ("hdf5", "arrow", "parquet")
 PLANE = spaces.Box(-np.inf, np.inf, (2,), np.float64)
 UNIT = spaces.Box(-1.0, 1.0, (1,))
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch) -> Path:
+    """The cache of one test, not that of the user."""
+    folder = tmp_path_factory.mktemp("cache") / "torchrl_iql"
+    monkeypatch.setenv("TORCHRL_IQL_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -235,6 +250,17 @@ class TestSpaces:
         assert dataset.observation_space == space
         assert dataset.action_space == UNIT
 
+    @pytest.mark.parametrize("data_format", ["hdf5", "parquet"])
+    def test_images_are_decoded(self, data_format):
+        space = spaces.Dict({"view": spaces.Box(0, 255, (32, 32, 3), np.uint8)}, seed=0)
+        images = stacked([space.sample() for _ in range(4)])
+        episode = walk(3, observations=images)
+        source = write(episode, observation_space=space, data_format=data_format)
+        stored = next(minari.load_dataset(source).iterate_episodes()).observations["view"]
+        found = load(source).transitions
+        np.testing.assert_array_equal(found["observation"], stored[:-1].reshape(3, -1))
+        np.testing.assert_array_equal(found["next", "observation"], stored[1:].reshape(3, -1))
+
     def test_actions_stay_inside_bounds_on_both_sides(self):
         space = spaces.Box(
             np.array([[-1.0, 0.0], [-np.inf, 2.0]]),
@@ -370,6 +396,14 @@ class TestEpisodeRules:
                 walk(3, infos=infos),
                 episode_rule="until_success",
             )
+
+    @pytest.mark.parametrize("data_format", FORMATS)
+    def test_without_a_record_of_success_in_files(self, data_format):
+        episode = walk(3, infos={"speed": [0.0] * 4, "height": [1.0] * 4})
+        source = write(episode, data_format=data_format)
+        message = rf"^{source}, episode 0: .* found infos \['height', 'speed'\] and other rewards"
+        with pytest.raises(ValueError, match=message):
+            load(source, episodes="until_success")
 
 
 class TestRewardRules:
@@ -521,6 +555,231 @@ class TestSource:
         assert load("far/away-v0").episode_lengths.tolist() == [3]
 
 
+def leaves(transitions: TensorDict) -> dict[Any, tuple]:
+    """Type, shape and bytes of each entry: two NaN are equal, 0 and -0 are not."""
+    return {
+        key: (value.dtype, value.shape, value.numpy().tobytes())
+        for key, value in transitions.items(include_nested=True, leaves_only=True)
+    }
+
+
+def assert_same(found: OfflineDataset, expected: OfflineDataset) -> None:
+    assert found.transitions.batch_size == expected.transitions.batch_size
+    assert found.transitions.device == expected.transitions.device
+    assert found.transitions.is_locked == expected.transitions.is_locked
+    for field in fields(OfflineDataset):
+        value, other = getattr(found, field.name), getattr(expected, field.name)
+        match value:
+            case TensorDict():
+                assert leaves(value) == leaves(other)
+            case torch.Tensor():
+                assert value.dtype == other.dtype
+                assert value.equal(other)
+            case _:
+                assert value == other
+
+
+def load_again_and_again(source: str, cache_folder: Path) -> bytes:
+    """Loads and removes the entry in turns; in a process of its own."""
+    warnings.simplefilter("error")
+    for _ in range(20):
+        contents = str(leaves(load(source).transitions)).encode()
+        for entry in cache_folder.glob("*.tdz"):
+            entry.unlink(missing_ok=True)
+    return contents
+
+
+class TestCache:
+    @pytest.fixture
+    def parsed(self, monkeypatch) -> list[str]:
+        """The names of the data sets that were parsed."""
+        names = []
+        from_episodes = OfflineDataset.from_episodes
+
+        def recorded(name: str, *args: Any, **kwargs: Any) -> OfflineDataset:
+            names.append(name)
+            return from_episodes(name, *args, **kwargs)
+
+        monkeypatch.setattr(OfflineDataset, "from_episodes", recorded)
+        return names
+
+    @pytest.mark.parametrize("data_format", FORMATS)
+    def test_a_second_start_gives_the_same_without_parsing(self, root, parsed, data_format):
+        observations = with_value(np.nan, (3, 0), (4, 3)).astype(np.float32)
+        end = np.array([False, False, True])
+        changes = {"actions": np.zeros((3, 1), np.float32), "rewards": np.array([0.0, 1.0, 0.0])}
+        source = write(
+            walk(3, observations=observations, terminations=end, **changes),
+            walk(3, observations=observations[:, ::-1].copy() + 1, terminations=end, **changes),
+            env=gymnasium.make("Pendulum-v1", max_episode_steps=70).spec,
+            ref_min_score=-5.0,
+            ref_max_score=20.0,
+            data_format=data_format,
+        )
+        rules = {"reward": "minus_one", "episodes": "as_stored"}
+        expected = load(source, cache=False, **rules)
+        assert_same(load(source, **rules), expected)
+        assert_same(load(source, **rules), expected)
+        assert_same(load(root / source, **rules), replace(expected, name=str(root / source)))
+        assert parsed == [source, source]
+
+    def test_is_not_touched_if_unwanted(self, cache_folder):
+        load(write(walk(3)), cache=False)
+        assert not cache_folder.exists()
+
+    def test_another_source_is_parsed_and_replaces_the_entry(self, cache_folder, parsed):
+        source = write(walk(3))
+        other = write(walk(3, start=2), dataset_id="test/others-v0")
+        for name in (source, other):
+            load(name)
+        minari.delete_dataset(source)
+        write(walk(3, start=1))
+        assert load(source).transitions["observation"][:, 0].tolist() == [1, 2, 3]
+        assert load(other).transitions["observation"][:, 0].tolist() == [2, 3, 4]
+        assert parsed == [source, other, source]
+        assert len(list(cache_folder.iterdir())) == 2
+
+    @pytest.mark.parametrize("file", ["main_data.hdf5", "metadata.json"])
+    def test_a_touched_source_is_parsed(self, root, parsed, file):
+        source = write(walk(3))
+        load(source)
+        path = root / source / "data" / file
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+        load(source)
+        assert parsed == [source, source]
+
+    def test_other_rules_are_parsed(self, parsed):
+        source = write(walk(3, rewards=[0.0, 1.0, 0.0]))
+        rules = [{}, {"reward": "minus_one"}, {"episodes": "until_success"}]
+        for _ in range(2):
+            assert [
+                load(source, **rule).transitions["next", "reward"].flatten().tolist()
+                for rule in rules
+            ] == [[0, 1, 0], [-1, 0, -1], [0, 1]]
+        assert len(parsed) == 3
+
+    def test_what_can_not_be_loaded_is_not_kept(self, cache_folder):
+        source = write(walk(3, rewards=np.array([0.0, np.nan, 0.0])))
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"rewards\[1\] is nan"):
+                load(source)
+        assert not cache_folder.exists()
+
+    def test_changes_in_memory_stay_there(self, cache_folder):
+        source = write(walk(3))
+        load(source)
+        (entry,) = cache_folder.iterdir()
+        contents = entry.read_bytes()
+        load(source).transitions["observation"].zero_()
+        assert entry.read_bytes() == contents
+
+    @pytest.mark.parametrize("at", np.linspace(0, 1, 30, endpoint=False))
+    def test_damaged_bytes_do_no_harm(self, cache_folder, at):
+        source = write(walk(3))
+        expected = load(source)
+        (entry,) = cache_folder.iterdir()
+        contents = bytearray(entry.read_bytes())
+        contents[int(at * len(contents))] ^= 0xFF
+        entry.write_bytes(contents)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert_same(load(source), expected)
+        # Some bytes, such as padding, do not matter.
+        assert all(str(entry) in str(warning.message) for warning in caught)
+
+    @pytest.mark.parametrize("damage", ["an array", "cut off", "empty"])
+    def test_damage_is_reported_once(self, cache_folder, parsed, damage):
+        source = write(walk(3))
+        expected = load(source)
+        (entry,) = cache_folder.iterdir()
+        contents = entry.read_bytes()
+        observations = expected.transitions["observation"].numpy().tobytes()
+        entry.write_bytes(
+            {
+                "an array": contents.replace(observations, bytes(len(observations))),
+                "cut off": contents[: len(contents) // 2],
+                "empty": b"",
+            }[damage]
+        )
+        with pytest.warns(UserWarning, match=rf"^the cache entry {entry} is damaged") as caught:
+            assert_same(load(source), expected)
+        assert caught[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert_same(load(source), expected)
+        assert parsed == [source, source]
+
+    def test_an_interrupted_write_leaves_nothing(self, cache_folder, monkeypatch):
+        def interrupted(content: TensorDict, path: str, **options: Any) -> None:
+            Path(path).write_bytes(b"half of it")
+            raise KeyboardInterrupt
+
+        source = write(walk(3))
+        with monkeypatch.context() as patch:
+            patch.setattr(TensorDict, "save", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                load(source)
+        assert not list(cache_folder.iterdir())
+        load(source)
+        assert [path.suffix for path in cache_folder.iterdir()] == [".tdz"]
+
+    def test_what_a_killed_process_left_is_removed_a_day_later(self, cache_folder):
+        for name, age in (("old", 86_401), ("new", 0)):
+            folder = cache_folder / f".unfinished-{name}"
+            folder.mkdir(parents=True)
+            os.utime(folder, (0, time.time() - age))
+        load(write(walk(3)))
+        assert [path.name for path in cache_folder.glob(".*")] == [".unfinished-new"]
+
+    @pytest.mark.parametrize("obstacle", ["not a folder", "read-only", "full"])
+    def test_without_room_the_data_are_loaded(self, cache_folder, monkeypatch, obstacle):
+        def full(content: TensorDict, path: str, **options: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+
+        if obstacle == "not a folder":
+            cache_folder.touch()
+        elif obstacle == "read-only":
+            if os.geteuid() == 0:
+                pytest.skip("root may write everywhere")
+            cache_folder.mkdir(mode=0o500)
+        else:
+            monkeypatch.setattr(TensorDict, "save", full)
+        source = write(walk(3))
+        message = f"^could not write the cache entry {cache_folder}/"
+        with pytest.warns(UserWarning, match=message) as caught:
+            assert_same(load(source), load(source, cache=False))
+        assert caught[0].filename == __file__
+
+    def test_two_processes(self, cache_folder):
+        source = write(walk(3), walk(200))
+        expected = str(leaves(load(source).transitions)).encode()
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
+            found = [processes.submit(load_again_and_again, source, cache_folder) for _ in range(2)]
+            assert [future.result() for future in found] == [expected] * 2
+        assert not list(cache_folder.iterdir())
+
+    def test_transitions_can_be_sent_to_a_process(self):
+        source = write(walk(3))
+        load(source)
+        transitions = load(source).transitions
+        assert not transitions["observation"].is_shared()
+        assert transitions.share_memory_()["observation"].is_shared()
+
+    @pytest.mark.parametrize("kept_by", ["cache", "tensordict"])
+    def test_a_buffer_on_the_cpu_does_not_copy(self, tmp_path, kept_by):
+        source = write(walk(3))
+        dataset = load(source)
+        if kept_by == "cache":
+            dataset = load(source)
+        else:
+            dataset = replace(dataset, transitions=dataset.transitions.memmap(tmp_path / "mapped"))
+        storage = dataset.replay_buffer(2).storage[:]
+        for key, value in dataset.transitions.items(include_nested=True, leaves_only=True):
+            assert storage[key].data_ptr() == value.data_ptr()
+        batch = dataset.replay_buffer(2, generator=torch.Generator().manual_seed(0)).sample()
+        assert batch["observation"][:, 0].equal(-batch["observation"][:, 1])
+
+
 class TestUse:
     def test_statistics(self):
         rng = np.random.default_rng(0)
@@ -530,6 +789,13 @@ class TestUse:
         np.testing.assert_allclose(mean, observations[:-1].mean(0), rtol=1e-6)
         np.testing.assert_allclose(std, observations[:-1].std(0), rtol=1e-6)
         assert mean.dtype == std.dtype == torch.float32
+
+    def test_statistics_are_taken_in_parts(self, monkeypatch):
+        dataset = joined(walk(49, observations=np.random.default_rng(0).normal(3, 2, (50, 2))))
+        whole = dataset.observation_statistics()
+        monkeypatch.setattr("torchrl_iql.data.dataset.PART", 10)
+        for found, expected in zip(dataset.observation_statistics(), whole, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-7)
 
     @pytest.mark.parametrize("value", [0.0, 0.1, -1e6, 1e-9])
     def test_constant_columns_have_deviation_one(self, value):

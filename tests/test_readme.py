@@ -11,20 +11,38 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_custom_loop_trains(maze_id: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code = re.search(r"<!-- tested: custom loop -->\n```python\n(.*?)```", README, re.S)
+def run(name: str, *replacements: tuple[str, str]) -> None:
+    code = re.search(rf"<!-- tested: {name} -->\n```python\n(.*?)```", README, re.S)
     assert code is not None
-    loop = code[1]
-    for written, small in (
+    program = code[1]
+    for written, small in replacements:
+        assert written in program
+        program = program.replace(written, small)
+    exec(compile(program, "README.md", "exec"), {})
+
+
+def test_the_custom_loop_trains(maze_id: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(
+        "custom loop",
         ("mujoco/hopper/medium-v0", maze_id),
         ('reward="return_range"', 'reward="minus_one"'),
         ("100_000", "3"),
         ("episodes=10", "episodes=1"),
-    ):
-        assert written in loop
-        loop = loop.replace(written, small)
-    exec(compile(loop, "README.md", "exec"), {})
+    )
     assert "'score': " in capsys.readouterr().out
+
+
+def test_the_training_step_trains(maze_id: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(
+        "training step",
+        ("mujoco/hopper/medium-v0", maze_id),
+        ('reward="return_range"', 'reward="minus_one"'),
+        ('"auto"', '"eager"'),
+        ("1000", "2"),
+        ("100_000", "200"),
+        ("range(100)", "range(2)"),
+    )
+    assert capsys.readouterr().out.startswith("2 tensor([")
 
 
 def test_the_test_command_is_what_ci_runs() -> None:

@@ -18,7 +18,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 
-from torchrl_iql import Evaluator, IQLLoss, load_dataset, load_policy
+from torchrl_iql import Evaluator, load_dataset, load_policy
+from torchrl_iql.data import Minibatches
 
 RECIPES = Path(offline.__file__).parent
 SMALL = [
@@ -29,6 +30,7 @@ SMALL = [
     "hidden_sizes=[16,16]",
     "batch_size=32",
     "compute.threads=1",
+    "compute.execution=eager",
 ]
 
 
@@ -45,60 +47,98 @@ def rows(folder: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def finished(maze_id: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    offline.run(config(f"dataset={maze_id}"), folder)
+    offline.run(config(f"dataset={maze_id}", "seeds=[3,4]"), folder)
     return folder
+
+
+LEARNERS = [f"temperature={t},seed={seed}" for t in ("10.0", "0.0") for seed in (3, 4)]
 
 
 def test_a_run_leaves_everything_that_the_readme_lists(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert names == {
-        "config.yaml",
-        "metrics.csv",
-        "learning_curves.png",
-        "value_map.png",
-        "scores.json",
-        "last.ckpt",
-        "best.ckpt",
-        "cloning",
-    }
-    assert [row["step"] for row in rows(finished)] == ["20", "30", "40", "60"]
-    assert all(row["loss_value"] for row in rows(finished) if row["step"] != "30")
+    assert names == {"config.yaml", "scores.json", *LEARNERS}
+    for folder in map(finished.joinpath, LEARNERS):
+        names = {path.name for path in folder.iterdir()}
+        pictures = {"learning_curves.png", "value_map.png"}
+        assert names == {"metrics.csv", "last.ckpt", "best.ckpt", *pictures}
+        assert [row["step"] for row in rows(folder)] == ["20", "30", "40", "60"]
+        assert all(row["loss_value"] for row in rows(folder) if row["step"] != "30")
     stored = OmegaConf.load(finished / "config.yaml")
     assert stored.expectile == 0.9  # resolved: no reference to a group is left
     assert "${" not in (finished / "config.yaml").read_text()
 
 
-def test_the_scores_are_those_of_the_policy_on_disk(finished: Path, maze_id: str) -> None:
+def test_the_scores_are_those_of_the_policies_on_disk(finished: Path, maze_id: str) -> None:
     scores = json.loads((finished / "scores.json").read_text())
     dataset = load_dataset(maze_id)
-    for folder, key in ((finished, "iql"), (finished / "cloning", "cloning")):
-        with Evaluator(dataset.env_spec, episodes=2, seed=10_000) as evaluate:
-            again = evaluate(load_policy(folder / "last.ckpt")).summary()
-        assert {name: scores[key][name] for name in again} == again
+    assert [each["name"] for each in scores["replicas"]] == LEARNERS
+    for each in scores["replicas"]:
+        with Evaluator(dataset.env_spec, episodes=2, seed=10_000 + each["seed"]) as evaluate:
+            again = evaluate(load_policy(finished / each["name"] / "last.ckpt")).summary()
+        assert {name: each[name] for name in again} == again
 
 
-def test_behaviour_cloning_is_the_same_run_at_temperature_zero(
+def test_a_learner_among_others_is_the_one_of_a_run_of_its_own(
     finished: Path, maze_id: str, tmp_path: Path
 ) -> None:
-    offline.run(
-        config(f"dataset={maze_id}", "temperature=0", "compare_with_cloning=false"), tmp_path
+    offline.run(config(f"dataset={maze_id}", "temperature=0", "seeds=4"), tmp_path)
+    assert {"metrics.csv", "last.ckpt"} <= {path.name for path in tmp_path.iterdir()}
+    alone = load_policy(tmp_path / "last.ckpt").parameters()
+    among = load_policy(finished / "temperature=0.0,seed=4/last.ckpt").parameters()
+    for one, other in zip(alone, among, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_summary_is_taken_over_seeds() -> None:
+    settings = {"expectile": 0.7, "learning_rate": 3e-4, "discount": 0.99}
+    scores = [
+        {**settings, "temperature": temperature, "seed": seed, "score": score}
+        for temperature, values in ((3.0, (1.0, 2.0, 6.0)), (0.0, (4.0,)))
+        for seed, score in enumerate(values)
+    ]
+    three, one = offline.summaries(scores)
+    assert three == {
+        **settings,
+        "temperature": 3.0,
+        "seeds": 3,
+        "score": 3.0,
+        "ci95": three["ci95"],
+    }
+    # Student's t for 2 degrees of freedom, times the standard error sqrt(7 / 3).
+    assert three["ci95"] == pytest.approx(4.3026527 * 1.5275252)
+    assert (one["score"], one["seeds"], one["ci95"]) == (4.0, 1, None)
+
+
+def test_a_grid_is_every_combination_of_what_has_several_values() -> None:
+    grid = offline.replicas(config("seeds=[0,1]", "expectile=[0.7,0.9]", "temperature=3"))
+    assert [each["name"] for each in grid] == [
+        "expectile=0.7,seed=0",
+        "expectile=0.7,seed=1",
+        "expectile=0.9,seed=0",
+        "expectile=0.9,seed=1",
+    ]
+    assert {each["temperature"] for each in grid} == {3}
+    (single,) = offline.replicas(config("temperature=3"))
+    assert single["name"] == ""
+    for wrong in ("seeds=[]", "seeds=[1,1]"):
+        with pytest.raises(ValueError, match=r"seed: give one value or several different ones"):
+            offline.replicas(config(wrong))
+
+
+def test_the_configuration_reaches_the_learners(maze_id: str) -> None:
+    cfg = config(
+        "expectile=0.8", "temperature=[2,5]", "weight_clip=7", "discount=0.9", "learning_rate=0.01"
     )
-    zero, cloning = load_policy(tmp_path / "last.ckpt"), load_policy(finished / "cloning/last.ckpt")
-    assert all(map(torch.equal, zero.parameters(), cloning.parameters()))
-
-
-def test_the_configuration_reaches_the_learner(maze_id: str) -> None:
-    cfg = config("expectile=0.8", "weight_clip=7", "discount=0.9", "learning_rate=0.01", "steps=4")
     dataset = load_dataset(maze_id)
     architecture = offline.architecture_for(cfg, dataset)
-    learner = offline.learner_for(cfg, dataset, architecture, temperature=2.0)
-    loss = learner.loss
-    assert isinstance(loss, IQLLoss)
-    assert (loss.expectile, loss.temperature, loss.weight_clip) == (0.8, 2.0, 7)
-    assert loss.value_estimator.gamma == pytest.approx(0.9)
-    assert learner.policy_lr == 0.01
-    mean, _ = dataset.observation_statistics()
-    assert torch.equal(loss.value_network.module.normalize.mean, mean)
+    learner = offline.learner_for(cfg, dataset, architecture, offline.replicas(cfg))
+    for loss, temperature in zip(learner.losses, (2, 5), strict=True):
+        assert (loss.expectile, loss.temperature, loss.weight_clip) == (0.8, temperature, 7)
+        assert loss.value_estimator.gamma == pytest.approx(0.9)
+        mean, _ = dataset.observation_statistics()
+        assert torch.equal(loss.value_network.module.normalize.mean, mean)
+    assert learner.policy_lr == [0.01, 0.01]
+    assert learner.execution == "eager"
 
 
 @pytest.mark.parametrize("task", [path.stem for path in (RECIPES / "config/task").iterdir()])
@@ -129,7 +169,7 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(
     maze_id: str, tmp_path: Path
 ) -> None:
-    overrides = [f"dataset={maze_id}", "dropout=0.1", "compare_with_cloning=false"]
+    overrides = [f"dataset={maze_id}", "dropout=0.1", "temperature=3"]
     overrides += ["steps=400", "eval_interval=200"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     process = start(tmp_path, *overrides, f"hydra.run.dir={halves}")
@@ -140,7 +180,8 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert f"resume={os.path.relpath(halves, tmp_path)}" in output
-    assert 0 < json.loads((halves / "scores.json").read_text())["iql"]["steps"] < 400
+    (replica,) = json.loads((halves / "scores.json").read_text())["replicas"]
+    assert 0 < replica["steps"] < 400
 
     second = start(tmp_path, "resume=halves")
     output, errors = second.communicate(timeout=240)
@@ -155,19 +196,35 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(
 def test_a_run_stopped_before_anything_was_logged_can_be_resumed(
     maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = config(f"dataset={maze_id}", "compare_with_cloning=false")
-    step = offline.TrainStep.__call__
+    cfg = config(f"dataset={maze_id}", "seeds=[0,1]", "temperature=3")
+    take_steps = offline.TrainStep.run
 
-    def press_ctrl_c(self: offline.TrainStep, batch: TensorDict) -> TensorDict:
+    def press_ctrl_c(self: offline.TrainStep, minibatches: Minibatches, steps: int) -> TensorDict:
         os.kill(os.getpid(), signal.SIGINT)
-        return step(self, batch)
+        return take_steps(self, minibatches, 1)
 
-    monkeypatch.setattr(offline.TrainStep, "__call__", press_ctrl_c)
+    monkeypatch.setattr(offline.TrainStep, "run", press_ctrl_c)
     scores = offline.run(cfg, tmp_path)
-    assert scores["iql"] == {"steps": 1, "best": None, "interrupted": True}
+    assert all(
+        (each["steps"], each["best"], each["interrupted"]) == (1, None, True)
+        for each in scores["replicas"]
+    )
+    assert "summary" not in scores
     assert "resume=folder" in offline.report(scores, "folder")
     monkeypatch.undo()
-    assert offline.run(cfg, tmp_path)["iql"]["steps"] == 60
+    finished = offline.run(cfg, tmp_path)["replicas"]
+    assert [each["steps"] for each in finished] == [60, 60]
+
+
+def test_checkpoints_from_different_steps_are_refused(maze_id: str, tmp_path: Path) -> None:
+    cfg = config(f"dataset={maze_id}", "seeds=[0,1]", "temperature=3")
+    offline.run(cfg, tmp_path)
+    cfg.steps = 30
+    other = tmp_path / "other"
+    offline.run(cfg, other)
+    (other / "seed=1/last.ckpt").replace(tmp_path / "seed=1/last.ckpt")
+    with pytest.raises(ValueError, match=r"different steps, \[30, 60\]"):
+        offline.run(cfg, tmp_path)
 
 
 def test_what_cannot_be_resumed_is_named(tmp_path: Path) -> None:

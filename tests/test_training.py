@@ -1,18 +1,28 @@
-"""The training step: its parts, its schedule, and that nothing is lost between two sessions."""
+"""The training step: its parts, its schedule, its replicas, and that nothing is lost between sessions."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
+from torch._dynamo.utils import counters
+from torchrl import objectives
+from torchrl.data import OneHot
 from torchrl.modules import ValueOperator
 from torchrl.objectives import BCLoss, SoftUpdate
 
 from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep, models
+from torchrl_iql.data import Minibatches
 from torchrl_iql.models import Architecture
+from torchrl_iql.training import BLOCK, adam_
+
+LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
 
 
 def transitions(n: int) -> TensorDict:
@@ -31,76 +41,181 @@ def transitions(n: int) -> TensorDict:
     )
 
 
-def make_loss(**settings) -> IQLLoss:
+def make_loss(seed: int | None = None, discount: float = 0.99, **settings: Any) -> IQLLoss:
+    if seed is not None:
+        torch.manual_seed(seed)
     sizes = {"hidden_sizes": (16, 16)}
-    return IQLLoss(
+    loss = IQLLoss(
         models.gaussian_policy(3, 2, **sizes),
         models.qvalue_ensemble(3, 2, **sizes),
         models.value_network(3, **sizes),
         **settings,
     )
+    return loss.make_value_estimator(gamma=discount)
 
 
 def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    return all(
-        torch.equal(x, y)
-        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
+    return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
 
 
-def test_equals_the_plain_composition_of_the_public_pieces() -> None:
-    torch.manual_seed(0)
-    loss, batches = make_loss(), [transitions(32) for _ in range(5)]
-    plain = make_loss()
-    plain.load_state_dict(loss.state_dict())
-    target = SoftUpdate(plain, tau=0.1)
-    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2)
-    step = TrainStep(loss, learning_rate=1e-2, target_rate=0.1)
-    for batch in batches:
-        metrics = step(batch)
-        losses = plain(batch)
-        optimizer.zero_grad()
-        (losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"]).backward()
-        optimizer.step()
-        target.step()
-        for key in losses.keys():
-            torch.testing.assert_close(metrics[key], losses[key].detach(), rtol=1e-5, atol=1e-6)
-    for name, value in loss.state_dict().items():
-        torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-4, atol=1e-5)
-    assert step.steps == 5
+def assert_close(a: torch.nn.Module, b: torch.nn.Module, tolerance: float = 1e-5) -> None:
+    for name, value in a.state_dict().items():
+        torch.testing.assert_close(value, b.state_dict()[name], rtol=tolerance, atol=tolerance)
+
+
+class PlainLoop:
+    """The loop of the README: the loss, torch's Adam, TorchRL's target updater."""
+
+    def __init__(self, loss: IQLLoss, learning_rate: float = 3e-4, target_rate: float = 0.005):
+        self.loss = loss
+        self.target = SoftUpdate(loss, tau=target_rate)
+        self.optimizer = torch.optim.Adam(loss.parameters(), lr=learning_rate)
+
+    def __call__(self, batch: TensorDict) -> TensorDict:
+        losses = self.loss(batch)
+        self.optimizer.zero_grad()
+        sum(losses[key] for key in LOSSES).backward()
+        self.optimizer.step()
+        self.target.step()
+        return losses.detach()
+
+
+# --- One learner ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("execution", ["eager", "compiled"])
+def test_equals_the_plain_composition_of_the_public_pieces(execution: str) -> None:
+    loss, plain = make_loss(0), PlainLoop(make_loss(0), 1e-2, 0.1)
+    step = TrainStep(loss, learning_rate=1e-2, target_rate=0.1, execution=execution)
+    for _ in range(20):
+        batch = transitions(32)
+        metrics, expected = step(batch), plain(batch)
+        assert set(metrics.keys()) == set(expected.keys())
+        for key in expected.keys():
+            torch.testing.assert_close(metrics[key], expected[key], rtol=1e-4, atol=1e-5)
+    assert_close(loss, plain.loss, 1e-4)
+    assert step.steps == 20
     assert not any(value.requires_grad for value in metrics.values())
 
 
+NETWORKS: dict[str, dict[str, Any]] = {
+    "gaussian": {},
+    "squashed": {"policy": "squashed"},
+    "deterministic": {"policy": "deterministic"},
+    "categorical": {"policy": "categorical"},
+    "one network": {"num_qvalue_nets": 1},
+    "five networks": {"num_qvalue_nets": 5},
+    "three layers": {"hidden_sizes": (16, 8, 12)},
+    "no layer": {"hidden_sizes": ()},
+    "scaled": {"action_bounds": ([-1.0, -3.0], [2.0, 5.0]), "normalize_observation": True},
+}
+
+
+@pytest.mark.parametrize("settings", NETWORKS.values(), ids=NETWORKS.keys())
+def test_every_kind_of_network_is_trained_as_the_loss_says(settings: dict[str, Any]) -> None:
+    architecture = Architecture(
+        observation_size=3, action_size=2, **{"hidden_sizes": (16, 16), **settings}
+    )
+
+    def loss() -> IQLLoss:
+        torch.manual_seed(0)
+        networks = architecture.build((torch.ones(3), torch.full((3,), 2.0)))
+        kwargs = {"num_qvalue_nets": architecture.num_qvalue_nets}
+        if architecture.discrete:
+            return DiscreteIQLLoss(*networks, action_space="categorical", **kwargs)
+        return IQLLoss(*networks, **kwargs)
+
+    ours, plain = loss(), PlainLoop(loss())
+    assert_trained_alike(ours, plain, discrete=architecture.discrete)
+
+
+def test_one_hot_actions_are_trained_as_the_loss_says() -> None:
+    def loss() -> IQLLoss:
+        torch.manual_seed(0)
+        return DiscreteIQLLoss(
+            models.categorical_policy(3, OneHot(2)),
+            models.discrete_qvalue_network(3, 2),
+            models.value_network(3),
+            action_space="one-hot",
+        )
+
+    assert_trained_alike(loss(), PlainLoop(loss()), discrete=True, one_hot=True)
+
+
+def assert_trained_alike(
+    ours: IQLLoss, plain: PlainLoop, *, discrete: bool = False, one_hot: bool = False
+) -> None:
+    step = TrainStep(ours)
+    for _ in range(3):
+        batch = transitions(32)
+        batch["steps_to_next_obs"] = torch.randint(1, 4, (32, 1))
+        if discrete:
+            integers = torch.randint(2, (32,))
+            batch["action"] = torch.eye(2, dtype=torch.int64)[integers] if one_hot else integers
+        metrics, expected = step(batch), plain(batch)
+        assert set(metrics.keys()) == set(expected.keys())
+        for key in expected.keys():
+            torch.testing.assert_close(metrics[key], expected[key], rtol=1e-4, atol=1e-6)
+    assert_close(ours, plain.loss)
+
+
+def test_dropout_acts_on_the_policy_and_on_nothing_else() -> None:
+    def losses(dropout: float) -> TensorDict:
+        torch.manual_seed(0)
+        policy = models.gaussian_policy(3, 2, dropout=dropout)
+        loss = IQLLoss(policy, models.qvalue_ensemble(3, 2), models.value_network(3))
+        batch = transitions(256)
+        return TrainStep(loss)(batch)
+
+    without, dropped, again = losses(0.0), losses(0.5), losses(0.5)
+    assert all(torch.equal(dropped[key], again[key]) for key in again.keys())
+    for key in without.keys():
+        policy = key in ("loss_actor", "entropy")
+        assert torch.equal(without[key], dropped[key]) != policy, key
+
+
+def test_adam_is_torchs() -> None:
+    torch.manual_seed(0)
+    ours = torch.randn(3, 5)
+    theirs = torch.nn.Parameter(ours.clone())
+    optimizer = torch.optim.Adam([theirs], lr=1e-2)
+    first, second = torch.zeros(3, 5), torch.zeros(3, 5)
+    for t in range(1, 11):
+        gradients = torch.randn(3, 5) * 10.0 ** torch.randint(-8, 3, (3, 5))
+        theirs.grad = gradients.clone()
+        optimizer.step()
+        root = math.sqrt(1 - 0.999**t)
+        step_size, epsilon = torch.tensor([1e-2 * root / (1 - 0.9**t), 1e-8 * root])
+        adam_(ours, gradients, first, second, step_size, epsilon)
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_the_policys_learning_rate_follows_a_cosine_to_zero_and_stays_there() -> None:
-    step = TrainStep(make_loss(), learning_rate=0.1, actor_decay_steps=4)
+    loss = make_loss(0)
+    step = TrainStep(loss, learning_rate=0.1, actor_decay_steps=4)
     rates = []
-    for _ in range(6):
-        rates.append(step.policy_lr)
+    for t in range(6):
+        before = deepcopy(loss)
+        rates += step.policy_lr
         step(transitions(8))
+        moved = {
+            name: any(
+                not torch.equal(a, b)
+                for a, b in zip(
+                    getattr(before, f"{name}_network_params").values(True, True),
+                    getattr(loss, f"{name}_network_params").values(True, True),
+                    strict=True,
+                )
+            )
+            for name in ("actor", "value", "qvalue")
+        }
+        assert moved == {"actor": t < 4, "value": True, "qvalue": True}
     cosine = [0.05 * (1 + math.cos(math.pi * min(t / 4, 1))) for t in range(6)]
     assert rates == pytest.approx(cosine)
-    assert step.optimizer.param_groups[1]["lr"] == 0.1  # Q and V
-
-
-def test_a_restored_step_continues_as_if_nothing_had_happened() -> None:
-    torch.manual_seed(0)
-    batches = [transitions(32) for _ in range(6)]
-    uninterrupted = TrainStep(make_loss(), actor_decay_steps=6)
-    restored = TrainStep(make_loss(), actor_decay_steps=6)
-    for batch in batches[:3]:
-        uninterrupted(batch)
-    restored.load_state_dict(deepcopy(uninterrupted.state_dict()))
-    for batch in batches[3:]:
-        uninterrupted(batch)
-        restored(batch)
-    assert restored.steps == 6
-    assert restored.policy_lr == uninterrupted.policy_lr
-    assert equal(restored.loss, uninterrupted.loss)
 
 
 def test_temperature_zero_is_torchrls_behaviour_cloning() -> None:
-    torch.manual_seed(0)
-    loss = make_loss(temperature=0.0)
+    loss = make_loss(0, temperature=0.0)
     cloning = BCLoss(models.gaussian_policy(3, 2, hidden_sizes=(16, 16)))
     cloning.actor_network_params.data.update_(loss.actor_network_params.data)
     step = TrainStep(loss, learning_rate=1e-2)
@@ -117,59 +232,150 @@ def test_temperature_zero_is_torchrls_behaviour_cloning() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "squashed", "deterministic", "categorical"])
-def test_the_direct_evaluation_equals_the_loss_to_the_last_bit(kind: str) -> None:
+def test_the_loss_stays_what_it_is_and_both_see_what_the_other_changes() -> None:
+    loss, plain = make_loss(0), PlainLoop(make_loss(0))
+    policy = loss.get_stateful_net("actor_network")
+    step, batch = TrainStep(loss), transitions(32)
+    for change in (
+        lambda each: None,
+        lambda each: each.load_state_dict(make_loss(1).state_dict()),
+        lambda each: setattr(each, "temperature", 0.5),
+        lambda each: setattr(each, "expectile", 0.9),
+        lambda each: each.value_network_params.data.mul_(1.1),
+    ):
+        change(loss)
+        change(plain.loss)
+        expected, direct, metrics = plain(batch), loss(batch), step(batch)
+        for key in expected.keys():
+            torch.testing.assert_close(direct[key].detach(), expected[key], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(metrics[key], expected[key], rtol=1e-4, atol=1e-5)
+    assert_close(loss, plain.loss)
+    assert torch.equal(policy(batch)["loc"], loss.get_stateful_net("actor_network")(batch)["loc"])
+
+
+def test_a_restored_step_continues_as_if_nothing_had_happened() -> None:
     torch.manual_seed(0)
-    architecture = Architecture(
-        observation_size=3,
-        action_size=2,
-        policy=kind,
-        hidden_sizes=(16, 16),
-        normalize_observation=True,
-    )
-    networks = architecture.build((torch.ones(3), torch.full((3,), 2.0)))
-    settings = {"action_space": "categorical"} if architecture.discrete else {}
-    loss = (DiscreteIQLLoss if architecture.discrete else IQLLoss)(*networks, **settings)
-    step = TrainStep(loss)
-    assert step._direct is not None
-    for _ in range(3):  # the networks are those of the loss, also after a step
-        batch = transitions(32)
-        if architecture.discrete:
-            batch["action"] = torch.randint(2, (32,))
-        batch["steps_to_next_obs"] = torch.randint(1, 4, (32, 1))
-        batch["priority_weight"] = torch.rand(32)
-        direct, plain = step._direct(batch), loss(batch)
-        assert set(direct.keys()) == set(plain.keys())
-        assert all(torch.equal(direct[key], plain[key]) for key in plain.keys())
-        step(batch)
+    batches = [transitions(32) for _ in range(6)]
+    uninterrupted = TrainStep(make_loss(), actor_decay_steps=6)
+    restored = TrainStep(make_loss(), actor_decay_steps=6)
+    for batch in batches[:3]:
+        uninterrupted(batch)
+    restored.load_state_dict(uninterrupted.state_dict())
+    for batch in batches[3:]:
+        uninterrupted(batch)
+        restored(batch)
+    assert restored.steps == 6
+    assert restored.policy_lr == uninterrupted.policy_lr
+    assert equal(restored.losses[0], uninterrupted.losses[0])
 
 
-def test_the_direct_evaluation_is_float32_under_autocast_too() -> None:
+# --- Minibatches, and compiled code --------------------------------------------------------------------
+
+
+def test_a_run_draws_its_minibatches_and_can_be_cut_anywhere() -> None:
     torch.manual_seed(0)
-    step, batch = TrainStep(make_loss()), transitions(32)
-    assert step._direct is not None
-    with torch.autocast("cpu", torch.bfloat16):
-        direct, plain = step._direct(batch), step.loss(batch)
-    assert all(torch.equal(direct[key], plain[key]) for key in plain.keys())
-    assert {value.dtype for value in direct.values()} == {torch.float32}
+    minibatches = Minibatches(transitions(500), 16, seeds=[7])
+    whole, parts, single = (TrainStep(make_loss(0)) for _ in range(3))
+    steps = BLOCK + 30
+    metrics = whole.run(minibatches, steps)
+    for part in (1, 70, 40, 19):
+        again = parts.run(minibatches, part)
+    for t in range(steps):
+        source, indices = minibatches(t // BLOCK)
+        one_by_one = single(source[indices[t % BLOCK, 0]])
+    assert whole.steps == parts.steps == single.steps == steps
+    assert equal(whole.losses[0], parts.losses[0])
+    assert equal(whole.losses[0], single.losses[0])
+    assert all(torch.equal(metrics[key], again[key]) for key in metrics.keys())
+    assert all(torch.equal(metrics[key], one_by_one[key]) for key in metrics.keys())
 
 
-def test_other_networks_and_keys_are_evaluated_by_the_loss() -> None:
-    renamed = make_loss()
-    renamed.set_keys(reward="cost")
-    single = IQLLoss(
-        models.gaussian_policy(3, 2),
-        models.qvalue_network(3, 2),
-        models.value_network(3),
-        num_qvalue_nets=1,
-    )
-    own = IQLLoss(
-        models.gaussian_policy(3, 2),
-        models.qvalue_ensemble(3, 2),
-        ValueOperator(torch.nn.Linear(3, 1), in_keys=["observation"]),
-    )
-    for loss in (renamed, single, own):
-        assert TrainStep(loss)._direct is None
+def test_compiled_code_is_compiled_once_and_never_left() -> None:
+    torch._dynamo.reset()
+    minibatches = Minibatches(transitions(500), 16)
+    loss, eager = make_loss(0), make_loss(0)
+    compiled = TrainStep(loss, actor_decay_steps=200, execution="compiled")
+    plain = TrainStep(eager, actor_decay_steps=200)
+    compiled.run(minibatches, 3)
+    plain.run(minibatches, 3)
+    counters.clear()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for temperature, expectile in ((1.0, 0.8), (0.5, 0.9), (2.0, 0.6)):
+            for each in (loss, eager):
+                each.temperature, each.expectile = temperature, expectile
+            compiled.run(minibatches, 40)
+            plain.run(minibatches, 40)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 0
+    assert_close(loss, eager, 1e-4)
+
+
+# --- Replicas ------------------------------------------------------------------------------------------
+
+SETTINGS: list[dict[str, Any]] = [
+    {"expectile": 0.5, "temperature": 3.0, "discount": 0.99},
+    {"expectile": 0.9, "temperature": 0.0, "discount": 0.9},
+    {"expectile": 0.7, "temperature": 10.0, "discount": 0.5},
+]
+RATES = [3e-4, 1e-3, 1e-2]
+
+
+@pytest.mark.parametrize("execution", ["eager", "compiled"])
+def test_a_replica_equals_the_same_learner_trained_alone(execution: str) -> None:
+    data, seeds = transitions(500), [5, 6, 5]
+    losses = [make_loss(seed, **each) for seed, each in zip(seeds, SETTINGS, strict=True)]
+    together = TrainStep(losses, learning_rate=RATES, actor_decay_steps=150, execution=execution)
+    metrics = together.run(Minibatches(data, 32, seeds=seeds), 100)
+    for r, (seed, each) in enumerate(zip(seeds, SETTINGS, strict=True)):
+        alone = TrainStep(make_loss(seed, **each), learning_rate=RATES[r], actor_decay_steps=150)
+        expected = alone.run(Minibatches(data, 32, seeds=[seed]), 100)
+        for key in expected.keys():
+            torch.testing.assert_close(metrics[key][r], expected[key], rtol=1e-3, atol=1e-4)
+        assert_close(losses[r], alone.losses[0], 1e-4)
+        assert together.policy_lr[r] == alone.policy_lr[0]
+
+
+def test_replicas_do_not_touch_each_other() -> None:
+    def trained(poison: bool) -> list[IQLLoss]:
+        losses = [make_loss(seed) for seed in range(3)]
+        step = TrainStep(losses)
+        if poison:
+            losses[1].value_network_params.data.mul_(math.nan)
+        step.run(Minibatches(data, 16, seeds=range(3)), 10)
+        return losses
+
+    torch.manual_seed(0)
+    data = transitions(200)
+    clean, poisoned = trained(False), trained(True)
+    assert equal(clean[0], poisoned[0])
+    assert equal(clean[2], poisoned[2])
+    assert not equal(clean[1], poisoned[1])
+
+
+def test_a_replica_moves_on_alone() -> None:
+    torch.manual_seed(0)
+    data = transitions(200)
+    together = TrainStep([make_loss(seed) for seed in range(3)])
+    together.run(Minibatches(data, 16, seeds=range(3)), 10)
+    alone = TrainStep(make_loss(9))
+    alone.load_state_dict(together.state_dict(replica=2))
+    together.run(Minibatches(data, 16, seeds=range(3)), 10)
+    alone.run(Minibatches(data, 16, seeds=[2]), 10)
+    assert alone.steps == 20
+    assert_close(alone.losses[0], together.losses[2])
+
+
+def test_batches_for_replicas_are_stacked() -> None:
+    losses, batches = [make_loss(seed) for seed in range(2)], [transitions(8) for _ in range(2)]
+    expected = [loss(batch.clone()) for loss, batch in zip(losses, batches, strict=True)]
+    metrics = TrainStep(losses)(torch.stack(batches))
+    assert metrics.shape == (2,)
+    for r in range(2):
+        for key in expected[r].keys():
+            torch.testing.assert_close(metrics[key][r], expected[r][key].detach())
+
+
+# --- Errors --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,27 +383,150 @@ def test_other_networks_and_keys_are_evaluated_by_the_loss() -> None:
     [
         ("learning_rate", 0.0),
         ("learning_rate", math.nan),
+        ("learning_rate", [1e-3, 1e-4]),
         ("target_rate", 0.0),
         ("target_rate", 1.5),
         ("actor_decay_steps", 0),
+        ("execution", "fast"),
     ],
 )
-def test_bad_settings_are_named(setting: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{setting}.*{value}"):
+def test_bad_settings_are_named(setting: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{setting}.*{re.escape(str(value))}"):
         TrainStep(make_loss(), **{setting: value})
+
+
+def own_value_network() -> IQLLoss:
+    value = ValueOperator(torch.nn.Linear(3, 1), in_keys=["observation"])
+    return IQLLoss(models.gaussian_policy(3, 2), models.qvalue_ensemble(3, 2), value)
+
+
+def uneven(value: tuple[int, ...] = (256, 256), statistics: Any = None) -> IQLLoss:
+    return IQLLoss(
+        models.gaussian_policy(3, 2, observation_statistics=statistics),
+        models.qvalue_ensemble(3, 2),
+        models.value_network(3, hidden_sizes=value),
+    )
+
+
+def theirs() -> objectives.IQLLoss:
+    return objectives.IQLLoss(
+        models.gaussian_policy(3, 2), models.qvalue_ensemble(3, 2), models.value_network(3)
+    )
+
+
+def other_keys() -> IQLLoss:
+    loss = make_loss()
+    loss.set_keys(reward="cost")
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (lambda: own_value_network(), "value_network is not a network of torchrl_iql.models"),
+        (lambda: other_keys(), "default keys"),
+        (lambda: make_loss(reduction="sum"), "reduction='mean'"),
+        (lambda: make_loss().make_value_estimator("td1"), "TD0"),
+        (lambda: make_loss().make_value_estimator(average_rewards=True), "average_rewards"),
+        (lambda: [], "at least one loss"),
+        (lambda: theirs(), "got IQLLoss of torchrl"),
+        (
+            lambda: uneven(value=(16, 8)),
+            r"same hidden_sizes.*\[256, 256\], \[16, 8\], \[256, 256\]",
+        ),
+        (lambda: uneven(statistics=(torch.ones(3), torch.ones(3))), "same observation_statistics"),
+        (lambda: [make_loss(), make_loss(weight_clip=5.0)], "same weight_clip, got 100.0 and 5.0"),
+        (
+            lambda: [
+                make_loss(),
+                IQLLoss(
+                    models.gaussian_policy(3, 2),
+                    models.qvalue_ensemble(3, 2),
+                    models.value_network(3),
+                ),
+            ],
+            "same sizes",
+        ),
+    ],
+)
+def test_losses_that_cannot_be_trained_together_are_explained(
+    losses: Callable[[], Any], message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        TrainStep(losses())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda batch: batch.exclude(("next", "reward")), r"\('next', 'reward'\)"),
+        (lambda batch: batch.set("observation", batch["observation"].double()), "torch.float64"),
+        (lambda batch: batch.set("action", torch.rand(8, 3)), r"'action' is \(8, 3\)"),
+        (lambda batch: batch.set("priority_weight", torch.rand(8)), "'priority_weight'"),
+        (lambda batch: batch.set(("collector", "mask"), torch.ones(8)), "'mask'"),
+        (lambda batch: batch.reshape(2, 4), r"shape \(2, 4\), expected \[B\]"),
+    ],
+)
+def test_bad_batches_are_explained(
+    change: Callable[[TensorDict], TensorDict], message: str
+) -> None:
+    step = TrainStep(make_loss(0))
+    before = deepcopy(step.losses[0])
+    with pytest.raises((KeyError, ValueError), match=message):
+        step(change(transitions(8)))
+    assert step.steps == 0
+    assert equal(step.losses[0], before)
+
+
+def test_minibatches_for_another_number_of_learners_are_refused() -> None:
+    step, data = TrainStep(make_loss()), transitions(8)
+    with pytest.raises(ValueError, match="2 learners, but there are 1 losses"):
+        step.run(Minibatches(data, 4, seeds=[0, 1]), 1)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        step.run(Minibatches(data, 4, seeds=[0]), 0)
+
+
+def test_a_cuda_graph_needs_cuda() -> None:
+    with pytest.raises(ValueError, match="needs a CUDA device, the losses are on cpu"):
+        TrainStep(make_loss(), execution="cudagraph")
+
+
+# --- On a GPU ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_on_the_gpu_equals_one_on_the_cpu() -> None:
+@pytest.mark.parametrize("execution", ["eager", "compiled", "cudagraph"])
+@pytest.mark.parametrize("replicas", [1, 3])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_gpu_trains_as_the_cpu(execution: str, replicas: int, streaming: bool) -> None:
     torch.manual_seed(0)
-    loss, batch = make_loss().double(), transitions(32)
-    batch = batch.apply(lambda x: x.double() if x.is_floating_point() else x)
-    on_gpu = make_loss().double()
-    on_gpu.load_state_dict(loss.state_dict())
-    metrics = TrainStep(loss)(batch)
-    metrics_gpu = TrainStep(on_gpu.to("cuda"))(batch.to("cuda"))
-    for key, value in metrics.items():
-        torch.testing.assert_close(metrics_gpu[key].cpu(), value, rtol=1e-8, atol=1e-10)
-    for name, value in loss.state_dict().items():
-        torch.testing.assert_close(on_gpu.state_dict()[name].cpu(), value, rtol=1e-8, atol=1e-10)
+    data, seeds = transitions(500), range(replicas)
+    data = data.apply(lambda x: x.double() if x.is_floating_point() else x)
+    on_cpu = TrainStep([make_loss(s).double() for s in seeds], actor_decay_steps=200)
+    expected = on_cpu.run(Minibatches(data, 32, seeds=seeds), 137)
+    on_gpu = TrainStep(
+        [make_loss(s).double().to("cuda") for s in seeds],
+        actor_decay_steps=200,
+        execution=execution,
+    )
+    with Minibatches(data, 32, seeds=seeds, device="cuda", streaming=streaming) as minibatches:
+        for part in (1, 40, 63, 33):
+            metrics = on_gpu.run(minibatches, part)
+    for key in expected.keys():
+        torch.testing.assert_close(metrics[key].cpu(), expected[key], rtol=1e-6, atol=1e-8)
+    for ours, theirs in zip(on_gpu.losses, on_cpu.losses, strict=True):
+        assert_close(ours.to("cpu"), theirs, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nothing_waits_for_the_gpu() -> None:
+    minibatches = Minibatches(transitions(500).to("cuda"), 32, device="cuda")
+    step = TrainStep(make_loss(0).to("cuda"), execution="cudagraph")
+    step.run(minibatches, 50)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step.run(minibatches, 200)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -146,7 +146,7 @@ def gaussian_policy(
         a module that writes ``loc``, ``scale`` and ``action``, ``[*B, A]``.
     """
     low, high = _bounds(action)
-    torso = _Torso(
+    torso = Torso(
         _size(observation),
         len(low),
         hidden_sizes,
@@ -154,7 +154,7 @@ def gaussian_policy(
         statistics=observation_statistics,
     )
     return _continuous_actor(
-        _GaussianParameters(torso, low, high, squash_mean=True), action, IndependentNormal
+        GaussianParameters(torso, low, high, squash_mean=True), action, IndependentNormal
     )
 
 
@@ -172,7 +172,7 @@ def squashed_policy(
     log-likelihoods. Arguments and returns as there.
     """
     low, high = _bounds(action)
-    torso = _Torso(
+    torso = Torso(
         _size(observation),
         len(low),
         hidden_sizes,
@@ -181,7 +181,7 @@ def squashed_policy(
     )
     bounds = {"low": low, "high": high}
     return _continuous_actor(
-        _GaussianParameters(torso, low, high, squash_mean=False), action, TanhNormal, bounds
+        GaussianParameters(torso, low, high, squash_mean=False), action, TanhNormal, bounds
     )
 
 
@@ -195,7 +195,7 @@ def deterministic_policy(
 ) -> Actor:
     """An action within its bounds, no distribution; arguments as :func:`gaussian_policy`."""
     low, high = _bounds(action)
-    torso = _Torso(
+    torso = Torso(
         _size(observation),
         len(low),
         hidden_sizes,
@@ -227,7 +227,7 @@ def categorical_policy(
     Returns:
         a module that writes ``logits`` and ``action``.
     """
-    torso = _Torso(
+    torso = Torso(
         _size(observation),
         _choices(action),
         hidden_sizes,
@@ -251,7 +251,7 @@ def value_network(
     observation_statistics: Statistics | None = None,
 ) -> ValueOperator:
     """V(s): reads ``observation`` ``[*B, D]`` and writes ``state_value`` ``[*B, 1]``."""
-    torso = _Torso(_size(observation), 1, hidden_sizes, statistics=observation_statistics)
+    torso = Torso(_size(observation), 1, hidden_sizes, statistics=observation_statistics)
     return ValueOperator(torso, in_keys=["observation"])
 
 
@@ -266,7 +266,7 @@ def qvalue_network(
 
     With an action spec, the network sees actions in units of its bounds, from -1 to 1.
     """
-    torso = _Torso(
+    torso = Torso(
         _size(observation),
         1,
         hidden_sizes,
@@ -291,7 +291,7 @@ def discrete_qvalue_network(
     observation_statistics: Statistics | None = None,
 ) -> TensorDictModule:
     """Q(s, .): reads ``observation``, writes ``state_action_value`` ``[*B, A]``, one per action."""
-    torso = _Torso(
+    torso = Torso(
         _size(observation), _choices(action), hidden_sizes, statistics=observation_statistics
     )
     return TensorDictModule(torso, in_keys=["observation"], out_keys=["state_action_value"])
@@ -341,7 +341,7 @@ class _Normalize(nn.Module):
         return (observation - mean) / std
 
 
-class _Torso(nn.Module):
+class Torso(nn.Module):
     """Normalisation of the observation, and of the action if there is one, and an MLP.
 
     ``takes_stacked_parameters`` tells the losses that parameters with N in front give outputs
@@ -367,6 +367,7 @@ class _Torso(nn.Module):
             raise ValueError(
                 f"observation_statistics have shape {tuple(statistics[0].shape)}, expected {(inputs,)}"
             )
+        self.dropout = dropout
         self.normalize = nn.Identity() if statistics is None else _Normalize(*statistics)
         self.scale_action = nn.Identity()
         if action_bounds is not None:
@@ -382,10 +383,14 @@ class _Torso(nn.Module):
             dropout=dropout or None,
             layer_class=_Linear,
         )
-        for layer in self.mlp.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
-                nn.init.zeros_(layer.bias)
+        for layer in self.layers:
+            nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def layers(self) -> list[nn.Linear]:
+        """The linear layers, from the inputs to the outputs."""
+        return [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
 
     def forward(self, observation: Tensor, action: Tensor | None = None) -> Tensor:
         batch = observation.shape[:-1]
@@ -417,7 +422,7 @@ class _TanhTo(nn.Module):
         return _per_batch(self.middle) + _per_batch(self.half_range) * torch.tanh(x)
 
 
-class _GaussianParameters(nn.Module):
+class GaussianParameters(nn.Module):
     """Mean from the state and a state-independent standard deviation, in units of the half range."""
 
     unit: Tensor
@@ -431,8 +436,12 @@ class _GaussianParameters(nn.Module):
         self.register_buffer("unit", (high - low) / 2 if squash_mean else torch.ones_like(low))
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        mean = self.squash(self.torso(observation))
-        std = self.log_std.clamp(*LOG_STD_BOUNDS).exp() * self.unit
+        return self.moments(self.torso(observation), self.log_std)
+
+    def moments(self, output: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation, ``[*B, A]``, from what the torso puts out and the log deviation."""
+        mean = self.squash(output)
+        std = log_std.clamp(*LOG_STD_BOUNDS).exp() * self.unit
         return mean, _per_batch(std).expand_as(mean)
 
 

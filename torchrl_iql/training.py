@@ -1,17 +1,57 @@
-"""One gradient step of all networks, and the state that it carries from step to step."""
+"""One gradient step of all networks, of one learner or of many at once.
+
+How a step is executed, step by step, compiled, or captured in a CUDA graph, is decided here and only
+here; what it computes is in :mod:`torchrl_iql.objectives.stacked`.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
-from tensordict import TensorDictBase
-from torchrl.objectives import LossModule, SoftUpdate
+from numpy.typing import ArrayLike
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
 
-from torchrl_iql.objectives.direct import DirectEvaluation
+from torchrl_iql.data.minibatches import BLOCK, Minibatches
+from torchrl_iql.objectives.iql import IQLLoss
+from torchrl_iql.objectives.stacked import Stack, StackedLosses
 
-__all__ = ["TrainStep"]
+__all__ = ["Execution", "TrainStep", "adam_"]
+
+Execution = Literal["auto", "eager", "compiled", "cudagraph"]
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+STEPS_PER_GRAPH = 10
+"""Gradient steps in one CUDA graph: enough that the time between two graphs does not count."""
+
+
+def adam_(
+    parameters: Tensor,
+    gradients: Tensor,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    step_size: Tensor,
+    epsilon: Tensor,
+) -> None:
+    """Adam (Kingma, Ba, 2015) on one tensor, as :class:`torch.optim.Adam`, with a step size per row.
+
+    Args:
+        parameters: any shape, changed in place.
+        gradients: of the same shape.
+        first_moment: of the same shape, changed in place.
+        second_moment: of the same shape, changed in place.
+        step_size: learning rate * c / (1 - beta_1^t), with c the square root of 1 - beta_2^t,
+            broadcast over ``parameters``.
+        epsilon: 1e-8 * c, broadcast over ``parameters``.
+    """
+    first_moment.lerp_(gradients, 1 - BETAS[0])
+    second_moment.mul_(BETAS[1]).addcmul_(gradients, gradients, value=1 - BETAS[1])
+    parameters.sub_(step_size * first_moment / second_moment.sqrt().add_(epsilon))
 
 
 class TrainStep:
@@ -21,88 +61,306 @@ class TrainStep:
     follow by :math:`\hat\theta \leftarrow (1 - \alpha) \hat\theta + \alpha \theta`. Nothing waits for
     the device: the returned metrics stay there until somebody reads them.
 
+    Given R losses, it trains R independent learners as one batched computation. Each has its own
+    parameters, minibatches and optimiser state, and may have its own expectile, temperature, discount
+    and learning rate. ``losses[r]`` remains an ordinary loss, whose networks are those in training.
+
     Args:
-        loss: a LossModule whose outputs named ``loss_*`` are minimised, with ``actor_network`` among
-            its networks and target networks that nobody else updates.
-        learning_rate: of Adam, for all networks.
+        losses: an :class:`~torchrl_iql.IQLLoss` or :class:`~torchrl_iql.DiscreteIQLLoss` with networks
+            of :mod:`torchrl_iql.models`, on the device to train on; or several, alike but for the
+            values of their parameters and coefficients. ``loss.temperature = 1.0`` and
+            ``loss.expectile = 0.8`` take effect at the next step. Moving or casting a loss afterwards
+            takes its networks out of the training.
+        learning_rate: of Adam, for all networks; or one per loss.
         target_rate: :math:`\alpha` in (0, 1].
         actor_decay_steps: length of the cosine schedule that takes the policy's learning rate to 0, as
             in the paper's offline runs; it stays 0 afterwards. None keeps it constant.
+        execution: ``"eager"``; ``"compiled"`` by :func:`torch.compile`, which takes up to a minute at
+            the first step; ``"cudagraph"``, compiled and replayed by the GPU without the CPU; or
+            ``"auto"``, the fastest of these that the machine can run.
 
     Attributes:
+        losses: the losses.
+        learning_rates: one per loss.
+        execution: how steps are executed.
         steps: the number of gradient steps taken.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, or the losses can not be trained together.
     """
 
     def __init__(
         self,
-        loss: LossModule,
+        losses: IQLLoss | Sequence[IQLLoss],
         *,
-        learning_rate: float = 3e-4,
+        learning_rate: float | Sequence[float] = 3e-4,
         target_rate: float = 0.005,
         actor_decay_steps: int | None = None,
+        execution: Execution = "eager",
     ) -> None:
-        if not 0 < learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be in (0, inf), got {learning_rate!r}")
+        self.losses = [losses] if isinstance(losses, nn.Module) else list(losses)
+        replicas = len(self.losses)
+        if not replicas:
+            raise ValueError("losses must hold at least one loss")
+        rates = (
+            [learning_rate] * replicas if isinstance(learning_rate, (int, float)) else learning_rate
+        )
+        if len(rates) != replicas or not all(0 < rate < math.inf for rate in rates):
+            raise ValueError(
+                f"learning_rate must be in (0, inf), one or {replicas}, got {learning_rate!r}"
+            )
         if not 0 < target_rate <= 1:
             raise ValueError(f"target_rate must be in (0, 1], got {target_rate!r}")
         if actor_decay_steps is not None and actor_decay_steps < 1:
             raise ValueError(f"actor_decay_steps must be at least 1, got {actor_decay_steps!r}")
+        if execution not in get_args(Execution):
+            raise ValueError(f"execution must be one of {get_args(Execution)}, got {execution!r}")
 
-        def cosine(step: int) -> float:
-            done = 0.0 if actor_decay_steps is None else min(step / actor_decay_steps, 1.0)
-            return 0.5 * (1 + math.cos(math.pi * done))
-
-        self.loss = loss
-        # The updater copies the networks into their targets when it is made: a checkpoint loads after it.
-        self.target_updater = SoftUpdate(loss, tau=target_rate)
-        actor = list(loss.actor_network_params.parameters())  # pyright: ignore
-        actor_ids = set(map(id, actor))
-        critics = [p for p in loss.parameters() if id(p) not in actor_ids]
-        self.optimizer = torch.optim.Adam(
-            [{"params": actor}, {"params": critics}], lr=learning_rate, fused=True
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, [cosine, lambda step: 1.0]
-        )
+        self.learning_rates = list(rates)
+        self.actor_decay_steps = actor_decay_steps
         self.steps = 0
-        self._direct = DirectEvaluation.of(loss)
+        self._stacked = stacked = StackedLosses(self.losses)
+        self.execution = _execution(execution, self.device)
+        self._moments = [(torch.zeros_like(x), torch.zeros_like(x)) for x in stacked.online]
+        self._learning_rate = self._tensor(rates).unsqueeze(-1)
+        # V in the frozen stack is V itself.
+        self._target_rates = self._tensor([1.0] + [target_rate] * stacked.num_qvalue_nets)
+        self._step: Callable[..., Tensor] = self._update
+        if self.execution != "eager":
+            self._step = torch.compile(self._update, fullgraph=True)
+        self._graph: _Graph | None = None
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         """Take one gradient step.
 
         Args:
-            batch: transitions, ``[B]``, on the device of the networks.
+            batch: transitions on the device of the networks, ``[B]``, or ``[R, B]`` for R losses.
 
         Returns:
-            the output of the loss before the step, detached.
+            the metrics of the losses before the step, scalars, or ``[R]``.
+
+        Raises:
+            KeyError, ValueError: an entry of the batch is missing or does not fit.
         """
-        metrics = self.loss(batch) if self._direct is None else self._direct(batch)
-        total = torch.stack([v for k, v in metrics.items() if k.startswith("loss_")]).sum()
-        self.optimizer.zero_grad()
-        total.backward()
-        self.optimizer.step()
-        self.schedule.step()
-        self.target_updater.step()
-        self.steps += 1
-        return metrics.detach()
+        replicas = len(self.losses)
+        if batch.ndim == 1 and replicas == 1:
+            batch = batch.unsqueeze(0)
+        if batch.ndim != 2 or len(batch) != replicas:
+            shape, expected = tuple(batch.shape), "[B]" if replicas == 1 else f"[{replicas}, B]"
+            raise ValueError(f"the batch has shape {shape}, expected {expected}")
+        source = batch.reshape(-1)
+        indices = torch.arange(len(source), device=self.device)
+        metrics = self._advance(source, indices.view(1, *batch.shape))
+        return self._named(metrics)
+
+    def run(self, minibatches: Minibatches, steps: int) -> TensorDictBase:
+        """Take gradient steps on minibatches drawn from a data set, on the device.
+
+        Args:
+            minibatches: for as many seeds as there are losses.
+            steps: at least 1.
+
+        Returns:
+            the metrics of the losses before the last of these steps, scalars, or ``[R]``.
+        """
+        if len(minibatches.seeds) != len(self.losses):
+            raise ValueError(
+                f"minibatches are for {len(minibatches.seeds)} learners, but there are "
+                f"{len(self.losses)} losses"
+            )
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps!r}")
+        end = self.steps + steps
+        while self.steps < end:
+            block, done = divmod(self.steps, BLOCK)
+            source, indices = minibatches(block)
+            metrics = self._advance(source, indices[done : done + end - self.steps])
+        return self._named(metrics)
+
+    # --- A step, and how it is executed --------------------------------------------------------------
+
+    def _update(
+        self,
+        online: Stack,
+        frozen: Stack,
+        moments: Sequence[tuple[Tensor, Tensor]],
+        coefficients: Tensor,
+        learning_rate: Tensor,
+        target_rates: Tensor,
+        source: dict[str, Tensor],
+        indices: Tensor,
+        schedule: Tensor,
+    ) -> Tensor:
+        """One step of all learners, on tensors alone; the first three are changed in place."""
+        batch = {key: column[indices] for key, column in source.items()}
+        gradients, metrics = _gradients(self._stacked, online, frozen, coefficients, batch)
+        step_size, epsilon = learning_rate * schedule[:-1], schedule[-1]
+        for parameters, slow, gradient, (first, second) in zip(
+            online, frozen, gradients, moments, strict=True
+        ):
+            adam_(parameters, gradient, first, second, _like(step_size, gradient), epsilon)
+            slow.lerp_(parameters[:, 1:], _like(target_rates, slow[0]))
+        return metrics
+
+    def _advance(self, source: TensorDictBase, indices: Tensor) -> Tensor:
+        """As many steps as there are ``indices``, ``[steps, R, B]``; the metrics of the last one."""
+        stacked = self._stacked
+        stacked.follow_value()  # somebody may have loaded other parameters
+        state = (stacked.online, stacked.frozen, self._moments, stacked.coefficients)
+        state += (self._learning_rate, self._target_rates, stacked.columns(source))
+        schedule = self._schedule(self.steps, len(indices))
+        self.steps += len(indices)
+        if self.execution == "cudagraph":
+            return self._replay(state, indices, schedule)
+        # The first call checks that the compiled code fits these tensors, then it does.
+        metrics = self._step(*state, indices[0], schedule[0])
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+            for at, rates in zip(indices[1:], schedule[1:], strict=True):
+                metrics = self._step(*state, at, rates)
+        return metrics
+
+    def _replay(self, state: tuple, indices: Tensor, schedule: Tensor) -> Tensor:
+        if self._graph is None or not self._graph.reads(state[-1]):
+            # What a graph records must have run before: these steps count, too.
+            self._graph = _Graph(self._step, state, indices, schedule)
+            return self._graph.metrics
+        whole = len(indices) - len(indices) % STEPS_PER_GRAPH
+        for first in range(0, whole, STEPS_PER_GRAPH):
+            part = slice(first, first + STEPS_PER_GRAPH)
+            metrics = self._graph(indices[part], schedule[part])
+        for at, rates in zip(indices[whole:], schedule[whole:], strict=True):
+            metrics = self._step(*state, at, rates)
+        return metrics
+
+    def _schedule(self, first: int, steps: int) -> Tensor:
+        """What changes from step to step, ``[steps, K + 1]``.
+
+        The step sizes of the K networks of a learner, as multiples of its learning rate, and the
+        correction of Adam's second moment. They come from outside, where the number of the step is
+        known exactly and costs nothing.
+        """
+        step = np.arange(first, first + steps, dtype=np.float64)
+        first_correction, second_correction = (1 - beta ** (step + 1) for beta in BETAS)
+        columns = np.empty((steps, len(self._target_rates) + 2))
+        root = np.sqrt(second_correction)
+        columns[:, :-1] = (root / first_correction)[:, None]
+        columns[:, 0] *= [self._policy_decay(int(t)) for t in step]
+        columns[:, -1] = EPSILON * root
+        return self._tensor(columns)
+
+    def _policy_decay(self, step: int) -> float:
+        done = 0.0 if self.actor_decay_steps is None else min(step / self.actor_decay_steps, 1.0)
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    def _named(self, metrics: Tensor) -> TensorDictBase:
+        if len(self.losses) == 1:
+            metrics = metrics.squeeze(-1)
+        named = zip(self._stacked.metrics, metrics, strict=True)
+        return TensorDict(dict(named), batch_size=metrics.shape[1:])
 
     @property
-    def policy_lr(self) -> float:
-        """The current learning rate of the policy."""
-        return self.optimizer.param_groups[0]["lr"]
+    def device(self) -> torch.device:
+        return self._stacked.coefficients.device
 
-    def state_dict(self) -> dict[str, Any]:
-        """Networks, targets, optimiser, schedule and counter."""
+    def _tensor(self, numbers: ArrayLike) -> Tensor:
+        """Numbers in the type and on the device of the networks, without waiting for it."""
+        like = self._stacked.online[0]
+        return torch.as_tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
+
+    # --- State -----------------------------------------------------------------------------------------
+
+    @property
+    def policy_lr(self) -> list[float]:
+        """The current learning rate of each policy."""
+        return [self._policy_decay(self.steps) * rate for rate in self.learning_rates]
+
+    def state_dict(self, replica: int = 0) -> dict[str, Any]:
+        """Networks, targets, optimiser and counter of one learner, copied.
+
+        It is the same whether the learner is trained alone or among others.
+        """
         return {
-            "loss": self.loss.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "loss": {
+                key: value.clone() for key, value in self.losses[replica].state_dict().items()
+            },
+            "moments": [tuple(m[replica].clone() for m in pair) for pair in self._moments],
             "steps": self.steps,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken."""
-        self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+    def load_state_dict(self, state: dict[str, Any], replica: int = 0) -> None:
+        """Continue where :meth:`state_dict` was taken; the others must have taken as many steps."""
+        self.losses[replica].load_state_dict(state["loss"])
+        for pair, saved in zip(self._moments, state["moments"], strict=True):
+            for moment, its in zip(pair, saved, strict=True):
+                moment[replica] = its
         self.steps = state["steps"]
+
+
+class _Graph:
+    """``STEPS_PER_GRAPH`` steps, recorded once and replayed with other indices and schedules."""
+
+    def __init__(
+        self, step: Callable[..., Tensor], state: tuple, indices: Tensor, schedule: Tensor
+    ) -> None:
+        self.columns = state[-1]
+        self.indices = torch.zeros_like(indices[:1]).repeat(STEPS_PER_GRAPH, 1, 1)
+        self.schedule = torch.zeros_like(schedule[:1]).repeat(STEPS_PER_GRAPH, 1)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for at, rates in zip(indices, schedule, strict=True):
+                self.metrics = step(*state, at, rates)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            for at, rates in zip(self.indices, self.schedule, strict=True):
+                self.recorded = step(*state, at, rates)
+
+    def reads(self, columns: dict[str, Tensor]) -> bool:
+        """Whether the graph was recorded on these very tensors, of this many transitions each."""
+        return columns.keys() == self.columns.keys() and all(
+            column.data_ptr() == self.columns[key].data_ptr()
+            and column.shape == self.columns[key].shape
+            for key, column in columns.items()
+        )
+
+    def __call__(self, indices: Tensor, schedule: Tensor) -> Tensor:
+        self.indices.copy_(indices)
+        self.schedule.copy_(schedule)
+        self.graph.replay()
+        return self.recorded.clone()
+
+
+def _execution(wanted: Execution, device: torch.device) -> Execution:
+    """The wanted one, if the machine can run it; for ``"auto"`` the fastest that it can."""
+    if wanted == "cudagraph" and device.type != "cuda":
+        raise ValueError(f"execution='cudagraph' needs a CUDA device, the losses are on {device}")
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "cudagraph"
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except Exception as error:  # no compiler, no Python headers, a device without code generation
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(f"training is not compiled, and slower: {reason}", stacklevel=3)
+        return "eager"
+    return "compiled"
+
+
+def _gradients(
+    losses: Callable[..., tuple[Tensor, Tensor]], online: Stack, *others: Any
+) -> tuple[Stack, Tensor]:
+    """The gradients of a loss with respect to ``online``, and what it returns beside the loss."""
+    if torch.compiler.is_compiling():
+        return torch.func.grad(losses, has_aux=True)(online, *others)
+    # The same, without the layers of torch.func around every operation.
+    leaves = tuple(parameters.detach().requires_grad_() for parameters in online)
+    with torch.enable_grad():
+        loss, metrics = losses(leaves, *others)
+    return torch.autograd.grad(loss, leaves), metrics
+
+
+def _like(numbers: Tensor, tensor: Tensor) -> Tensor:
+    """Numbers for the leading dimensions of a tensor, broadcast over the others."""
+    return numbers.reshape(*numbers.shape, *(1,) * (tensor.ndim - numbers.ndim))

@@ -3,6 +3,7 @@
 from torchrl_iql.data.dataset import OfflineDataset
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.minari import load
+from torchrl_iql.data.minibatches import Minibatches
 from torchrl_iql.data.rewards import RewardRule
 
-__all__ = ["EpisodeRule", "OfflineDataset", "RewardRule", "load"]
+__all__ = ["EpisodeRule", "Minibatches", "OfflineDataset", "RewardRule", "load"]

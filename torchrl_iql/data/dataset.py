@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import get_args
@@ -17,12 +17,16 @@ from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorStorage
 
 from torchrl_iql.data.episodes import EpisodeRule, transition_columns
+from torchrl_iql.data.minibatches import Minibatches
 from torchrl_iql.data.rewards import REWARD_RULES, RewardRule
 
 __all__ = ["OfflineDataset", "require_rules"]
 
 STD_FLOOR = 1e-6
 """A deviation of at most this share of a column's largest magnitude is float32 rounding."""
+
+PART = 100_000
+"""Transitions that statistics are taken of at once."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -31,7 +35,8 @@ class OfflineDataset:
 
     Attributes:
         name: Data set id or path.
-        transitions: TensorDict on the CPU, batch size ``[n]``, episode after episode:
+        transitions: TensorDict on the CPU, in memory or mapped from a file, batch size ``[n]``,
+            episode after episode:
 
             - ``"observation"`` and ``("next", "observation")``: ``[n, D]`` float32, flattened as
               ``gymnasium.wrappers.FlattenObservation`` does;
@@ -165,15 +170,43 @@ class OfflineDataset:
             generator=generator,
         )
 
+    def minibatches(
+        self,
+        batch_size: int,
+        *,
+        seeds: Sequence[int] = (0,),
+        device: torch.device | str = "cpu",
+        streaming: bool = False,
+    ) -> Minibatches:
+        """Uniform minibatches of the transitions for one learner per seed.
+
+        Args:
+            batch_size: Transitions in the minibatch of one learner.
+            seeds: One per learner, at least 0.
+            device: Where to train.
+            streaming: Whether the device holds some of the transitions at a time instead of all.
+
+        Returns:
+            The :class:`~torchrl_iql.data.Minibatches`, which also say what is drawn when.
+        """
+        return Minibatches(
+            self.transitions, batch_size, seeds=seeds, device=device, streaming=streaming
+        )
+
     def observation_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, ``[D]`` float32 each, of ``"observation"``.
 
         The deviation is that of the population. In a column that is constant, or varies by no more
         than the rounding of float32, it is replaced by 1: normalizing then gives zeros.
         """
-        observations = self.transitions["observation"].double()
-        std, mean = torch.std_mean(observations, dim=0, correction=0)
-        constant = std <= STD_FLOOR * observations.abs().amax(dim=0)
+        observations = self.transitions["observation"]
+        # In parts, since they may exceed the memory.
+        parts = observations.split(PART)
+        mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(observations)
+        squares = torch.stack([(part - mean).square().sum(0) for part in parts])
+        std = (squares.sum(0) / len(observations)).sqrt()
+        largest = torch.stack([part.abs().amax(0) for part in parts]).amax(0)
+        constant = std <= STD_FLOOR * largest
         return mean.float(), std.masked_fill(constant, 1.0).float()
 
 

@@ -1,0 +1,125 @@
+"""Finished arrays on disk, so that a data set is parsed once.
+
+An entry is one file, a tensordict archive, which is mapped into memory instead of read. It ends with
+its checksum, and its name says what it was made from: another source has another entry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import warnings
+import zipfile
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+
+__all__ = ["entry_path", "read", "write"]
+
+FOLDER_VARIABLE = "TORCHRL_IQL_CACHE"
+DEFAULT_FOLDER = "~/.cache/torchrl_iql"
+VERSION = 1
+"""To be raised whenever the same source and rules give other arrays than before."""
+
+CHECKSUM_BYTES = 4
+SEALED = 0x2144DF1C
+"""The CRC-32 of bytes that end with the CRC-32, little-endian, of those before: always the same."""
+
+PART = 1 << 20
+"""Bytes read at once."""
+
+UNFINISHED = ".unfinished-"
+ABANDONED_AFTER = 24 * 3600
+"""Seconds after which what a killed process left unfinished is removed."""
+
+
+def entry_path(source: Path, *rules: str) -> Path:
+    """The file that keeps what these rules make of the files in a folder, as they are now.
+
+    Args:
+        source: The folder. Its path counts, and the path, size and modification time of its files.
+        rules: What else determines the arrays.
+    """
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    stats = [(str(path.relative_to(source)), path.stat()) for path in files]
+    states = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER)).expanduser()
+    return folder / f"{_digest(str(source.resolve()), rules)}-{_digest(VERSION, states)}.tdz"
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:20]
+
+
+def read(entry: Path) -> TensorDict | None:
+    """The content of an entry; None if there is none or, with a warning, if it is damaged.
+
+    All of its bytes are checked and none is kept: the tensors are mapped, and copied on write.
+    """
+    try:
+        if _checksum(entry) != SEALED:
+            raise ValueError("its checksum is wrong")
+        mapped = TensorDict.load_memmap(entry)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:  # whatever is wrong with it, the source is still there
+        warnings.warn(f"the cache entry {entry} is damaged and made anew: {error}", stacklevel=3)
+        return None
+    # Through numpy, since torch can not send tensors that it mapped itself to another process.
+    return mapped.apply(lambda tensor: torch.from_numpy(tensor.numpy()))
+
+
+def write(entry: Path, content: TensorDict) -> None:
+    """Stores an entry whole or, with a warning, not at all.
+
+    It replaces the entries of earlier states of the source.
+    """
+    source, _, _ = entry.name.partition("-")
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(entry.parent)
+        with tempfile.TemporaryDirectory(dir=entry.parent, prefix=UNFINISHED) as folder:
+            archive = Path(folder, entry.name)
+            content.save(str(archive), archive=True)
+            _seal(archive)
+            archive.replace(entry)
+        for earlier in set(entry.parent.glob(f"{source}-*.tdz")) - {entry}:
+            earlier.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        warnings.warn(f"could not write the cache entry {entry}: {error}", stacklevel=3)
+
+
+def _seal(archive: Path) -> None:
+    """Adds the checksum as the comment of the archive, its last bytes.
+
+    The checksums within would not tell that an array is missing from the table of contents.
+    """
+    with zipfile.ZipFile(archive, "a") as file:
+        file.comment = bytes(CHECKSUM_BYTES)
+    os.truncate(archive, archive.stat().st_size - CHECKSUM_BYTES)
+    checksum = _checksum(archive).to_bytes(CHECKSUM_BYTES, "little")
+    with archive.open("ab") as file:
+        file.write(checksum)
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while part := file.read(PART):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for folder in parent.glob(f"{UNFINISHED}*"):
+        with suppress(FileNotFoundError):  # another process has just finished it
+            if folder.stat().st_mtime < time.time() - ABANDONED_AFTER:
+                shutil.rmtree(folder)

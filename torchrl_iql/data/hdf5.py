@@ -1,0 +1,82 @@
+"""Minari's HDF5 files, of which only the arrays that are needed are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from gymnasium import Space, spaces
+from minari import EpisodeData, MinariDataset
+from minari.dataset.minari_storage import is_image_space
+
+__all__ = ["hdf5_episodes", "is_plain_hdf5"]
+
+
+def is_plain_hdf5(dataset: MinariDataset) -> bool:
+    """Whether :func:`hdf5_episodes` can read a data set: HDF5 without JPEG-encoded images."""
+    encoded = _has_images(dataset.observation_space) or _has_images(dataset.action_space)
+    return dataset.storage.FORMAT == "hdf5" and not encoded
+
+
+def _has_images(space: Space) -> bool:
+    match space:
+        case spaces.Dict():
+            return any(map(_has_images, space.spaces.values()))
+        case spaces.Tuple():
+            return any(map(_has_images, space.spaces))
+        case _:
+            return is_image_space(space)
+
+
+def hdf5_episodes(dataset: MinariDataset, *, with_success: bool) -> Iterator[EpisodeData]:
+    """Yields what ``dataset.iterate_episodes()`` does, several times as fast, with fewer infos.
+
+    Args:
+        dataset: A data set for which :func:`is_plain_hdf5`.
+        with_success: Whether to read ``infos["success"]``. Other infos are None.
+
+    Raises:
+        KeyError: If an episode or one of its arrays is missing.
+        OSError: If the file is damaged.
+    """
+    with h5py.File(Path(dataset.storage.data_path, "main_data.hdf5")) as file:
+        for index in dataset.episode_indices.tolist():
+            episode = h5py.h5g.open(file.id, f"episode_{index}".encode())
+            yield EpisodeData(
+                id=index,
+                observations=_arrays(episode, "observations", dataset.observation_space),
+                actions=_arrays(episode, "actions", dataset.action_space),
+                rewards=_array(episode, "rewards"),
+                terminations=_array(episode, "terminations"),
+                truncations=_array(episode, "truncations"),
+                infos=_success(episode) if with_success else {},
+            )
+
+
+def _arrays(group: h5py.h5g.GroupID, key: str, space: Space) -> Any:
+    match space:
+        case spaces.Dict():
+            return {name: _arrays(group, f"{key}/{name}", sub) for name, sub in space.items()}
+        case spaces.Tuple():
+            return tuple(_arrays(group, f"{key}/_index_{i}", sub) for i, sub in enumerate(space))
+        case _:
+            return _array(group, key)
+
+
+def _array(group: h5py.h5g.GroupID, key: str) -> np.ndarray:
+    # At 500 steps per episode, making h5py.Dataset objects takes as long as reading their arrays.
+    dataset = h5py.h5d.open(group, key.encode())
+    values = np.empty(dataset.shape, dataset.dtype)
+    dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
+    return values
+
+
+def _success(episode: h5py.h5g.GroupID) -> dict[str, Any]:
+    """The infos of an episode: their names, and the values of ``"success"`` alone."""
+    if b"infos" not in episode:
+        return {}
+    infos = dict.fromkeys(name.decode() for name in h5py.h5g.open(episode, b"infos"))
+    return infos | {"success": _array(episode, "infos/success")} if "success" in infos else infos
