@@ -310,6 +310,14 @@ def test_compiled_code_is_compiled_once_and_never_left() -> None:
     assert_close(loss, eager, 1e-4)
 
 
+def test_one_training_step_does_not_use_up_the_compilations_of_another() -> None:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for replicas in (1, 2):
+            step = TrainStep([make_loss(r) for r in range(replicas)], execution="compiled")
+            step.run(Minibatches(transitions(50), 4, seeds=range(replicas)), 2)
+
+
 # --- Replicas ------------------------------------------------------------------------------------------
 
 SETTINGS: list[dict[str, Any]] = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from types import FunctionType, MethodType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -127,7 +128,7 @@ class TrainStep:
         self._target_rates = self._tensor([1.0] + [target_rate] * stacked.num_qvalue_nets)
         self._step: Callable[..., Tensor] = self._update
         if self.execution != "eager":
-            self._step = torch.compile(self._update, fullgraph=True)
+            self._step = torch.compile(_copy(self._update), fullgraph=True, dynamic=False)
         self._graph: _Graph | None = None
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
@@ -150,7 +151,7 @@ class TrainStep:
             raise ValueError(f"the batch has shape {shape}, expected {expected}")
         source = batch.reshape(-1)
         indices = torch.arange(len(source), device=self.device)
-        metrics = self._advance(source, indices.view(1, *batch.shape))
+        metrics = self._advance(source, indices.view(1, *batch.shape), replay=False)
         return self._named(metrics)
 
     def run(self, minibatches: Minibatches, steps: int) -> TensorDictBase:
@@ -174,7 +175,8 @@ class TrainStep:
         while self.steps < end:
             block, done = divmod(self.steps, BLOCK)
             source, indices = minibatches(block)
-            metrics = self._advance(source, indices[done : done + end - self.steps])
+            remaining = indices[done : done + end - self.steps]
+            metrics = self._advance(source, remaining, replay=self.execution == "cudagraph")
         return self._named(metrics)
 
     # --- A step, and how it is executed --------------------------------------------------------------
@@ -194,7 +196,8 @@ class TrainStep:
         """One step of all learners, on tensors alone; the first three are changed in place."""
         batch = {key: column[indices] for key, column in source.items()}
         gradients, metrics = _gradients(self._stacked, online, frozen, coefficients, batch)
-        step_size, epsilon = learning_rate * schedule[:-1], schedule[-1]
+        networks = online[0].shape[1]
+        step_size, epsilon = learning_rate * schedule[:networks], schedule[networks]
         for parameters, slow, gradient, (first, second) in zip(
             online, frozen, gradients, moments, strict=True
         ):
@@ -202,7 +205,7 @@ class TrainStep:
             slow.lerp_(parameters[:, 1:], _like(target_rates, slow[0]))
         return metrics
 
-    def _advance(self, source: TensorDictBase, indices: Tensor) -> Tensor:
+    def _advance(self, source: TensorDictBase, indices: Tensor, *, replay: bool) -> Tensor:
         """As many steps as there are ``indices``, ``[steps, R, B]``; the metrics of the last one."""
         stacked = self._stacked
         stacked.follow_value()  # somebody may have loaded other parameters
@@ -210,8 +213,15 @@ class TrainStep:
         state += (self._learning_rate, self._target_rates, stacked.columns(source))
         schedule = self._schedule(self.steps, len(indices))
         self.steps += len(indices)
-        if self.execution == "cudagraph":
-            return self._replay(state, indices, schedule)
+        if not replay:
+            return self._one_by_one(state, indices, schedule)
+        if self._graph is None or not self._graph.reads(state):
+            # Before it is recorded, the code must have run: these steps count as any others.
+            self._graph = _Graph(self._one_by_one, state, indices, schedule)
+            return self._graph.metrics
+        return self._graph.advance(indices, schedule)
+
+    def _one_by_one(self, state: tuple, indices: Tensor, schedule: Tensor) -> Tensor:
         # The first call checks that the compiled code fits these tensors, then it does.
         metrics = self._step(*state, indices[0], schedule[0])
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
@@ -219,33 +229,22 @@ class TrainStep:
                 metrics = self._step(*state, at, rates)
         return metrics
 
-    def _replay(self, state: tuple, indices: Tensor, schedule: Tensor) -> Tensor:
-        if self._graph is None or not self._graph.reads(state[-1]):
-            # What a graph records must have run before: these steps count, too.
-            self._graph = _Graph(self._step, state, indices, schedule)
-            return self._graph.metrics
-        whole = len(indices) - len(indices) % STEPS_PER_GRAPH
-        for first in range(0, whole, STEPS_PER_GRAPH):
-            part = slice(first, first + STEPS_PER_GRAPH)
-            metrics = self._graph(indices[part], schedule[part])
-        for at, rates in zip(indices[whole:], schedule[whole:], strict=True):
-            metrics = self._step(*state, at, rates)
-        return metrics
-
     def _schedule(self, first: int, steps: int) -> Tensor:
-        """What changes from step to step, ``[steps, K + 1]``.
+        """What changes from step to step, ``[steps, at least K + 1]``.
 
-        The step sizes of the K networks of a learner, as multiples of its learning rate, and the
-        correction of Adam's second moment. They come from outside, where the number of the step is
-        known exactly and costs nothing.
+        The step sizes of the K networks of a learner, as multiples of its learning rate, and Adam's
+        epsilon. They come from outside, where the number of the step is known exactly and costs
+        nothing.
         """
         step = np.arange(first, first + steps, dtype=np.float64)
         first_correction, second_correction = (1 - beta ** (step + 1) for beta in BETAS)
-        columns = np.empty((steps, len(self._target_rates) + 2))
         root = np.sqrt(second_correction)
-        columns[:, :-1] = (root / first_correction)[:, None]
+        networks = self._stacked.online[0].shape[1]
+        # Each row starts at a multiple of 16 bytes, as compiled code wants it.
+        columns = np.zeros((steps, networks + 4 - networks % 4))
+        columns[:, :networks] = (root / first_correction)[:, None]
         columns[:, 0] *= [self._policy_decay(int(t)) for t in step]
-        columns[:, -1] = EPSILON * root
+        columns[:, networks] = EPSILON * root
         return self._tensor(columns)
 
     def _policy_decay(self, step: int) -> float:
@@ -297,37 +296,52 @@ class TrainStep:
 
 
 class _Graph:
-    """``STEPS_PER_GRAPH`` steps, recorded once and replayed with other indices and schedules."""
+    """``STEPS_PER_GRAPH`` steps, recorded once and replayed with other indices and schedules.
+
+    Args:
+        take: takes the steps of given indices and schedules, and returns the metrics of the last.
+        state: what ``take`` reads and changes, always the same tensors; its last entry the columns of
+            the transitions.
+        indices: steps to take before recording, ``[steps, R, B]``.
+        schedule: their schedule.
+
+    Attributes:
+        metrics: of the last of these steps.
+    """
 
     def __init__(
-        self, step: Callable[..., Tensor], state: tuple, indices: Tensor, schedule: Tensor
+        self, take: Callable[..., Tensor], state: tuple, indices: Tensor, schedule: Tensor
     ) -> None:
-        self.columns = state[-1]
+        self.take = take
+        self.state = state
         self.indices = torch.zeros_like(indices[:1]).repeat(STEPS_PER_GRAPH, 1, 1)
         self.schedule = torch.zeros_like(schedule[:1]).repeat(STEPS_PER_GRAPH, 1)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for at, rates in zip(indices, schedule, strict=True):
-                self.metrics = step(*state, at, rates)
+            self.metrics = take(state, indices, schedule)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
-            for at, rates in zip(self.indices, self.schedule, strict=True):
-                self.recorded = step(*state, at, rates)
+            self.recorded = take(state, self.indices, self.schedule)
 
-    def reads(self, columns: dict[str, Tensor]) -> bool:
-        """Whether the graph was recorded on these very tensors, of this many transitions each."""
-        return columns.keys() == self.columns.keys() and all(
-            column.data_ptr() == self.columns[key].data_ptr()
-            and column.shape == self.columns[key].shape
+    def reads(self, state: tuple) -> bool:
+        """Whether the graph was recorded on transitions at these very addresses."""
+        columns, others = self.state[-1], state[-1]
+        return columns.keys() == others.keys() and all(
+            column.data_ptr() == others[key].data_ptr() and column.shape == others[key].shape
             for key, column in columns.items()
         )
 
-    def __call__(self, indices: Tensor, schedule: Tensor) -> Tensor:
-        self.indices.copy_(indices)
-        self.schedule.copy_(schedule)
-        self.graph.replay()
+    def advance(self, indices: Tensor, schedule: Tensor) -> Tensor:
+        """Takes steps, and returns the metrics of the last one."""
+        whole = len(indices) - len(indices) % STEPS_PER_GRAPH
+        for first in range(0, whole, STEPS_PER_GRAPH):
+            self.indices.copy_(indices[first : first + STEPS_PER_GRAPH])
+            self.schedule.copy_(schedule[first : first + STEPS_PER_GRAPH])
+            self.graph.replay()
+        if whole < len(indices):
+            return self.take(self.state, indices[whole:], schedule[whole:])
         return self.recorded.clone()
 
 
@@ -359,6 +373,13 @@ def _gradients(
     with torch.enable_grad():
         loss, metrics = losses(leaves, *others)
     return torch.autograd.grad(loss, leaves), metrics
+
+
+def _copy(method: MethodType) -> MethodType:
+    """The same method, of other code: PyTorch limits how often one code is compiled in a process."""
+    its = method.__func__
+    function = FunctionType(its.__code__.replace(), its.__globals__, its.__name__)
+    return MethodType(function, method.__self__)
 
 
 def _like(numbers: Tensor, tensor: Tensor) -> Tensor:

@@ -156,12 +156,14 @@ class _Stream:
         self._ahead = block + 1, self._executor.submit(self._gather, block + 1)
 
     def _gather(self, block: int) -> None:
-        rows = self._draw(block).flatten()
+        rows = self._draw(block).flatten().numpy()
         if self._copied is not None:
             # The device may not have read the block before yet.
             self._copied.synchronize()
+        # By numpy: torch would use OpenMP, whose threads no longer spin, here and in the training, once
+        # two Python threads have some. That costs a training step half of its speed.
         for column, values in zip(_columns(self._transitions), _columns(self._next), strict=True):
-            torch.index_select(column, 0, rows, out=values)
+            np.take(column.numpy(), rows, axis=0, out=values.numpy(), mode="clip")
 
     def close(self) -> None:
         self._ahead = None
