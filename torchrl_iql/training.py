@@ -62,9 +62,10 @@ class TrainStep:
     follow by :math:`\hat\theta \leftarrow (1 - \alpha) \hat\theta + \alpha \theta`. Nothing waits for
     the device: the returned metrics stay there until somebody reads them.
 
-    Given R losses, it trains R independent learners as one batched computation. Each has its own
-    parameters, minibatches and optimiser state, and may have its own expectile, temperature, discount
-    and learning rate. ``losses[r]`` remains an ordinary loss, whose networks are those in training.
+    Given R losses, it trains R independent learners: on a GPU as one batched computation, on a CPU one
+    after the other for up to 100 steps each, which suits its caches. Each has its own parameters,
+    minibatches and optimiser state, and may have its own expectile, temperature, discount and learning
+    rate. ``losses[r]`` remains an ordinary loss, whose networks are those in training.
 
     Args:
         losses: an :class:`~torchrl_iql.IQLLoss` or :class:`~torchrl_iql.DiscreteIQLLoss` with networks
@@ -185,7 +186,7 @@ class TrainStep:
         self,
         online: Stack,
         frozen: Stack,
-        moments: Sequence[tuple[Tensor, Tensor]],
+        moments: Sequence[Stack],
         coefficients: Tensor,
         learning_rate: Tensor,
         target_rates: Tensor,
@@ -207,12 +208,18 @@ class TrainStep:
 
     def _advance(self, source: TensorDictBase, indices: Tensor, *, replay: bool) -> Tensor:
         """As many steps as there are ``indices``, ``[steps, R, B]``; the metrics of the last one."""
-        stacked = self._stacked
-        stacked.follow_value()  # somebody may have loaded other parameters
-        state = (stacked.online, stacked.frozen, self._moments, stacked.coefficients)
-        state += (self._learning_rate, self._target_rates, stacked.columns(source))
+        self._stacked.follow_value()  # somebody may have loaded other parameters
+        columns = self._stacked.columns(source)
         schedule = self._schedule(self.steps, len(indices))
         self.steps += len(indices)
+        if self.device.type == "cpu":
+            # Learner after learner: one fits into the caches, all of them do not.
+            parts = [slice(r, r + 1) for r in range(len(self.losses))]
+            return torch.cat(
+                [self._one_by_one(self._state(r, columns), indices[:, r], schedule) for r in parts],
+                dim=-1,
+            )
+        state = self._state(slice(None), columns)
         if not replay:
             return self._one_by_one(state, indices, schedule)
         if self._graph is None or not self._graph.reads(state):
@@ -220,6 +227,23 @@ class TrainStep:
             self._graph = _Graph(self._one_by_one, state, indices, schedule)
             return self._graph.metrics
         return self._graph.advance(indices, schedule)
+
+    def _state(self, replicas: slice, columns: dict[str, Tensor]) -> tuple:
+        """What a step of some of the learners reads and changes, views of all."""
+
+        def of(stack: Sequence[Tensor]) -> Stack:
+            return tuple(tensor[replicas] for tensor in stack)
+
+        stacked = self._stacked
+        return (
+            of(stacked.online),
+            of(stacked.frozen),
+            tuple(of(pair) for pair in self._moments),
+            stacked.coefficients[:, replicas],
+            self._learning_rate[replicas],
+            self._target_rates,
+            columns,
+        )
 
     def _one_by_one(self, state: tuple, indices: Tensor, schedule: Tensor) -> Tensor:
         # The first call checks that the compiled code fits these tensors, then it does.

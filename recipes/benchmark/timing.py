@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +28,7 @@ import torch
 
 __all__ = [
     "Contender",
+    "Isolated",
     "Result",
     "flops_per_step",
     "gemm_rate",
@@ -60,6 +64,80 @@ class Contender(Protocol):
     def run(self, steps: int) -> None:
         """Take gradient steps, and wait for the device."""
         ...
+
+
+class Isolated:
+    """A contender in a process of its own.
+
+    In one process they would slow each other down: once two Python threads have OpenMP threads, which
+    a replay buffer that prefetches sees to, idle ones no longer spin, at half the speed for everybody.
+
+    Args:
+        name: of the contender.
+        build: makes it, in its process; can be pickled.
+        configure: called there first; can be pickled.
+
+    Attributes:
+        name: of the contender.
+        replicas: the number of learners that a step updates.
+
+    Raises:
+        RuntimeError: it can not be built.
+    """
+
+    def __init__(
+        self, name: str, build: Callable[[], Contender], configure: Callable[[], None]
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, build, configure), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.name = name
+        self.replicas: int = self._answer()
+
+    def run(self, steps: int) -> None:
+        """Take gradient steps, and wait for the device."""
+        self._connection.send(steps)
+        self._answer()
+
+    def close(self) -> float:
+        """End the process, and return the peak of its memory, on a GPU that of the GPU, in GiB."""
+        self._connection.send(None)
+        peak = self._answer()
+        self._process.join()
+        return peak
+
+    def _answer(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            raise RuntimeError(f"its process ended, exit code {self._process.exitcode}") from None
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+
+def _serve(
+    connection: Connection, build: Callable[[], Contender], configure: Callable[[], None]
+) -> None:
+    """Answers numbers of steps with None when they are taken, and failures with their description."""
+    try:
+        configure()
+        contender = build()
+        connection.send(contender.replicas)
+        while (steps := connection.recv()) is not None:
+            contender.run(steps)
+            connection.send(None)
+        connection.send(_peak_memory())
+    except Exception as error:  # whatever it is, the others can still be measured
+        connection.send(f"{type(error).__name__}: {error}")
+
+
+def _peak_memory() -> float:
+    if torch.cuda.is_available() and torch.cuda.max_memory_reserved():
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 @dataclass(frozen=True)

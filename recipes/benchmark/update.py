@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import ours
 import peers
 import torch
 from timing import (
     Contender,
+    Isolated,
     flops_per_step,
     gemm_rate,
     hardware,
@@ -35,11 +36,8 @@ BASELINE = "TorchRL, eager"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision(options.precision)
-    # Read by JAX when it starts its devices: as many threads, and no more GPU memory than it needs.
-    os.environ["PJRT_NPROC"] = str(options.threads)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    configure = partial(_configure, options.threads, options.precision)
+    configure()
     work = Work(
         hidden_sizes=tuple(options.hidden),
         num_qvalue_nets=options.num_qvalue_nets,
@@ -49,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     replicas = tuple(options.replicas)
     builders = {**peers.contenders(work, replicas), **ours.contenders(work, replicas)}
-    contenders = _build(builders, options.only)
+    contenders = _build(builders, options.only, configure)
     names = [contender.name for contender in contenders]
     flops = flops_per_step(
         work.observation_size,
@@ -65,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seconds_per_round=options.seconds,
         baseline=BASELINE if BASELINE in names else None,
     )
+    measured = {result.name for result in results}
+    memory = {c.name: c.close() for c in contenders if c.name in measured}
     machine = hardware()
     print(table(results, limit=rate / flops))
     print()
@@ -75,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if floor is not None:
         print(f"A kernel in a replayed graph: {floor * 1e6:.2f} microseconds.")
-    print(f"Peak memory of the process: {_peak_memory(work.device)}.")
+    peaks = ", ".join(f"{name} {peak:.2f}" for name, peak in memory.items())
+    print(f"Peak memory of each process, in GiB: {peaks}.")
     if options.json:
         context = {
             "work": asdict(work),
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "flops_per_step": flops,
             "gemm_rate": rate,
             "launch_floor": floor,
+            "peak_memory": memory,
         }
         write_json(options.json, results, **context)
 
@@ -111,24 +113,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _build(builders: Mapping[str, Callable[[], Contender]], only: Sequence[str]) -> list[Contender]:
+def _configure(threads: int, precision: str) -> None:
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    # Read by JAX when it starts its devices: as many threads, and no more GPU memory than it needs.
+    os.environ["PJRT_NPROC"] = str(threads)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def _build(
+    builders: Mapping[str, Callable[[], Contender]],
+    only: Sequence[str],
+    configure: Callable[[], None],
+) -> list[Isolated]:
     """The contenders whose name contains one of ``only``, if any are given, and that can be built."""
     contenders = []
     for name, build in builders.items():
         if only and not any(part.lower() in name.lower() for part in only):
             continue
         try:
-            contenders.append(build())
-        except (ImportError, RuntimeError) as error:  # no JAX, or none for this device
+            contenders.append(Isolated(name, build, configure))
+        except RuntimeError as error:  # no JAX, or none for this device
             print(f"{name} is left out: {error}")
     return contenders
-
-
-def _peak_memory(device: str) -> str:
-    main_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if device != "cuda":
-        return f"{main_memory:.1f} GiB"
-    return f"{main_memory:.1f} GiB, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
 
 
 if __name__ == "__main__":
