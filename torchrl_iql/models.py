@@ -419,14 +419,13 @@ class _TanhTo(nn.Module):
         self.register_buffer("half_range", (high - low) / 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _per_batch(self.middle) + _per_batch(self.half_range) * torch.tanh(x)
+        return self.middle + self.half_range * torch.tanh(x)
 
 
 class GaussianParameters(nn.Module):
     """Mean from the state and a state-independent standard deviation, in units of the half range."""
 
     unit: Tensor
-    takes_stacked_parameters = True
 
     def __init__(self, torso: nn.Module, low: Tensor, high: Tensor, squash_mean: bool) -> None:
         super().__init__()
