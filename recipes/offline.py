@@ -3,7 +3,7 @@
 With no argument: the embedded maze data, made on first use, IQL beside behaviour cloning.
 
     python recipes/offline.py
-    python recipes/offline.py task=locomotion dataset=mujoco/hopper/medium-v0 seeds=[0,1,2,3]
+    python recipes/offline.py task=locomotion dataset=mujoco/hopper/medium-v0 'seeds=[0,1,2,3]'
 """
 
 from __future__ import annotations
