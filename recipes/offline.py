@@ -46,10 +46,11 @@ from torchrl_iql.models import Architecture
 VARIABLE = ("expectile", "temperature", "learning_rate", "discount", "seed")
 """What may differ between the learners of a run."""
 
-EVALUATION_SEED = (
-    10_000  # plus the seed of the learner: away from the seeds that data are made with
-)
-STEPS_PER_CALL = 100  # between two looks at Ctrl-C
+EVALUATION_SEED = 10_000
+"""Plus the seed of the learner: away from the seeds that data are made with."""
+
+STEPS_PER_CALL = 100
+"""Gradient steps between two looks at Ctrl-C."""
 
 
 def architecture_for(cfg: DictConfig, dataset: OfflineDataset) -> Architecture:

@@ -17,7 +17,7 @@ from torchrl.data import OneHot
 from torchrl.modules import ValueOperator
 from torchrl.objectives import BCLoss, SoftUpdate
 
-from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep, models
+from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep, models, training
 from torchrl_iql.data import Minibatches
 from torchrl_iql.models import Architecture
 from torchrl_iql.objectives.stacked import StackedLosses
@@ -317,6 +317,40 @@ def test_one_training_step_does_not_use_up_the_compilations_of_another() -> None
         for replicas in (1, 2):
             step = TrainStep([make_loss(r) for r in range(replicas)], execution="compiled")
             step.run(Minibatches(transitions(50), 4, seeds=range(replicas)), 2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_replayed_graph_gets_every_index_and_schedule(
+    streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that surrounds CUDA's recording, with a recording that runs its code again."""
+    replays = []
+
+    def record(first: Callable, again: Callable) -> tuple:
+        result = first()
+        recorded = torch.full_like(result, math.nan)
+
+        def replay() -> None:
+            replays.append(recorded.copy_(again()))
+
+        return result, replay, recorded
+
+    monkeypatch.setattr(training, "_record", record)
+    torch.manual_seed(0)
+    data = transitions(500)
+    plain = TrainStep([make_loss(0), make_loss(1)], actor_decay_steps=150)
+    expected = plain.run(Minibatches(data, 16, seeds=[0, 1]), 137)
+    replayed = TrainStep([make_loss(0), make_loss(1)], actor_decay_steps=150)
+    replayed.execution = "cudagraph"
+    with Minibatches(data, 16, seeds=[0, 1], streaming=streaming) as minibatches:
+        for steps in (1, 40, 63, 33):
+            metrics = replayed.run(minibatches, steps)
+    # 4 of the 40, 5 of 59 to the end of the block, none of the 4 after it, 3 of the 33 left.
+    assert len(replays) == 4 + 5 + 3
+    for key in expected.keys():
+        torch.testing.assert_close(metrics[key], expected[key], rtol=1e-3, atol=1e-5)
+    for ours, theirs in zip(replayed.losses, plain.losses, strict=True):
+        assert_close(ours, theirs)
 
 
 # --- Replicas ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, Literal, get_args
 
@@ -212,7 +213,7 @@ class TrainStep:
         columns = self._stacked.columns(source)
         schedule = self._schedule(self.steps, len(indices))
         self.steps += len(indices)
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and not replay:
             # Learner after learner: one fits into the caches, all of them do not.
             parts = [slice(r, r + 1) for r in range(len(self.losses))]
             return torch.cat(
@@ -340,14 +341,10 @@ class _Graph:
         self.state = state
         self.indices = torch.zeros_like(indices[:1]).repeat(STEPS_PER_GRAPH, 1, 1)
         self.schedule = torch.zeros_like(schedule[:1]).repeat(STEPS_PER_GRAPH, 1)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.metrics = take(state, indices, schedule)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            self.recorded = take(state, self.indices, self.schedule)
+        self.metrics, self.replay, self.recorded = _record(
+            partial(take, state, indices, schedule),
+            partial(take, state, self.indices, self.schedule),
+        )
 
     def reads(self, state: tuple) -> bool:
         """Whether the graph was recorded on transitions at these very addresses."""
@@ -363,10 +360,29 @@ class _Graph:
         for first in range(0, whole, STEPS_PER_GRAPH):
             self.indices.copy_(indices[first : first + STEPS_PER_GRAPH])
             self.schedule.copy_(schedule[first : first + STEPS_PER_GRAPH])
-            self.graph.replay()
+            self.replay()
         if whole < len(indices):
             return self.take(self.state, indices[whole:], schedule[whole:])
         return self.recorded.clone()
+
+
+def _record(
+    first: Callable[[], Tensor], again: Callable[[], Tensor]
+) -> tuple[Tensor, Callable[[], None], Tensor]:
+    """Runs ``first``, in which everything is compiled and set up, and records ``again`` unexecuted.
+
+    Returns:
+        the result of ``first``, what replays ``again``, and the tensor with its result.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = first()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        recorded = again()
+    return result, graph.replay, recorded
 
 
 def _execution(wanted: Execution, device: torch.device) -> Execution:
