@@ -237,12 +237,13 @@ class Run:
             saved = checkpoint.load_learner(folder.last, self.learner, replica=r)
             self.best[r] = saved["best"]
             steps.add(self.learner.steps)
-            folder.forget_after(self.learner.steps)
         if len(steps) > 1:
             raise ValueError(
                 f"the checkpoints of the replicas are from different steps, {sorted(steps)}: the run "
                 "was killed while it replaced them, and cannot be continued"
             )
+        for folder in self.folders:
+            folder.forget_after(self.learner.steps)
 
     # --- Results -------------------------------------------------------------------------------------
 

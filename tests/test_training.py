@@ -175,6 +175,19 @@ def test_dropout_acts_on_the_policy_and_on_nothing_else() -> None:
         assert torch.equal(without[key], dropped[key]) != policy, key
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_losses_are_float32_from_bfloat16_products_too(autocast: bool) -> None:
+    loss, batch = make_loss(0), transitions(256)
+    if not autocast:
+        loss = loss.bfloat16()
+        batch = batch.apply(lambda x: x.bfloat16() if x.is_floating_point() else x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain, metrics = loss(batch.clone()), TrainStep(loss)(batch)
+    assert {value.dtype for value in metrics.values()} == {torch.float32}
+    for key in plain.keys():
+        torch.testing.assert_close(metrics[key], plain[key].detach(), rtol=2e-2, atol=1e-2)
+
+
 def test_adam_is_torchs() -> None:
     torch.manual_seed(0)
     ours = torch.randn(3, 5)

@@ -25,7 +25,7 @@ from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 
 from torchrl_iql.models import GaussianParameters, Torso
 from torchrl_iql.objectives import functional as iql
-from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss
+from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss, at_least_float32
 
 __all__ = ["Stack", "StackedLosses"]
 
@@ -194,7 +194,6 @@ class StackedLosses:
             the sum of all losses of all replicas, a scalar, and their ``metrics``, detached,
             ``[len(metrics), R]``.
         """
-        expectile, temperature, discount = coefficients.to(online[0].dtype).unsqueeze(-1)
         action = batch["action"]
         state = self._state_input(batch["observation"])
         next_state = self._state_input(batch["next_observation"])
@@ -205,6 +204,7 @@ class StackedLosses:
 
         log_prob = self._log_likelihood(outputs[:, 0, :, : self.policy_size], log_std[:, 0], action)
         v = outputs[:, 1, :, 0]
+        expectile, temperature, discount = coefficients.to(v.dtype).unsqueeze(-1)
         q = self._at_action(outputs[:, 2:], action)
         target_q = self._at_action(frozen_outputs[:, 1:], action)
         if "steps_to_next_obs" in batch:
@@ -247,7 +247,7 @@ class StackedLosses:
                     x = x.unflatten(0, lead)
                     x = torch.cat([F.dropout(x[:, :1], dropout), x[:, 1:]], dim=1).flatten(0, 1)
             x = torch.bmm(x, weight.flatten(0, 1)).add_(bias.flatten(0, 1).unsqueeze(-2))
-        return x.unflatten(0, lead), log_std
+        return at_least_float32(x).unflatten(0, lead), log_std
 
     def _state_input(self, observation: Tensor) -> Tensor:
         return F.pad(self.normalize(observation), (0, self.input_size - observation.shape[-1]))
