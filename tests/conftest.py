@@ -23,7 +23,8 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def maze_id(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The id of a small PointMaze data set, in a Minari store of the tests' own."""
-    import pointmaze
+    import collect
 
     os.environ["MINARI_DATASETS_PATH"] = str(tmp_path_factory.mktemp("minari"))
-    return pointmaze.ensure_dataset(transitions=3000)
+    collect.build("test/maze-v0", collect.behavior("pointmaze/stitch"), 3000, workers=1)
+    return "test/maze-v0"

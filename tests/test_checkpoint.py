@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,33 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
         checkpoint.save(path, source, ARCHITECTURE)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
+    """Of a real disk: files that are mapped into memory would end this process by SIGBUS."""
+    size = ["-t", "tmpfs", "-o", "size=100k", "tmpfs", str(tmp_path)]
+    if subprocess.run(["mount", *size], capture_output=True).returncode != 0:
+        pytest.skip("mounting a small disk is not permitted")
+    try:
+        architecture = Architecture(observation_size=3, action_size=2)
+        with pytest.raises(
+            OSError, match=r"could not write the checkpoint .*a\.ckpt \(0 MB are free"
+        ):
+            checkpoint.save(
+                tmp_path / "a.ckpt", TrainStep(IQLLoss(*architecture.build())), architecture
+            )
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_other_components_are_saved_and_restored(tmp_path: Path) -> None:
+    source, other = learner(), torch.nn.Linear(2, 2)
+    path = checkpoint.save(tmp_path / "a.ckpt", source, ARCHITECTURE, components={"other": other})
+    expected, again = other.weight.clone(), torch.nn.Linear(2, 2)
+    checkpoint.load_learner(path, learner(), components={"other": again})
+    assert torch.equal(again.weight, expected)
+    load_policy(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

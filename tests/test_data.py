@@ -21,7 +21,10 @@ import torch
 from gymnasium import spaces
 from minari import EpisodeData
 from minari.data_collector import EpisodeBuffer
-from tensordict import TensorDict
+from tensordict import TensorDict, pad
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.envs import GymEnv, SerialEnv
 
 from torchrl_iql.data import OfflineDataset, load
 
@@ -422,6 +425,26 @@ class TestRewardRules:
         assert dataset.episode_returns.tolist() == [1.5, 8.5]
         assert dataset.reward_rule == rule
 
+    @pytest.mark.parametrize("rule", ["none", "minus_one", "return_range"])
+    def test_later_rewards_are_changed_by_the_same_numbers(self, rule):
+        source = write(walk(3), walk(2, start=4))
+        raw = load(source)
+        for dataset in (
+            load(source, reward=rule),
+            load(source, reward=rule),
+        ):  # parsed, then cached
+            changed = dataset.reward_transform(raw.transitions["next", "reward"])
+            torch.testing.assert_close(changed, dataset.transitions["next", "reward"])
+        assert dataset.best_episodes(0.5).reward_transform == dataset.reward_transform
+
+    def test_without_episodes(self):
+        assert (
+            OfflineDataset.empty("CartPole-v1", reward_rule="minus_one").reward_transform.shift
+            == -1
+        )
+        with pytest.raises(ValueError, match="'return_range' needs the episodes of a data set"):
+            OfflineDataset.empty("CartPole-v1", reward_rule="return_range")
+
     def test_the_range_is_that_of_the_cut_episodes(self):
         episodes = walk(3, rewards=[0.0, 1.0, 1.0]), walk(3, rewards=[0.0, 0.0, 0.0])
         rules = {"reward_rule": "return_range", "episode_rule": "until_success"}
@@ -432,6 +455,350 @@ class TestRewardRules:
     def test_without_a_range(self):
         with pytest.raises(ValueError, match=r"^walks: .* 'return_range' .* all of them are 1.5"):
             joined(walk(3), walk(3), reward_rule="return_range")
+
+
+def flat(episodes: list[EpisodeBuffer]) -> dict[str, np.ndarray]:
+    """Episodes in D4RL's layout, with next observations."""
+    return {
+        "observations": np.concatenate([e.observations[:-1] for e in episodes]),
+        "actions": np.concatenate([e.actions for e in episodes]),
+        "rewards": np.concatenate([e.rewards for e in episodes]),
+        "terminals": np.concatenate([e.terminations for e in episodes]),
+        "timeouts": np.concatenate([e.truncations for e in episodes]),
+        "next_observations": np.concatenate([e.observations[1:] for e in episodes]),
+    }
+
+
+def as_tensordict(arrays: dict[str, np.ndarray]) -> TensorDict:
+    """Arrays in D4RL's layout as TorchRL would hold them."""
+    tensors = {key: torch.from_numpy(values) for key, values in arrays.items()}
+    return TensorDict(
+        {
+            "observation": tensors["observations"],
+            "action": tensors["actions"],
+            "next": {
+                "observation": tensors["next_observations"],
+                "reward": tensors["rewards"][:, None],
+                "terminated": tensors["terminals"][:, None],
+                "truncated": tensors["timeouts"][:, None],
+                "done": (tensors["terminals"] | tensors["timeouts"])[:, None],
+            },
+        },
+        batch_size=[len(arrays["rewards"])],
+    )
+
+
+END = np.array([False, False, True])
+WALKS = [walk(4), walk(3, start=10.0, terminations=END, truncations=~END & False), walk(2, 20.0)]
+
+
+class TestOwnEpisodes:
+    def test_mappings(self):
+        expected = joined(*WALKS)
+        entries = "observations", "actions", "rewards", "terminations"
+        mappings = [{key: getattr(e, key) for key in entries} for e in WALKS]
+        for changes in ({}, {"truncations": np.zeros(4, bool), "infos": {}, "id": 7}):
+            dataset = OfflineDataset.from_episodes(
+                "walks",
+                [mappings[0] | changes, *mappings[1:]],
+                observation_space=PLANE,
+                action_space=UNIT,
+            )
+            assert_same(dataset, expected)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"terminations": None}, r"episode 1: found entries \['actions', 'observations', 'rew"),
+            (
+                {"terminals": END},
+                "episode 1: found entries .*'terminals'.*, expected observations,",
+            ),
+            ({"id": "of May", "rewards": [0, 1, None]}, "episode of May: rewards has dtype object"),
+            ({"rewards": ["a", "b", "c"]}, "episode 1: rewards has dtype <U1, expected numbers"),
+            (
+                {"rewards": np.zeros((3, 2))},
+                r"episode 1: rewards has shape \[3, 2\], expected \[T\]",
+            ),
+            ({"terminations": [0, 0, 2]}, r"episode 1: terminations\[2\] is 2, expected 0 or 1"),
+            (
+                {"observations": np.zeros((4, 3))},
+                r"episode 1: observations has shape \[4, 3\], expected \[T, 2\]",
+            ),
+            (
+                {"actions": np.zeros((3, 2))},
+                r"episode 1: actions has shape \[3, 2\], expected \[T, 1\]",
+            ),
+            (
+                {"observations": {"position": np.zeros((4, 2))}},
+                "episode 1: observations has dtype object, expected numbers",
+            ),
+        ],
+    )
+    def test_broken(self, changes, message):
+        entries = "observations", "actions", "rewards", "terminations"
+        good = {key: getattr(walk(3), key) for key in entries}
+        bad = {key: value for key, value in (good | changes).items() if value is not None}
+        with pytest.raises(ValueError, match=f"^walks, {message}"):
+            OfflineDataset.from_episodes(
+                "walks", [good, bad], observation_space=PLANE, action_space=UNIT
+            )
+
+    @pytest.mark.parametrize(
+        ("space", "observations", "message"),
+        [
+            (
+                spaces.Dict({"here": PLANE}),
+                {"there": np.zeros((4, 2))},
+                "observations has no entry 'here'",
+            ),
+            (spaces.Tuple((PLANE, UNIT)), (np.zeros((4, 2)),), "observations has no entry 1"),
+            (
+                spaces.Discrete(3),
+                [0.0, 1.0, 0.5, 2.0],
+                "observations has dtype float64, expected i",
+            ),
+            (
+                spaces.MultiDiscrete([2, 2]),
+                np.zeros((4, 3), int),
+                r"observations has shape \[4, 3\], expected \[T, 2\]",
+            ),
+        ],
+    )
+    def test_observations_that_do_not_fit_their_space(self, space, observations, message):
+        with pytest.raises(ValueError, match=f"^walks, episode 0: {message}"):
+            joined(walk(3, observations=observations), observation_space=space)
+
+
+class TestOwnArrays:
+    @pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy, np.ndarray.tolist])
+    def test_with_next_observations(self, convert):
+        arrays = {key: convert(values) for key, values in flat(WALKS).items()}
+        spaces_ = {"observation_space": PLANE, "action_space": UNIT}
+        assert_same(OfflineDataset.from_arrays("walks", **arrays, **spaces_), joined(*WALKS))
+
+    def test_without(self):
+        arrays = flat(WALKS) | {"next_observations": None}
+        dataset = OfflineDataset.from_arrays("walks", **arrays)
+        # Of the time-out at row 3 and of the last row there is no next observation.
+        rows = torch.tensor([0, 1, 2, 4, 5, 6, 7])
+        expected = joined(*WALKS).transitions[rows]
+        assert dataset.episode_lengths.tolist() == [3, 3, 1]
+        for key in ("observation", "action", ("next", "reward"), ("next", "terminated")):
+            assert dataset.transitions[key].equal(expected[key])
+        # The terminal row's belongs to the next episode and is never used.
+        found = dataset.transitions["next", "observation"][:, 0]
+        assert found.tolist() == [1, 2, 3, 11, 12, 20, 21]
+        assert dataset.transitions["next", "truncated"].nonzero()[:, 0].tolist() == [2, 6]
+
+    def test_spaces(self):
+        arrays = flat(WALKS)
+        dataset = OfflineDataset.from_arrays("walks", **arrays)
+        assert dataset.observation_space == spaces.Box(-np.inf, np.inf, (2,))
+        assert dataset.action_space == spaces.Box(-1, 1, (1,))
+        arrays["observations"] = np.zeros((9, 3))
+        arrays["next_observations"] = np.zeros((9, 3))
+        dataset = OfflineDataset.from_arrays("walks", **arrays, env_spec="Pendulum-v1")
+        env = gymnasium.make("Pendulum-v1")
+        assert dataset.observation_space == env.observation_space
+        assert dataset.action_space == env.action_space
+        assert dataset.env_spec == gymnasium.spec("Pendulum-v1")
+
+    def test_compound_observations_are_those_of_the_flattened_environment(self):
+        env = gymnasium.make("PointMaze_Open-v3", max_episode_steps=20)
+        episode = record(env, 0, lambda _: np.zeros(2, np.float32))
+        flattened, keys = spaces.flatten_space(env.observation_space), episode.observations.keys()
+        rows = np.stack(
+            [
+                spaces.flatten(env.observation_space, dict(zip(keys, row, strict=True)))
+                for row in zip(*episode.observations.values(), strict=True)
+            ]
+        )
+        dataset = OfflineDataset.from_arrays(
+            "maze",
+            observations=rows[:-1],
+            actions=episode.actions,
+            rewards=episode.rewards,
+            terminals=episode.terminations,
+            next_observations=rows[1:],
+            env_spec=env.spec,
+        )
+        assert dataset.observation_space == flattened
+        assert dataset.transitions["observation"].equal(torch.from_numpy(rows[:-1]).float())
+
+    def test_the_time_limit_of_the_environment(self):
+        arrays = flat([walk(10)]) | {"timeouts": None, "next_observations": None}
+        spec = gymnasium.make("Pendulum-v1", max_episode_steps=4).spec
+        dataset = OfflineDataset.from_arrays(
+            "walks", **arrays, observation_space=PLANE, env_spec=spec
+        )
+        assert dataset.transitions["observation"][:, 0].tolist() == [0, 1, 2, 4, 5, 6, 8]
+        assert dataset.episode_lengths.tolist() == [3, 3, 1]
+
+    def test_discrete_actions_and_success(self):
+        arrays = flat([walk(10)]) | {"actions": np.arange(10) % 3}
+        dataset = OfflineDataset.from_arrays(
+            "walks",
+            **arrays,
+            action_space=spaces.Discrete(3),
+            infos={"success": np.arange(10) == 6},
+            episode_rule="until_success",
+            reward_rule="minus_one",
+        )
+        assert dataset.transitions["action"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+        assert dataset.transitions["next", "terminated"].nonzero()[:, 0].tolist() == [6]
+        assert dataset.transitions["next", "reward"][:, 0].tolist() == [i / 2 - 1 for i in range(7)]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"actions": np.zeros(9, int)}, "actions has dtype int64, expected floats, or a Disc"),
+            ({"observations": np.zeros(9)}, r"observations has shape \[9\], expected \[n, size\]"),
+            ({"rewards": np.zeros(8)}, r"rewards has shape \[8\], expected the rows of obs"),
+            ({"infos": {"success": np.zeros(8)}}, r"infos/success has shape \[8\], expected the"),
+            ({"terminals": [0.5] * 9}, r"terminals\[0\] is 0.5, expected 0 or 1"),
+            ({"rewards": [1e999] * 9}, r"walks, episode 0: rewards\[0\] is inf"),
+            ({"env_spec": "Nowhere-v0"}, "unknown environment 'Nowhere-v0'"),
+            (
+                {"env_spec": gymnasium.envs.registration.EnvSpec("Odd-v0", "nowhere:Odd")},
+                "the environment 'Odd-v0' can not be built: .*nowhere",
+            ),
+            ({key: [] for key in flat(WALKS)}, r"observations has shape \[0\], expected"),
+            (
+                {key: values[:0] for key, values in flat(WALKS).items()},
+                "the data set has no episodes",
+            ),
+            ({"timeouts": None, "next_observations": None}, "without timeouts and next_obs"),
+        ],
+    )
+    def test_broken(self, changes, message):
+        with pytest.raises(ValueError, match=rf"^(walks: )?{message}"):
+            OfflineDataset.from_arrays("walks", **flat(WALKS) | changes)
+
+
+class TestOwnTensorDict:
+    def test_in_the_order_of_time(self):
+        transitions = as_tensordict(flat(WALKS))
+        spaces_ = {"observation_space": PLANE, "action_space": UNIT}
+        expected = joined(*WALKS)
+        for keys in (
+            [],
+            [("next", "truncated")],
+            [("next", "done")],
+            [("next", "done"), ("next", "truncated")],  # the walks are far apart
+        ):
+            given = transitions.exclude(*keys)
+            assert_same(OfflineDataset.from_tensordict("walks", given, **spaces_), expected)
+
+    def test_rows_are_trajectories(self):
+        # The second continues the first, but is not known to.
+        transitions = as_tensordict(flat([walk(8, truncations=np.zeros(8, bool))])).reshape(2, 4)
+        dataset = OfflineDataset.from_tensordict("walks", transitions)
+        assert dataset.episode_lengths.tolist() == [4, 4]
+        assert dataset.transitions["next", "truncated"].nonzero()[:, 0].tolist() == [3, 7]
+        assert dataset.transitions["next", "observation"][3].tolist() == [4, -4]
+        one = OfflineDataset.from_tensordict("walks", transitions.reshape(-1))
+        assert one.episode_lengths.tolist() == [8]
+
+    def test_padding_is_dropped(self):
+        long, short = (as_tensordict(flat([walk(n, start=n)])) for n in (5, 3))
+        padded = torch.stack([long, pad(short, [0, 2])])
+        padded["collector", "mask"] = torch.arange(5) < torch.tensor([[5], [3]])
+        dataset = OfflineDataset.from_tensordict("walks", padded)
+        assert dataset.episode_lengths.tolist() == [5, 3]
+        expected = OfflineDataset.from_tensordict("walks", torch.cat([long, short]))
+        assert_same(dataset, expected)
+
+    def test_padded_rows_are_trajectories(self):
+        # Again, the second continues the first.
+        whole = as_tensordict(flat([walk(8, truncations=np.zeros(8, bool))]))
+        padded = torch.stack([pad(whole[:3], [0, 2]), whole[3:]])
+        padded["collector", "mask"] = torch.arange(5) < torch.tensor([[3], [5]])
+        dataset = OfflineDataset.from_tensordict("walks", padded)
+        assert dataset.episode_lengths.tolist() == [3, 5]
+        assert dataset.transitions["observation"].equal(whole["observation"].float())
+
+    @pytest.mark.parametrize("categorical", [True, False])
+    def test_what_an_environment_gives(self, categorical):
+        env = GymEnv("CartPole-v1", categorical_action_encoding=categorical)
+        env.set_seed(0)
+        torch.manual_seed(0)
+        steps = env.rollout(80, break_when_any_done=False)
+        dataset = OfflineDataset.from_tensordict("poles", steps, env_spec="CartPole-v1")
+        actions = steps["action"] if categorical else steps["action"].argmax(-1)
+        assert dataset.transitions["action"].equal(actions.flatten())
+        ends = steps["next", "done"].flatten().clone()
+        ends[-1] = True
+        lengths = torch.diff(ends.nonzero()[:, 0], prepend=torch.tensor([-1]))
+        assert dataset.episode_lengths.equal(lengths)
+        assert len(lengths) > 2
+        for key in ("observation", ("next", "observation"), ("next", "reward")):
+            assert dataset.transitions[key].equal(steps[key])
+        assert dataset.transitions["next", "terminated"].equal(steps["next", "terminated"])
+
+    @pytest.mark.filterwarnings("ignore:split_trajs")
+    @pytest.mark.parametrize("split_trajs", [True, False])
+    def test_what_a_collector_gives(self, split_trajs):
+        torch.manual_seed(0)
+        envs = SerialEnv(2, lambda: GymEnv("CartPole-v1"))
+        collector = Collector(envs, frames_per_batch=80, total_frames=80, split_trajs=split_trajs)
+        (batch,) = collector
+        dataset = OfflineDataset.from_tensordict("poles", batch, env_spec="CartPole-v1")
+        assert len(dataset.transitions) == 80
+        assert (dataset.transitions["next", "reward"] == 1).all()
+        steps = dataset.transitions
+        ended = steps["next", "done"].flatten()
+        assert steps["next", "observation"][:-1][~ended[:-1]].equal(
+            steps["observation"][1:][~ended[:-1]]
+        )
+        assert dataset.episode_lengths.sum() == 80
+        buffer = ReplayBuffer(storage=LazyTensorStorage(100))
+        if not split_trajs:
+            buffer.extend(batch.reshape(-1))
+            again = OfflineDataset.from_tensordict("poles", buffer[:], env_spec="CartPole-v1")
+            assert_same(again, dataset)
+        collector.shutdown()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda td: td.exclude(("next", "terminated")), r"transitions has no \('next', 'termi"),
+            (lambda td: td.reshape(3, 3, 1), r"transitions has batch size \[3, 3, 1\], expected"),
+            (
+                lambda td: td.update({"next": {"reward": torch.zeros(9, 2)}}),
+                r"walks, episode 0: rewards has shape \[4, 2\]",
+            ),
+            (
+                lambda td: td.update({"next": {"done": torch.full((9, 1), 2)}}),
+                r"next/done\[0\] is 2, expected 0 or 1",
+            ),
+            (
+                lambda td: td.update({"action": torch.full((9, 1), -3.0)}),
+                r"walks, episode 0: actions\[0, 0\] is -3, outside \[-1, 1\]",
+            ),
+            (
+                lambda td: td.update({"next": {"observation": torch.full((9, 2), torch.nan)}}),
+                r"walks, episode 0: observations\[1, 0\] is nan",
+            ),
+        ],
+    )
+    def test_broken(self, change, message):
+        with pytest.raises(ValueError, match=rf"^(walks: )?{message}"):
+            OfflineDataset.from_tensordict("walks", change(as_tensordict(flat(WALKS))))
+
+    def test_not_one_hot(self):
+        transitions = as_tensordict(flat(WALKS))
+        transitions["action"] = torch.eye(3)[torch.arange(9) % 3]
+        dataset = OfflineDataset.from_tensordict(
+            "walks", transitions, action_space=spaces.Discrete(3, start=5)
+        )
+        assert dataset.transitions["action"].tolist() == [0, 1, 2] * 3
+        transitions["action"][4, 2] = 1
+        message = r"^walks: actions\[4\] is \[0. 1. 1.\], expected one 1 among zeros"
+        with pytest.raises(ValueError, match=message):
+            OfflineDataset.from_tensordict(
+                "walks", transitions, action_space=spaces.Discrete(3, start=5)
+            )
 
 
 def with_value(value: float, index: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
@@ -549,6 +916,58 @@ class TestSource:
             load("there/is/none-v0", download=False)
         with pytest.raises(FileNotFoundError, match=rf"'{root}/none'.* in {root}$"):
             load(root / "none")
+
+    def test_several_are_one(self, cache_folder):
+        options = {"ref_min_score": -5.0, "ref_max_score": 20.0}
+        env = gymnasium.make("Pendulum-v1").spec
+        one = write(walk(3), walk(2, start=4), dataset_id="test/one-v0")
+        pendulum = walk(4, start=7)
+        two = write(
+            pendulum,
+            dataset_id="test/two-v0",
+            env=env,
+            observation_space=PLANE,
+            action_space=UNIT,
+            **options,
+        )
+        dataset = load([one, two], reward="return_range")
+        expected = joined(walk(3), walk(2, start=4), walk(4, start=7), reward_rule="return_range")
+        found = replace(dataset, name="walks", env_spec=None, reference_scores=None)
+        assert_same(found, expected)
+        assert dataset.name == "test/one-v0 + test/two-v0"
+        assert dataset.env_spec == env
+        assert dataset.reference_scores == (-5.0, 20.0)
+        assert load([one]).name == one
+        assert load([one, two], env="Hopper-v5").env_spec == gymnasium.spec("Hopper-v5")
+        minari.delete_dataset(two)
+        write(walk(4), dataset_id=two)
+        assert load([one, two]).episode_returns.tolist() == [1.5, 8.5, 3.0]
+        assert len(list(cache_folder.iterdir())) == 3
+
+    def test_an_error_names_the_one_of_several(self):
+        one = write(walk(3), dataset_id="test/one-v0")
+        two = write(walk(3), walk(3, rewards=[0.0, np.nan, 0.0]), dataset_id="test/two-v0")
+        message = rf"^{one} \+ {two}, episode 1 of {two}: rewards\[1\] is nan"
+        with pytest.raises(ValueError, match=message):
+            load([one, two])
+
+    @pytest.mark.parametrize(
+        ("file", "contents", "message"),
+        [
+            ("main_data.hdf5", b"", "its files are damaged or incomplete: .*file"),
+            ("main_data.hdf5", None, "its files are damaged or incomplete: .*truncated file"),
+            ("metadata.json", b"{", "Minari can not open .*/data: JSONDecodeError"),
+            ("metadata.json", b"{}", "Minari can not open .*/data: AssertionError"),
+        ],
+    )
+    def test_damaged_files(self, root, cache_folder, file, contents, message):
+        source = write(walk(3))
+        path = root / source / "data" / file
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if contents is None else contents)
+        with pytest.raises(ValueError, match=f"^{source}: {message}"):
+            load(source)
+        assert not cache_folder.exists()
 
     def test_missing_is_downloaded(self, monkeypatch):
         monkeypatch.setattr(minari, "download_dataset", lambda id: write(walk(3), dataset_id=id))
@@ -808,6 +1227,71 @@ class TestUse:
         mean, std = dataset.observation_statistics()
         np.testing.assert_allclose(mean, [value, value, 3e-9], rtol=1e-6)
         np.testing.assert_allclose(std, [1, 1, 2e-9], rtol=1e-6)
+
+    def test_reward_statistics(self):
+        rewards = np.random.default_rng(0).normal(3.0, 2.0, 49)
+        mean, std = joined(walk(49, rewards=rewards), reward_rule="minus_one").reward_statistics()
+        np.testing.assert_allclose(mean, [rewards.mean() - 1], rtol=1e-6)
+        np.testing.assert_allclose(std, [rewards.std()], rtol=1e-6)
+        assert joined(walk(3, rewards=[2.0] * 3)).reward_statistics()[1].tolist() == [1]
+
+    def test_episode_starts(self):
+        starts = joined(walk(3), walk(1), walk(4)).episode_starts
+        assert starts.tolist() == [0, 3, 4]
+        assert starts.dtype == torch.int64
+
+    @pytest.mark.parametrize("discount", [0.0, 0.5, 0.99, 1.0])
+    def test_returns_to_go(self, discount):
+        rng = np.random.default_rng(0)
+        lengths = [1, 2, 3, 8, 9, 100, 1, 333]
+        episodes = [walk(n, rewards=rng.normal(size=n)) for n in lengths]
+        dataset = joined(*episodes, reward_rule="minus_one")
+        expected = []
+        for episode in episodes:
+            rewards = np.asarray(episode.rewards) - 1
+            for t in range(len(rewards)):
+                powers = discount ** np.arange(len(rewards) - t)
+                expected.append((powers * rewards[t:]).sum())
+        found = dataset.returns_to_go(discount)
+        assert found.shape == (sum(lengths), 1)
+        assert found.dtype == torch.float32
+        np.testing.assert_allclose(found[:, 0], expected, rtol=3e-6, atol=1e-6)
+
+    def test_returns_to_go_are_summed_in_float64(self):
+        steps = 100_001
+        dataset = joined(walk(steps, rewards=np.full(steps, 0.1)))
+        expected = np.float32(0.1).astype(np.float64) * np.arange(steps, 0, -1)
+        assert dataset.returns_to_go()[:, 0].equal(torch.from_numpy(expected.astype(np.float32)))
+        assert (dataset.transitions["next", "reward"] == np.float32(0.1)).all()
+
+    @pytest.mark.parametrize("share", [1e-9, 0.1, 0.29, 0.5, 0.96, 1.0])
+    def test_best_episodes(self, share):
+        rng = np.random.default_rng(1)
+        returns = rng.integers(0, 20, 100)
+        episodes = [
+            walk(n, start=1000 * i, rewards=np.eye(n)[0] * returns[i])
+            for i, n in enumerate(rng.integers(1, 6, 100))
+        ]
+        whole = joined(*episodes, reward_rule="return_range")
+        best = whole.best_episodes(share)
+        number = {1e-9: 1, 0.1: 10, 0.29: 29, 0.5: 50, 0.96: 96, 1.0: 100}[share]
+        chosen = np.sort(np.lexsort((np.arange(100), -returns))[:number])
+        rewards = whole.transitions["next", "reward"]
+        owner = np.repeat(np.arange(100), whole.episode_lengths)
+        rows = torch.from_numpy(np.isin(owner, chosen).nonzero()[0])
+        assert best.episode_returns.tolist() == returns[chosen].tolist()
+        assert best.episode_lengths.tolist() == [len(episodes[i]) for i in chosen]
+        assert (best.transitions == whole.transitions[rows]).all()
+        assert best.transitions["next", "reward"].equal(rewards[rows])
+        assert (best.name, best.reward_rule) == ("walks", "return_range")
+
+    @pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan")])
+    def test_shares_and_discounts_out_of_range(self, share):
+        with pytest.raises(ValueError, match=f"share must be above 0 and at most 1, got {share}"):
+            joined(walk(3)).best_episodes(share)
+        if share != 0:
+            with pytest.raises(ValueError, match=f"discount must be from 0 to 1, got {share}"):
+                joined(walk(3)).returns_to_go(share)
 
     def test_samples_are_transitions(self):
         transitions = joined(walk(3), walk(4, start=10)).transitions

@@ -2,25 +2,28 @@
 
 A checkpoint is a TorchRL :class:`~torchrl.checkpoint.Checkpoint` archive with the components
 ``policy`` (the network alone), ``learner`` (networks, targets, optimiser, counter) and ``rng`` (every
-global random number generator), and in its metadata the architecture of the networks and whatever the
+global random number generator), others that the run adds, and in its metadata the architecture of the networks and whatever the
 run adds. It holds one learner, also of several that are trained together.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModule
-from torchrl.checkpoint import Checkpoint, GlobalRNGState
+from torchrl.checkpoint import Checkpoint, GlobalRNGState, StateDictCheckpointAdapter
 
 from torchrl_iql.models import Architecture
 from torchrl_iql.training import TrainStep
 
-__all__ = ["load_architecture", "load_learner", "load_policy", "save"]
+__all__ = ["load_architecture", "load_learner", "load_metadata", "load_policy", "save"]
 
 
 def save(
@@ -29,6 +32,7 @@ def save(
     architecture: Architecture,
     *,
     replica: int = 0,
+    components: Mapping[str, Any] = MappingProxyType({}),
     **metadata: Any,
 ) -> Path:
     """Write a checkpoint, replacing an older one of that name only when the new one is complete.
@@ -38,16 +42,29 @@ def save(
         learner: the training step.
         architecture: that of the networks in its losses.
         replica: which of its losses.
+        components: what else to save, by name: objects with a state dict.
         **metadata: values that JSON can hold, returned by :func:`load_learner`.
 
     Returns:
         the path.
+
+    Raises:
+        OSError: if it could not be written; an older one is still there.
     """
     # Copied, since the parameters are parts of tensors that hold all networks of all replicas.
     policy = deepcopy(learner.losses[replica].get_stateful_net("actor_network"))
-    components = {"policy": policy, "learner": _Replica(learner, replica), "rng": GlobalRNGState()}
-    checkpoint = Checkpoint(format="archive", **components)
-    return checkpoint.save(path, metadata={**metadata, "architecture": asdict(architecture)})
+    checkpoint = Checkpoint(format="archive")
+    saved = {"policy": policy, "learner": _Replica(learner, replica), "rng": GlobalRNGState()}
+    for name, component in {**saved, **components}.items():
+        # By default the tensors are mapped files, whose process dies of SIGBUS when the disk is full.
+        checkpoint.register(name, component, adapter=StateDictCheckpointAdapter("torch"))
+    try:
+        return checkpoint.save(path, metadata={**metadata, "architecture": asdict(architecture)})
+    except (OSError, RuntimeError) as error:  # torch says nothing of a full disk
+        free = shutil.disk_usage(Path(path).parent).free / 1e6
+        raise OSError(
+            f"could not write the checkpoint {path} ({free:.0f} MB are free there): {error}"
+        ) from error
 
 
 def load_policy(path: str | Path, device: torch.device | str = "cpu") -> TensorDictModule:
@@ -65,29 +82,37 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> TensorD
     return policy.to(device).eval()
 
 
-def load_learner(path: str | Path, learner: TrainStep, *, replica: int = 0) -> dict[str, Any]:
+def load_learner(
+    path: str | Path,
+    learner: TrainStep,
+    *,
+    replica: int = 0,
+    components: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Restore a learner and the global random number generators, to continue a run.
 
     Args:
         path: a file written by :func:`save`.
         learner: a training step for the same architecture, whose state is replaced.
         replica: which of its losses.
+        components: what else to restore, by the names given to :func:`save`.
 
     Returns:
         the metadata given to :func:`save`.
     """
-    metadata = _metadata(path)
-    components = {"learner": _Replica(learner, replica), "rng": GlobalRNGState()}
-    Checkpoint(**components).load(path, map_location=learner.device)
+    metadata = load_metadata(path)
+    checkpoint = Checkpoint(learner=_Replica(learner, replica), rng=GlobalRNGState(), **components)
+    checkpoint.load(path, map_location=learner.device)
     return metadata
 
 
 def load_architecture(path: str | Path) -> Architecture:
     """The architecture of the networks in a checkpoint."""
-    return Architecture(**_metadata(path)["architecture"])
+    return Architecture(**load_metadata(path)["architecture"])
 
 
-def _metadata(path: str | Path) -> dict[str, Any]:
+def load_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata given to :func:`save`, without anything else."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     return Checkpoint.manifest(path)["metadata"]

@@ -3,6 +3,7 @@
 * :class:`Evaluator`: plays the same seeded episodes at every call.
 * :class:`Evaluation`: the outcome of one call, per episode and summarised.
 * :data:`REFERENCE_SCORES`: D4RL's random and expert returns.
+* :func:`flat_environment`, :func:`success`: an environment and its info as they are read here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 
 import gymnasium
 import gymnasium_robotics
@@ -25,7 +26,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-__all__ = ["REFERENCE_SCORES", "Evaluation", "Evaluator"]
+__all__ = ["REFERENCE_SCORES", "Evaluation", "Evaluator", "flat_environment", "success"]
 
 gymnasium.register_envs(gymnasium_robotics)
 
@@ -160,7 +161,7 @@ class Evaluator:
                     f"got {reference_scores}."
                 )
         self.seed = seed
-        self.envs = [_build(env_spec) for _ in range(episodes)]
+        self.envs = [flat_environment(env_spec) for _ in range(episodes)]
         action_space = self.envs[0].action_space
         if not isinstance(action_space, Box | Discrete):
             self.close()
@@ -212,13 +213,13 @@ class Evaluator:
                     returns[i] += float(reward)
                     lengths[i] += 1
                     running[i] = not (terminated or truncated)
-                    success = info.get("success", info.get("is_success"))
-                    if success is not None:
-                        successes[i] = bool(successes[i]) or bool(success)
+                    succeeded = success(info)
+                    if succeeded is not None:
+                        successes[i] = bool(successes[i]) or succeeded
                     if keep_trajectories:
                         trajectories[i].append(observations[i].copy())
 
-        reported = any(success is not None for success in successes)
+        reported = any(each is not None for each in successes)
         succeeded = np.array(successes, dtype=bool) if reported else None
         return Evaluation(
             returns=returns,
@@ -286,7 +287,18 @@ def _eval_mode(module: torch.nn.Module) -> Iterator[None]:
             submodule.training = training
 
 
-def _build(env_spec: EnvSpec | str) -> gymnasium.Env:
+def success(info: Mapping[str, Any]) -> bool | None:
+    """Whether an environment reports success in the info of a step; None if it does not say."""
+    reported = info.get("success", info.get("is_success"))
+    return None if reported is None else bool(reported)
+
+
+def flat_environment(env_spec: EnvSpec | str) -> gymnasium.Env:
+    """An environment whose observations are vectors.
+
+    Raises:
+        ValueError: If it cannot be built.
+    """
     try:
         env = gymnasium.make(env_spec)
     except Exception as error:

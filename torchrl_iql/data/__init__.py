@@ -2,8 +2,9 @@
 
 from torchrl_iql.data.dataset import OfflineDataset
 from torchrl_iql.data.episodes import EpisodeRule
-from torchrl_iql.data.minari import load
+from torchrl_iql.data.loading import load
 from torchrl_iql.data.minibatches import Minibatches
+from torchrl_iql.data.report import Report
 from torchrl_iql.data.rewards import RewardRule
 
-__all__ = ["EpisodeRule", "Minibatches", "OfflineDataset", "RewardRule", "load"]
+__all__ = ["EpisodeRule", "Minibatches", "OfflineDataset", "Report", "RewardRule", "load"]

@@ -15,14 +15,15 @@ import time
 import warnings
 import zipfile
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 
-__all__ = ["entry_path", "read", "write"]
+__all__ = ["entry_path", "read", "unfinished", "write"]
 
 FOLDER_VARIABLE = "TORCHRL_IQL_CACHE"
 DEFAULT_FOLDER = "~/.cache/torchrl_iql"
@@ -41,18 +42,24 @@ ABANDONED_AFTER = 24 * 3600
 """Seconds after which what a killed process left unfinished is removed."""
 
 
-def entry_path(source: Path, *rules: str) -> Path:
-    """The file that keeps what these rules make of the files in a folder, as they are now.
+def entry_path(sources: Sequence[Path], *rules: Any) -> Path:
+    """The file that keeps what these rules make of files and folders, as they are now.
 
     Args:
-        source: The folder. Its path counts, and the path, size and modification time of its files.
-        rules: What else determines the arrays.
+        sources: The files and folders. Their paths count, and the path, size and modification time
+            of every file.
+        rules: What else determines the arrays, as JSON can write it.
     """
-    files = sorted(path for path in source.rglob("*") if path.is_file())
-    stats = [(str(path.relative_to(source)), path.stat()) for path in files]
-    states = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    paths = [str(source.resolve()) for source in sources]
+    states = [_states(source) for source in sources]
     folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER)).expanduser()
-    return folder / f"{_digest(str(source.resolve()), rules)}-{_digest(VERSION, states)}.tdz"
+    return folder / f"{_digest(paths, rules)}-{_digest(VERSION, states)}.tdz"
+
+
+def _states(source: Path) -> list[tuple[str, int, int]]:
+    paths = [source] if source.is_file() else sorted(source.rglob("*"))
+    stats = [(str(path.relative_to(source)), path.stat()) for path in paths if path.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def _digest(*values: Any) -> str:
@@ -84,17 +91,26 @@ def write(entry: Path, content: TensorDict) -> None:
     """
     source, _, _ = entry.name.partition("-")
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(entry.parent)
-        with tempfile.TemporaryDirectory(dir=entry.parent, prefix=UNFINISHED) as folder:
-            archive = Path(folder, entry.name)
+        with unfinished(entry) as archive:
             content.save(str(archive), archive=True)
             _seal(archive)
-            archive.replace(entry)
         for earlier in set(entry.parent.glob(f"{source}-*.tdz")) - {entry}:
             earlier.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         warnings.warn(f"could not write the cache entry {entry}: {error}", stacklevel=3)
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """Where to make a file that is there whole or not at all: it moves to ``path`` in the end.
+
+    What killed processes left beside it is removed after a day.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path.parent)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
+        yield Path(folder, path.name)
+        Path(folder, path.name).replace(path)
 
 
 def _seal(archive: Path) -> None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import get_args
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces import flatdim
 from minari import EpisodeData
-from tensordict import TensorDict
+from numpy.typing import ArrayLike
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorStorage
 
-from torchrl_iql.data.episodes import EpisodeRule, transition_columns
+from torchrl_iql.data.arrays import action_box, array, array_episodes, observation_box
+from torchrl_iql.data.environments import spaces_of, spec_of
+from torchrl_iql.data.episodes import EpisodeRule, episode_data, errors_at, transition_columns
 from torchrl_iql.data.minibatches import Minibatches
-from torchrl_iql.data.rewards import REWARD_RULES, RewardRule
+from torchrl_iql.data.report import Report, report
+from torchrl_iql.data.rewards import REWARD_RULES, UNCHANGED, RewardRule, RewardTransform
+from torchrl_iql.data.spaces import action_rows
+from torchrl_iql.data.tensordicts import categories, transition_arrays
 
 __all__ = ["OfflineDataset", "require_rules"]
 
@@ -34,7 +40,7 @@ class OfflineDataset:
     """The transitions of whole episodes, and what is needed to evaluate what learns from them.
 
     Attributes:
-        name: Data set id or path.
+        name: Data set id or path; of several sources, joined by ``" + "``.
         transitions: TensorDict on the CPU, in memory or mapped from a file, batch size ``[n]``,
             episode after episode:
 
@@ -53,6 +59,7 @@ class OfflineDataset:
         env_spec: The environment to evaluate in, if known.
         reference_scores: The returns that score 0 and 1 when normalized, if known.
         reward_rule: How rewards were changed, see :mod:`torchrl_iql.data.rewards`.
+        reward_transform: The same in numbers, for rewards that are collected later.
         episode_rule: Where episodes end: ``"as_stored"`` or ``"until_success"``.
     """
 
@@ -65,29 +72,32 @@ class OfflineDataset:
     env_spec: EnvSpec | None = None
     reference_scores: tuple[float, float] | None = None
     reward_rule: RewardRule = "none"
+    reward_transform: RewardTransform = UNCHANGED
     episode_rule: EpisodeRule = "as_stored"
 
     @classmethod
     def from_episodes(
         cls,
         name: str,
-        episodes: Iterable[EpisodeData],
+        episodes: Iterable[EpisodeData | Mapping[str, Any]],
         *,
         observation_space: Space,
         action_space: Space,
-        env_spec: EnvSpec | None = None,
+        env_spec: str | EnvSpec | None = None,
         reference_scores: tuple[float, float] | None = None,
         reward_rule: RewardRule = "none",
         episode_rule: EpisodeRule = "as_stored",
     ) -> OfflineDataset:
-        """Checks episodes and joins them: the one way in, for readers and for arrays of your own.
+        """Checks episodes and joins them: the one way in, in which every other one ends.
 
         Args:
             name: What error messages call the data set.
-            episodes: Episodes with one observation more than actions, rewards and flags.
+            episodes: Episodes with one observation more than actions, rewards and flags: Minari's,
+                or mappings with the same entries. Of these, ``"truncations"``, ``"infos"`` and
+                ``"id"``, the position by default, may be missing.
             observation_space: Space of one observation.
             action_space: Space of one action, ``Box`` or ``Discrete``.
-            env_spec: The environment to evaluate in.
+            env_spec: The environment to evaluate in, or its id.
             reference_scores: The returns that score 0 and 1 when normalized.
             reward_rule: ``"none"``, ``"minus_one"`` or ``"return_range"``.
             episode_rule: ``"as_stored"``, or ``"until_success"`` to terminate each episode at its
@@ -101,9 +111,12 @@ class OfflineDataset:
         Example:
             >>> import numpy as np
             >>> from gymnasium.spaces import Box, Discrete
-            >>> from minari import EpisodeData
-            >>> rewards, no = np.array([0.0, 1.0]), np.array([False, False])
-            >>> walk = EpisodeData(0, np.eye(3), np.array([1, 0]), rewards, no, no, infos={})
+            >>> walk = {
+            ...     "observations": np.eye(3),
+            ...     "actions": [1, 0],
+            ...     "rewards": [0.0, 1.0],
+            ...     "terminations": [False, False],
+            ... }
             >>> dataset = OfflineDataset.from_episodes(
             ...     "walk",
             ...     [walk],
@@ -116,12 +129,14 @@ class OfflineDataset:
             tensor([-1.,  0.])
         """
         require_rules(reward_rule, episode_rule)
+        spaces = observation_space, action_space
         parts = []
-        for episode in episodes:
-            with _errors_at(f"{name}, episode {episode.id}"):
-                parts.append(
-                    transition_columns(episode, observation_space, action_space, episode_rule)
-                )
+        for position, episode in enumerate(episodes):
+            is_mapping = isinstance(episode, Mapping)
+            number = episode.get("id", position) if is_mapping else episode.id
+            with errors_at(f"{name}, episode {number}"):
+                recorded = episode_data(episode) if is_mapping else episode
+                parts.append(transition_columns(recorded, *spaces, episode_rule))
         if not parts:
             raise ValueError(f"{name}: the data set has no episodes")
 
@@ -129,20 +144,294 @@ class OfflineDataset:
             key: torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in parts[0]
         }
         returns = torch.tensor([part["next", "reward"].sum() for part in parts])
-        with _errors_at(name):
-            rewards = REWARD_RULES[reward_rule](columns["next", "reward"], returns)
-        columns["next", "reward"] = rewards.float()
+        with errors_at(name):
+            transform = REWARD_RULES[reward_rule](returns)
+        columns["next", "reward"] = transform(columns["next", "reward"]).float()
         return cls(
             name=name,
-            transitions=TensorDict(columns, batch_size=[len(rewards)], device="cpu"),
+            transitions=TensorDict(columns, batch_size=[len(columns["action"])], device="cpu"),
             episode_lengths=torch.tensor([len(part["action"]) for part in parts]),
             episode_returns=returns,
             observation_space=observation_space,
             action_space=action_space,
-            env_spec=env_spec,
+            env_spec=spec_of(env_spec),
+            reference_scores=reference_scores,
+            reward_rule=reward_rule,
+            reward_transform=transform,
+            episode_rule=episode_rule,
+        )
+
+    @classmethod
+    def empty(
+        cls,
+        env_spec: str | EnvSpec,
+        *,
+        reward_rule: RewardRule = "none",
+        episode_rule: EpisodeRule = "as_stored",
+    ) -> OfflineDataset:
+        """What is known of the data of an environment before there are any: to start from scratch.
+
+        Args:
+            env_spec: The environment, or its id.
+            reward_rule: ``"none"`` or ``"minus_one"``.
+            episode_rule: As in :meth:`from_episodes`.
+
+        Raises:
+            TypeError: If the action space is neither ``Box`` nor ``Discrete``.
+            ValueError: If the environment can not be built, or a rule is unknown or needs episodes.
+
+        Example:
+            >>> OfflineDataset.empty("CartPole-v1").transitions["observation"].shape
+            torch.Size([0, 4])
+        """
+        require_rules(reward_rule, episode_rule)
+        spec = spec_of(env_spec)
+        assert spec is not None
+        observation_space, action_space = spaces_of(spec)
+        observations = torch.zeros(0, flatdim(observation_space))
+        no_flags = torch.zeros(0, 1, dtype=torch.bool)
+        empty = np.zeros((0, *action_space.shape), action_space.dtype)  # pyright: ignore
+        columns: dict[NestedKey, Tensor] = {
+            "observation": observations,
+            "action": torch.from_numpy(action_rows(action_space, empty)),
+            ("next", "observation"): observations,
+            ("next", "reward"): torch.zeros(0, 1),
+            **{("next", key): no_flags for key in ("done", "terminated", "truncated")},
+        }
+        returns = torch.zeros(0, dtype=torch.float64)
+        return cls(
+            name=spec.id,
+            transitions=TensorDict(columns, batch_size=[0], device="cpu"),
+            episode_lengths=torch.zeros(0, dtype=torch.int64),
+            episode_returns=returns,
+            observation_space=observation_space,
+            action_space=action_space,
+            env_spec=spec,
+            reward_rule=reward_rule,
+            reward_transform=REWARD_RULES[reward_rule](returns),
+            episode_rule=episode_rule,
+        )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        name: str,
+        *,
+        observations: ArrayLike | Tensor,
+        actions: ArrayLike | Tensor,
+        rewards: ArrayLike | Tensor,
+        terminals: ArrayLike | Tensor,
+        timeouts: ArrayLike | Tensor | None = None,
+        next_observations: ArrayLike | Tensor | None = None,
+        infos: Mapping[str, ArrayLike | Tensor] | None = None,
+        observation_space: Space | None = None,
+        action_space: Space | None = None,
+        env_spec: str | EnvSpec | None = None,
+        reference_scores: tuple[float, float] | None = None,
+        reward_rule: RewardRule = "none",
+        episode_rule: EpisodeRule = "as_stored",
+    ) -> OfflineDataset:
+        """Splits arrays of n rows, in the order of time, into episodes: D4RL's layout.
+
+        Where episodes end and which rows are kept: :mod:`torchrl_iql.data.arrays`.
+
+        Args:
+            name: What error messages call the data set.
+            observations: ``[n, D]``, or as the observation space says.
+            actions: ``[n, A]``, or as the action space says.
+            rewards: ``[n]`` or ``[n, 1]``.
+            terminals: Where the task ended, ``[n]`` or ``[n, 1]``, 0 or 1 of any type.
+            timeouts: Where an episode just stopped, likewise.
+            next_observations: As ``observations``.
+            infos: Arrays ``[n, ...]``, of which ``"until_success"`` reads ``"success"``.
+            observation_space: By default that of the environment, if one is given, flattened if it
+                is compound, else a ``Box`` without bounds.
+            action_space: By default that of the environment, else, for floats, ``Box(-1, 1)``.
+            env_spec: The environment to evaluate in, or its id. Without ``timeouts`` and
+                ``next_observations``, its time limit ends episodes.
+            reference_scores: The returns that score 0 and 1 when normalized.
+            reward_rule: As in :meth:`from_episodes`.
+            episode_rule: As in :meth:`from_episodes`.
+
+        Raises:
+            TypeError: If a space can not be turned into rows.
+            ValueError: As in :meth:`from_episodes`, if arrays do not fit together, or if nothing
+                tells where episodes end.
+
+        Example:
+            >>> import numpy as np
+            >>> dataset = OfflineDataset.from_arrays(
+            ...     "walks",
+            ...     observations=np.arange(5.0)[:, None],
+            ...     actions=np.zeros((5, 1)),
+            ...     rewards=np.ones(5),
+            ...     terminals=[0, 1, 0, 0, 0],
+            ...     timeouts=[0, 0, 0, 0, 1],
+            ... )
+            >>> dataset.episode_lengths
+            tensor([2, 2])
+            >>> dataset.transitions["next", "observation"].flatten()
+            tensor([1., 2., 3., 4.])
+        """
+        spec = spec_of(env_spec)
+        given: dict[str, Any] = {
+            "observations": observations,
+            "actions": actions,
+            "rewards": rewards,
+            "terminals": terminals,
+            "timeouts": timeouts,
+            "next_observations": next_observations,
+        }
+        with errors_at(name):
+            arrays: dict[str, Any] = {
+                key: array(values) for key, values in given.items() if values is not None
+            }
+            spaces = _spaces(arrays, observation_space, action_space, spec)
+            episodes = array_episodes(
+                **arrays,
+                infos={key: array(values) for key, values in (infos or {}).items()},
+                time_limit=None if spec is None else spec.max_episode_steps,
+            )
+        return cls.from_episodes(
+            name,
+            episodes,
+            **spaces,
+            env_spec=spec,
             reference_scores=reference_scores,
             reward_rule=reward_rule,
             episode_rule=episode_rule,
+        )
+
+    @classmethod
+    def from_tensordict(
+        cls,
+        name: str,
+        transitions: TensorDictBase,
+        *,
+        observation_space: Space | None = None,
+        action_space: Space | None = None,
+        env_spec: str | EnvSpec | None = None,
+        reference_scores: tuple[float, float] | None = None,
+        reward_rule: RewardRule = "none",
+        episode_rule: EpisodeRule = "as_stored",
+    ) -> OfflineDataset:
+        """Splits what a TorchRL collector or replay buffer gives into episodes.
+
+        An episode ends with ``terminated``, ``truncated`` or ``done``, where the next observation
+        is not that of the following transition, and with each row of ``[B, T]``. All transitions
+        are kept, except for padding, which ``("collector", "mask")`` tells. One that is both
+        terminated and truncated is terminated.
+
+        Args:
+            name: What error messages call the data set.
+            transitions: ``[n]`` in the order of time, or ``[B, T]``, each row a part of a
+                trajectory, on any device, with ``"observation"``, ``"action"``,
+                ``("next", "observation")``, ``("next", "reward")``, ``("next", "terminated")`` and,
+                optionally, ``("next", "truncated")`` and ``("next", "done")``.
+            observation_space: As in :meth:`from_arrays`. For ``Discrete``, categories or one-hot.
+            action_space: As in :meth:`from_arrays`. For ``Discrete``, categories or one-hot.
+            env_spec: The environment to evaluate in, or its id.
+            reference_scores: The returns that score 0 and 1 when normalized.
+            reward_rule: As in :meth:`from_episodes`.
+            episode_rule: As in :meth:`from_episodes`.
+
+        Raises:
+            TypeError: If a space can not be turned into rows.
+            ValueError: As in :meth:`from_arrays`, or if an entry is missing.
+
+        Example:
+            >>> transitions = TensorDict(
+            ...     {
+            ...         "observation": torch.tensor([[0.0], [1.0], [5.0]]),
+            ...         "action": torch.zeros(3, 1),
+            ...         "next": {
+            ...             "observation": torch.tensor([[1.0], [2.0], [6.0]]),
+            ...             "reward": torch.ones(3, 1),
+            ...             "terminated": torch.zeros(3, 1, dtype=torch.bool),
+            ...         },
+            ...     },
+            ...     batch_size=[3],
+            ... )
+            >>> OfflineDataset.from_tensordict("walks", transitions).episode_lengths
+            tensor([2, 1])
+        """
+        spec = spec_of(env_spec)
+        with errors_at(name):
+            arrays = transition_arrays(transitions)
+            spaces = _spaces(arrays, observation_space, action_space, spec)
+            for key in ("observations", "next_observations", "actions"):
+                kind = "action_space" if key == "actions" else "observation_space"
+                arrays[key] = categories(spaces[kind], arrays[key], key)
+            episodes = array_episodes(**arrays)
+        return cls.from_episodes(
+            name,
+            episodes,
+            **spaces,
+            env_spec=spec,
+            reference_scores=reference_scores,
+            reward_rule=reward_rule,
+            episode_rule=episode_rule,
+        )
+
+    @property
+    def episode_starts(self) -> Tensor:
+        """Index of the first transition of each episode, ``[E]`` int64."""
+        return self.episode_lengths.cumsum(0) - self.episode_lengths
+
+    def returns_to_go(self, discount: float = 1.0) -> Tensor:
+        """Discounted sum of the rewards from each transition to the end of its episode.
+
+        They are the rewards of ``transitions``, after the reward rule. Nothing is added for what
+        comes after a truncation.
+
+        Args:
+            discount: From 0 to 1.
+
+        Returns:
+            Tensor ``[n, 1]``, float32, summed in float64.
+
+        Raises:
+            ValueError: If ``discount`` is out of range.
+        """
+        if not 0 <= discount <= 1:
+            raise ValueError(f"discount must be from 0 to 1, got {discount!r}")
+        lengths = self.episode_lengths
+        ends = lengths.cumsum(0).repeat_interleave(lengths)
+        left = ends - torch.arange(len(ends))
+        sums = self.transitions["next", "reward"].double()
+        # sums holds those of `span` rewards each, or of all that are left.
+        span = 1
+        while len(rows := (left > span).nonzero()[:, 0]):
+            sums[rows] += discount**span * sums[rows + span]
+            span *= 2
+        return sums.float()
+
+    def best_episodes(self, share: float) -> OfflineDataset:
+        """The episodes of the highest raw returns, in the order they are in.
+
+        Their rewards stay as they are: of ``"return_range"``, the range is that of all episodes.
+
+        Args:
+            share: Of the number of episodes, above 0 and up to 1; the result has this many, rounded,
+                and at least one. Of equal returns, the first are taken.
+
+        Returns:
+            A data set of their transitions, copied.
+
+        Raises:
+            ValueError: If ``share`` is out of range.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {share!r}")
+        number = max(1, round(share * len(self.episode_returns)))
+        order = self.episode_returns.argsort(descending=True, stable=True)
+        chosen = order[:number].sort().values
+        is_chosen = torch.zeros(len(order), dtype=torch.bool).index_fill(0, chosen, True)
+        return replace(
+            self,
+            transitions=self.transitions[is_chosen.repeat_interleave(self.episode_lengths)],
+            episode_lengths=self.episode_lengths[chosen],
+            episode_returns=self.episode_returns[chosen],
         )
 
     def replay_buffer(
@@ -199,15 +488,47 @@ class OfflineDataset:
         The deviation is that of the population. In a column that is constant, or varies by no more
         than the rounding of float32, it is replaced by 1: normalizing then gives zeros.
         """
-        observations = self.transitions["observation"]
-        # In parts, since they may exceed the memory.
-        parts = observations.split(PART)
-        mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(observations)
-        squares = torch.stack([(part - mean).square().sum(0) for part in parts])
-        std = (squares.sum(0) / len(observations)).sqrt()
-        largest = torch.stack([part.abs().amax(0) for part in parts]).amax(0)
-        constant = std <= STD_FLOOR * largest
-        return mean.float(), std.masked_fill(constant, 1.0).float()
+        return _statistics(self.transitions["observation"])
+
+    def reward_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, ``[1]`` float32 each, of the rewards after the reward rule.
+
+        The deviation is as in :meth:`observation_statistics`.
+        """
+        return _statistics(self.transitions["next", "reward"])
+
+    def report(self) -> Report:
+        """What is in the data set, to be printed before it is trained on."""
+        return report(self)
+
+
+def _statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
+    # In parts, since they may exceed the memory.
+    parts = rows.split(PART)
+    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(rows)
+    squares = torch.stack([(part - mean).square().sum(0) for part in parts])
+    std = (squares.sum(0) / len(rows)).sqrt()
+    largest = torch.stack([part.abs().amax(0) for part in parts]).amax(0)
+    constant = std <= STD_FLOOR * largest
+    return mean.float(), std.masked_fill(constant, 1.0).float()
+
+
+def _spaces(
+    arrays: Mapping[str, np.ndarray],
+    observation_space: Space | None,
+    action_space: Space | None,
+    env_spec: EnvSpec | None,
+) -> dict[str, Space]:
+    """The spaces that are given, else those of the environment, else those of the arrays."""
+    if env_spec is not None and (observation_space is None or action_space is None):
+        of_env = spaces_of(env_spec)
+        observation_space = of_env[0] if observation_space is None else observation_space
+        action_space = of_env[1] if action_space is None else action_space
+    if observation_space is None:
+        observation_space = observation_box(arrays["observations"])
+    if action_space is None:
+        action_space = action_box(arrays["actions"])
+    return {"observation_space": observation_space, "action_space": action_space}
 
 
 def require_rules(reward_rule: str, episode_rule: str) -> None:
@@ -218,11 +539,3 @@ def require_rules(reward_rule: str, episode_rule: str) -> None:
     ):
         if rule not in allowed:
             raise ValueError(f"unknown {kind} rule {rule!r}, choose from {', '.join(allowed)}")
-
-
-@contextmanager
-def _errors_at(place: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error

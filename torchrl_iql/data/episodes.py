@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import numpy as np
 from gymnasium import Space
 from minari import EpisodeData
 from tensordict import NestedKey
 
-from torchrl_iql.data.spaces import action_rows, observation_rows, require_finite
+from torchrl_iql.data.spaces import action_rows, column, flags, observation_rows, require_finite
 
-__all__ = ["EpisodeRule", "transition_columns"]
+__all__ = ["EpisodeRule", "episode_data", "errors_at", "transition_columns"]
 
 EpisodeRule = Literal["as_stored", "until_success"]
+
+REQUIRED = "observations", "actions", "rewards", "terminations"
+OPTIONAL = "id", "truncations", "infos"
+
+
+def episode_data(episode: Mapping[str, Any]) -> EpisodeData:
+    """An episode from its entries; ``"id"``, ``"truncations"`` and ``"infos"`` may be missing.
+
+    Raises:
+        ValueError: If another one is missing, or there is one that an episode does not have.
+    """
+    missing = [key for key in REQUIRED if key not in episode]
+    unknown = [key for key in episode if key not in REQUIRED + OPTIONAL]
+    if missing or unknown:
+        raise ValueError(
+            f"found entries {sorted(episode)}, expected {', '.join(REQUIRED)} and, optionally, "
+            f"{', '.join(OPTIONAL)}"
+        )
+    defaults = {"id": 0, "truncations": np.zeros(len(episode["terminations"]), bool), "infos": {}}
+    return EpisodeData(**defaults | dict(episode))
+
+
+@contextmanager
+def errors_at(place: str) -> Iterator[None]:
+    """Puts a place before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def transition_columns(
@@ -36,9 +67,10 @@ def transition_columns(
 
     Raises:
         TypeError: If a space can not be turned into rows.
-        ValueError: If lengths disagree, a value does not fit its space, is NaN or infinite, or
-            ``"until_success"`` finds no record of success. The last observation before a
-            termination may be NaN, since its value is never used; it is kept.
+        ValueError: If lengths disagree, an array has the wrong shape or type, a value does not fit
+            its space, is NaN or infinite, or ``"until_success"`` finds no record of success. The
+            last observation before a termination may be NaN, since its value is never used; it is
+            kept.
     """
     length = len(episode)
     if length == 0:
@@ -51,9 +83,9 @@ def transition_columns(
     stop = length if success is None else success + 1
     observations = observation_rows(observation_space, episode.observations, length + 1)[: stop + 1]
     actions = action_rows(action_space, episode.actions[:stop])
-    rewards = np.array(episode.rewards[:stop], np.float64)
-    terminated = np.array(episode.terminations[:stop], bool)
-    truncated = np.array(episode.truncations[:stop], bool)
+    rewards = column(episode.rewards[:stop], "rewards").astype(np.float64)
+    terminated = flags(episode.terminations[:stop], "terminations")
+    truncated = flags(episode.truncations[:stop], "truncations")
     if success is not None:
         terminated[-1], truncated[-1] = True, False
     elif not terminated[-1]:

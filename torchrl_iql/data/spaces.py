@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from gymnasium import Space, spaces
 
-__all__ = ["action_rows", "observation_rows", "require_finite"]
+__all__ = [
+    "action_rows",
+    "action_support",
+    "column",
+    "flags",
+    "numbers",
+    "observation_rows",
+    "require_finite",
+]
+
+KINDS = {"numbers": "biuf", "integers": "biu"}
+"""Letters of numpy's ``dtype.kind``."""
 
 CLIP_MARGIN = 1e-5
 """Actions stay this share of half the range inside their bounds: +-(1 - 1e-5), official code."""
@@ -35,7 +47,8 @@ def observation_rows(space: Space, observations: Any, length: int) -> np.ndarray
 
     Raises:
         TypeError: If a leaf of the space has no fixed size.
-        ValueError: If a leaf has another length, or a category outside its space.
+        ValueError: If a leaf is missing, has another length, shape or type, or a category outside
+            its space.
     """
     leaves = []
     for key, rows in _leaves(space, observations, "observations"):
@@ -51,25 +64,41 @@ def _leaves(space: Space, values: Any, key: str) -> Iterator[tuple[str, np.ndarr
     match space:
         case spaces.Dict():
             for name, subspace in space.spaces.items():
-                yield from _leaves(subspace, values[name], f"{key}/{name}")
+                yield from _leaves(subspace, _entry(values, name, key), f"{key}/{name}")
         case spaces.Tuple():
             for i, subspace in enumerate(space.spaces):
-                yield from _leaves(subspace, values[i], f"{key}/{i}")
+                yield from _leaves(subspace, _entry(values, i, key), f"{key}/{i}")
         case spaces.Box() | spaces.MultiBinary():
-            yield key, np.reshape(values, (len(values), spaces.flatdim(space)))
+            yield key, _rows(values, space.shape, key)
         case spaces.Discrete():
             yield key, np.eye(int(space.n))[_categories(values, space.n, space.start, key)]
         case spaces.MultiDiscrete():
-            columns = np.reshape(values, (len(values), space.nvec.size)).T
+            columns = _rows(values, space.shape, key).T
             for column, n, start in zip(columns, space.nvec.flat, space.start.flat, strict=True):
                 yield key, np.eye(int(n))[_categories(column, n, start, key)]
         case _:
             raise TypeError(f"{key}: can not flatten {space} to a vector of fixed size")
 
 
+def _entry(values: Any, name: str | int, key: str) -> Any:
+    try:
+        return values[name]
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(f"{key} has no entry {name!r}, which the space has") from None
+
+
+def _rows(values: Any, shape: tuple[int, ...], key: str, kind: str = "numbers") -> np.ndarray:
+    """Entries of this shape, or of as many elements, as ``[T, number of elements]``."""
+    values = numbers(values, key, kind)
+    if values.ndim == 0 or math.prod(values.shape[1:]) != math.prod(shape):
+        expected = ", ".join(map(str, ("T", *shape)))
+        raise ValueError(f"{key} has shape {list(values.shape)}, expected [{expected}]")
+    return values.reshape(len(values), math.prod(shape))
+
+
 def _categories(values: Any, n: Any, start: Any, key: str) -> np.ndarray:
     """Categories ``[T]``, int64, counted from 0."""
-    values = np.reshape(values, len(values)).astype(np.int64)
+    values = _rows(values, (), key, "integers")[:, 0].astype(np.int64)
     outside = (values < start) | (values >= start + n)
     if outside.any():
         step = outside.argmax()
@@ -93,27 +122,42 @@ def action_rows(space: Space, actions: Any) -> np.ndarray:
 
     Raises:
         TypeError: If the space is of another kind.
-        ValueError: If an action is NaN, infinite, or outside a bounded dimension by more than
-            ``RANGE_TOLERANCE`` of the range.
+        ValueError: If an action is NaN, infinite, of another shape or type, or outside a bounded
+            dimension by more than ``RANGE_TOLERANCE`` of the range.
     """
     match space:
         case spaces.Discrete():
             return _categories(actions, space.n, space.start, "actions")
         case spaces.Box():
-            rows = np.reshape(actions, (len(actions), spaces.flatdim(space)))
+            rows = _rows(actions, space.shape, "actions")
             require_finite(rows, "actions")
             return _clip(rows, space)
         case _:
             raise TypeError(f"the action space must be Box or Discrete, found {space}")
 
 
-def _clip(rows: np.ndarray, space: spaces.Box) -> np.ndarray:
+def action_support(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest action of a data set, ``[A]`` float32 each.
+
+    They are ``CLIP_MARGIN`` of half the range inside the bounds, and infinite in dimensions that are not
+    bounded on both sides.
+    """
+    low, high, span = _bounds(space)
+    margin = CLIP_MARGIN * span / 2
+    return (low + margin).astype(np.float32), (high - margin).astype(np.float32)
+
+
+def _bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     bounded = (space.bounded_below & space.bounded_above).ravel()
     low = np.where(bounded, space.low.ravel().astype(np.float64), -np.inf)
     high = np.where(bounded, space.high.ravel().astype(np.float64), np.inf)
-    span = np.where(bounded, high - low, 0)
+    return low, high, np.where(bounded, high - low, 0)
+
+
+def _clip(rows: np.ndarray, space: spaces.Box) -> np.ndarray:
+    low, high, span = _bounds(space)
     margin = CLIP_MARGIN * span / 2
-    clipped = rows.clip((low + margin).astype(np.float32), (high - margin).astype(np.float32))
+    clipped = rows.clip(*action_support(space))
     outside = np.abs(rows - clipped) > margin + RANGE_TOLERANCE * span
     if outside.any():
         step, dim = np.argwhere(outside)[0]
@@ -122,6 +166,30 @@ def _clip(rows: np.ndarray, space: spaces.Box) -> np.ndarray:
             f"by more than {RANGE_TOLERANCE:g} of this range"
         )
     return clipped.astype(np.float32, copy=False)
+
+
+def numbers(values: Any, key: str, kind: str = "numbers") -> np.ndarray:
+    """Values as an array; a ValueError if they are not of this kind, one of :data:`KINDS`."""
+    array = np.asarray(values)
+    # Without an entry there is no telling: numpy takes an empty list for floats.
+    if array.size and array.dtype.kind not in KINDS[kind]:
+        raise ValueError(f"{key} has dtype {array.dtype}, expected {kind}")
+    return array
+
+
+def column(values: Any, key: str) -> np.ndarray:
+    """Values ``[T]`` or ``[T, 1]`` as ``[T]``; a ValueError if they are others."""
+    return _rows(values, (), key)[:, 0]
+
+
+def flags(values: Any, key: str) -> np.ndarray:
+    """Flags ``[T]`` or ``[T, 1]`` of any type as bool ``[T]``; a ValueError if one is not 0 or 1."""
+    values = column(values, key)
+    wrong = (values != 0) & (values != 1)
+    if wrong.any():
+        step = wrong.argmax()
+        raise ValueError(f"{key}[{step}] is {values[step]}, expected 0 or 1")
+    return values.astype(bool)
 
 
 def require_finite(values: np.ndarray, key: str) -> None:

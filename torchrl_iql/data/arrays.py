@@ -1,0 +1,170 @@
+"""D4RL's layout, one array per key and one row per transition, as episodes.
+
+An episode ends
+
+- at a row of ``terminals``: it terminates there;
+- at a row of ``timeouts``, and, where ``next_observations`` is stored, at a row whose next observation
+  is not the observation of the following row: it is truncated there;
+- without either of the two arrays, at the time limit of the environment: it is truncated there.
+
+With ``next_observations`` all rows are kept, and a row that is both terminal and a time-out
+terminates. Without, the next observation is that of the following row, and a row is dropped if the
+following one belongs to another episode or is missing: that of a time-out, terminal or not, and the
+last one. (A terminal row is kept: its next observation belongs to the next episode too, but the value
+there is never used.) These are the transitions of ``d4rl.qlearning_dataset``, from which the official
+code of IQL learns. It counts time limits from 0 after a time-out and from 1 after a termination, a
+step less; so does this module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from gymnasium import Space
+from gymnasium.spaces import Box
+from minari import EpisodeData
+from torch import Tensor
+
+from torchrl_iql.data.spaces import flags, numbers
+
+__all__ = ["action_box", "array", "array_episodes", "observation_box"]
+
+JUMP = 1e-6
+"""A larger distance between a next observation and the following one is a jump, official code."""
+
+
+def observation_box(observations: Any) -> Space:
+    """The space of the rows of an array ``[n, D]``, or ``[n, ...]``, without bounds."""
+    return Box(-np.inf, np.inf, _row_shape(observations, "observations"))
+
+
+def action_box(actions: Any) -> Space:
+    """The space [-1, 1] of the rows of an array ``[n, A]``, or ``[n, ...]``, of floats."""
+    if actions.dtype.kind != "f":
+        raise ValueError(
+            f"actions has dtype {actions.dtype}, expected floats, or a Discrete action space"
+        )
+    return Box(-1.0, 1.0, _row_shape(actions, "actions"))
+
+
+def _row_shape(values: Any, key: str) -> tuple[int, ...]:
+    if len(values.shape) < 2:
+        raise ValueError(f"{key} has shape {list(values.shape)}, expected [n, size]")
+    return values.shape[1:]
+
+
+def array(values: Any) -> np.ndarray:
+    """A tensor on any device, or what numpy makes an array of, as an array."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def array_episodes(
+    *,
+    observations: np.ndarray,
+    actions: np.ndarray,
+    rewards: np.ndarray,
+    terminals: np.ndarray,
+    timeouts: np.ndarray | None = None,
+    next_observations: np.ndarray | None = None,
+    infos: Mapping[str, np.ndarray | None] | None = None,
+    time_limit: int | None = None,
+) -> Iterator[EpisodeData]:
+    """Splits arrays of n rows into episodes, which are numbered as they lie.
+
+    Args:
+        observations: ``[n, ...]``.
+        actions: ``[n, ...]``.
+        rewards: ``[n]`` or ``[n, 1]``.
+        terminals: ``[n]`` or ``[n, 1]``, 0 or 1 of any type.
+        timeouts: The same.
+        next_observations: As ``observations``.
+        infos: Arrays ``[n, ...]``, or None where they are not needed.
+        time_limit: Steps of an episode, used without ``timeouts`` and ``next_observations``.
+
+    Raises:
+        ValueError: At once, if an array has another length, shape or type, a flag is not 0 or 1, or
+            nothing tells where episodes are truncated.
+    """
+    observations = numbers(observations, "observations")
+    rows = {"actions": actions, "rewards": rewards, "terminals": terminals, "timeouts": timeouts}
+    rows |= {f"infos/{name}": values for name, values in (infos or {}).items()}
+    for key, values in rows.items():
+        if values is not None and values.shape[:1] != observations.shape[:1]:
+            found, expected = list(values.shape), list(observations.shape)
+            raise ValueError(
+                f"{key} has shape {found}, expected the rows of observations {expected}"
+            )
+
+    terminals = flags(terminals, "terminals")
+    if next_observations is not None:
+        next_observations = numbers(next_observations, "next_observations")
+        if next_observations.shape != observations.shape:
+            found, expected = list(next_observations.shape), list(observations.shape)
+            raise ValueError(f"next_observations has shape {found}, expected {expected}")
+        truncated = _jumps(observations, next_observations)
+        if timeouts is not None:
+            truncated |= flags(timeouts, "timeouts")
+    elif timeouts is not None:
+        truncated = flags(timeouts, "timeouts")
+    elif time_limit is not None and time_limit > 0:
+        truncated = _at_time_limit(terminals, time_limit)
+    else:
+        raise ValueError(
+            "without timeouts and next_observations, the environment's time limit tells where "
+            "episodes end: name an environment that has one"
+        )
+
+    def episodes() -> Iterator[EpisodeData]:
+        ends = terminals | truncated
+        ends[-1:] = True
+        start = 0
+        for number, end in enumerate(ends.nonzero()[0].tolist()):
+            if next_observations is not None:
+                stop = end + 1
+                last = next_observations[end : end + 1]
+            else:
+                stop = end if truncated[end] or end == len(ends) - 1 else end + 1
+                last = observations[stop : stop + 1]
+            if start < stop:
+                yield EpisodeData(
+                    id=number,
+                    observations=np.concatenate([observations[start:stop], last]),
+                    actions=actions[start:stop],
+                    rewards=rewards[start:stop],
+                    terminations=terminals[start:stop],
+                    # An episode that does not terminate is truncated where it stops.
+                    truncations=np.zeros(stop - start, bool),
+                    infos={
+                        name: None if values is None else values[start:stop]
+                        for name, values in (infos or {}).items()
+                    },
+                )
+            start = end + 1
+
+    return episodes()
+
+
+def _jumps(observations: np.ndarray, next_observations: np.ndarray) -> np.ndarray:
+    """Where the next observation is not that of the following row, ``[n]`` bool."""
+    jumps = np.zeros(len(observations), bool)
+    with np.errstate(invalid="ignore"):  # what is infinite is refused later
+        steps = np.subtract(next_observations[:-1], observations[1:], dtype=np.float32)
+    distances = np.linalg.norm(steps.reshape(len(steps), math.prod(steps.shape[1:])), axis=1)
+    jumps[:-1] = ~(distances <= JUMP)  # a NaN is one
+    return jumps
+
+
+def _at_time_limit(terminals: np.ndarray, time_limit: int) -> np.ndarray:
+    """Where ``d4rl.qlearning_dataset`` sees the end of the time limit, ``[n]`` bool."""
+    truncated = np.zeros(len(terminals), bool)
+    first = 0  # the row that is counted 0
+    for terminal in [*terminals.nonzero()[0].tolist(), len(terminals) - 1]:
+        while (last := first + time_limit - 1) <= terminal:
+            truncated[last] = True
+            first = last + 1
+        # A terminal row is counted 0 again, so that the row after it is counted 1.
+        first = max(first, terminal)
+    return truncated

@@ -1,0 +1,137 @@
+"""Reader of D4RL's HDF5 files, without D4RL and its dependencies.
+
+The arrays ``observations``, ``actions``, ``rewards`` and ``terminals``, and ``timeouts`` and
+``next_observations`` if they are stored, are split as :mod:`torchrl_iql.data.arrays` says. Without
+``next_observations`` the transitions are those that the official code of IQL learns from. Of the
+others, an episode rule needs ``infos/success``; the rest is not read.
+
+Observations have no bounds, actions lie in [-1, 1], and a file names no environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, cast
+
+import h5py
+from gymnasium.envs.registration import EnvSpec
+from minari import EpisodeData
+from torch.hub import download_url_to_file
+
+from torchrl_iql.data.arrays import action_box, array_episodes, observation_box
+from torchrl_iql.data.cache import unfinished
+from torchrl_iql.data.episodes import EpisodeRule, errors_at
+from torchrl_iql.data.source import Source
+
+__all__ = ["SUFFIX", "d4rl_source"]
+
+SUFFIX = ".hdf5"
+
+FOLDER_VARIABLE = "D4RL_DATASET_DIR"
+DEFAULT_FOLDER = "~/.d4rl/datasets"
+
+URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
+DOWNLOADABLE = re.compile(
+    r"(halfcheetah|hopper|walker2d)_(random|medium|medium_replay|medium_expert|expert)-v2\.hdf5"
+)
+
+REQUIRED = "observations", "actions", "rewards", "terminals"
+OPTIONAL = "timeouts", "next_observations"
+
+
+def d4rl_source(source: str | Path, *, env_spec: EnvSpec | None, download: bool) -> Source:
+    """Finds a D4RL file: at its path, else by its name where D4RL keeps its files.
+
+    That is the folder ``$D4RL_DATASET_DIR``, or ``~/.d4rl/datasets``.
+
+    Args:
+        source: The path.
+        env_spec: The environment whose time limit ends the episodes of a file that does not tell.
+        download: Whether to download the file into that folder if it is in neither place and one of
+            the locomotion files of version 2, as ``"hopper_medium-v2.hdf5"``.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or its download failed.
+        ValueError: If it is damaged or incomplete, now or when its episodes are read.
+    """
+    path = _path(Path(source), download)
+    with _opened(path) as file:
+        missing = [key for key in REQUIRED if not isinstance(file.get(key), h5py.Dataset)]
+        if missing:
+            found = ", ".join(map(str, list(file)[:10])) or "nothing"
+            raise ValueError(f"has no array {', '.join(missing)}; found {found}")
+        observation_space = observation_box(file["observations"])
+        action_space = action_box(file["actions"])
+        tells = any(key in file for key in OPTIONAL)
+    time_limit = None if tells or env_spec is None else env_spec.max_episode_steps
+    return Source(
+        name=str(source),
+        path=path,
+        observation_space=observation_space,
+        action_space=action_space,
+        time_limit=time_limit,
+        episodes=partial(_episodes, path, time_limit),
+    )
+
+
+def _path(path: Path, download: bool) -> Path:
+    if path.exists():
+        return path
+    folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER)).expanduser()
+    kept = folder / path.name
+    if kept.exists():
+        return kept
+    missing = f"no D4RL file {path}, nor {kept}"
+    if not DOWNLOADABLE.fullmatch(path.name):
+        raise FileNotFoundError(
+            f"{missing}; only the v2 files of halfcheetah, hopper and walker2d are downloaded"
+        )
+    if not download:
+        raise FileNotFoundError(f"{missing}, and download is False")
+    url = f"{URL}/{path.name}"
+    try:
+        with unfinished(kept) as part:
+            download_url_to_file(url, str(part))
+            # A connection that broke is no error there, but HDF5 knows how long its files are.
+            h5py.File(part).close()
+    except (OSError, HTTPException) as error:
+        raise FileNotFoundError(
+            f"{missing}, and the download from {url} failed: {error}"
+        ) from error
+    return kept
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    with errors_at(str(path)):
+        try:
+            with h5py.File(path) as file:
+                yield file
+        except (KeyError, OSError, RuntimeError) as error:  # what h5py meets in damaged files
+            raise ValueError(f"is no intact HDF5 file: {error}") from error
+
+
+def _episodes(
+    path: Path, time_limit: int | None, episode_rule: EpisodeRule
+) -> Iterator[EpisodeData]:
+    with _opened(path) as file:
+        arrays = {key: _array(file, key) for key in REQUIRED + OPTIONAL if key in file}
+        infos: dict[str, Any] = {}
+        if episode_rule == "until_success" and "infos" in file:
+            infos = dict.fromkeys(cast(h5py.Group, file["infos"]))
+            if "success" in infos:
+                infos["success"] = _array(file, "infos/success")
+        return array_episodes(**arrays, infos=infos, time_limit=time_limit)
+
+
+def _array(file: h5py.File, key: str) -> Any:
+    try:
+        return cast(h5py.Dataset, file[key])[()]
+    except (KeyError, OSError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{key} can not be read: {error}") from error

@@ -1,0 +1,124 @@
+"""The one door to stored data sets, and their cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gymnasium.envs.registration import EnvSpec
+from minari import EpisodeData
+from tensordict import TensorDict
+
+from torchrl_iql.data.cache import entry_path, read, write
+from torchrl_iql.data.d4rl import SUFFIX, d4rl_source
+from torchrl_iql.data.dataset import OfflineDataset, require_rules
+from torchrl_iql.data.environments import spec_of
+from torchrl_iql.data.episodes import EpisodeRule
+from torchrl_iql.data.minari import minari_source
+from torchrl_iql.data.rewards import REWARD_RULES, RewardRule
+from torchrl_iql.data.source import Source
+
+__all__ = ["load"]
+
+CACHED = "transitions", "episode_lengths", "episode_returns"
+"""What is expensive to make of an OfflineDataset; the rest is in the metadata of the source."""
+
+
+def load(
+    source: str | Path | Sequence[str | Path],
+    *,
+    reward: RewardRule = "none",
+    episodes: EpisodeRule = "as_stored",
+    env: str | EnvSpec | None = None,
+    download: bool = True,
+    cache: bool = True,
+) -> OfflineDataset:
+    """Reads a Minari data set, a D4RL file, or several of them as one.
+
+    The result, rules applied, is kept as one file in ``~/.cache/torchrl_iql``, or in the folder that
+    the environment variable ``TORCHRL_IQL_CACHE`` names. A later call with the same rules and
+    unchanged source files (path, sizes, modification times) verifies the checksum of that file and
+    maps it instead of parsing, which takes no memory of its own. A damaged file is reported and made
+    anew; the folder may be deleted at any time.
+
+    Args:
+        source: The id of a Minari data set, as ``"mujoco/hopper/medium-v0"``, or its folder: the one
+            that contains ``data``, or ``data`` itself. Or a D4RL file, as
+            ``"hopper_medium-v2.hdf5"``, see :mod:`torchrl_iql.data.d4rl`. Several are joined in
+            their order; their spaces must be equal.
+        reward: Reward rule: ``"none"``, ``"minus_one"`` (AntMaze), ``"return_range"`` (locomotion).
+            It sees the episodes of all sources.
+        episodes: Episode rule: ``"as_stored"``, or ``"until_success"`` for mazes, whose recordings
+            go on after the goal: each episode terminates at its first success.
+        env: The environment to evaluate in, as an id or a specification, instead of the first that
+            a source names; a D4RL file names none. Its time limit ends the episodes of D4RL files
+            that do not tell where they end. Reference scores are the first that a source names.
+        download: Whether to download what is not there locally: a Minari id, or one of D4RL's
+            locomotion files of version 2.
+        cache: Whether to use that folder. A folder that can not be written to is a warning.
+
+    Raises:
+        FileNotFoundError: If there is no such data set, or its download failed.
+        TypeError: If a space can not be turned into rows.
+        ValueError: If a rule is unknown or does not apply, the data are damaged or incomplete, or
+            the spaces of the sources differ.
+    """
+    require_rules(reward, episodes)
+    env_spec = spec_of(env)
+    names = [source] if isinstance(source, str | Path) else list(source)
+    if not names:
+        raise ValueError("there is no source to load")
+    sources = [_open(name, env_spec, download) for name in names]
+    _require_equal_spaces(sources)
+    first_env = next((each.env_spec for each in sources if each.env_spec), None)
+    scores = next((each.reference_scores for each in sources if each.reference_scores), None)
+    known: dict[str, Any] = {
+        "name": " + ".join(each.name for each in sources),
+        "observation_space": sources[0].observation_space,
+        "action_space": sources[0].action_space,
+        "env_spec": env_spec or first_env,
+        "reference_scores": scores,
+        "reward_rule": reward,
+        "episode_rule": episodes,
+    }
+    limits = [each.time_limit for each in sources]
+    entry = entry_path([each.path for each in sources], reward, episodes, limits) if cache else None
+    if entry and (arrays := read(entry)) is not None:
+        transform = REWARD_RULES[reward](arrays["episode_returns"])
+        return OfflineDataset(**arrays, **known, reward_transform=transform)
+
+    loaded = OfflineDataset.from_episodes(episodes=_episodes(sources, episodes), **known)
+    if entry:
+        write(entry, TensorDict({key: getattr(loaded, key) for key in CACHED}))
+    return loaded
+
+
+def _open(source: str | Path, env_spec: EnvSpec | None, download: bool) -> Source:
+    if Path(source).suffix == SUFFIX:
+        return d4rl_source(source, env_spec=env_spec, download=download)
+    return minari_source(source, download=download)
+
+
+def _require_equal_spaces(sources: Sequence[Source]) -> None:
+    first = sources[0]
+    for other in sources[1:]:
+        for kind in ("observation", "action"):
+            space, expected = (getattr(each, f"{kind}_space") for each in (other, first))
+            if space != expected:
+                raise ValueError(
+                    f"{other.name} can not be joined with {first.name}: "
+                    f"its {kind} space is {space}, not {expected}"
+                )
+
+
+def _episodes(
+    sources: Sequence[Source], episode_rule: EpisodeRule
+) -> Iterator[EpisodeData | dict[str, Any]]:
+    """The episodes of all sources; of several, each is named after its source."""
+    if len(sources) == 1:
+        yield from sources[0].episodes(episode_rule)
+        return
+    for source in sources:
+        for episode in source.episodes(episode_rule):
+            yield vars(episode) | {"id": f"{episode.id} of {source.name}"}

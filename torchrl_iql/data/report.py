@@ -1,0 +1,154 @@
+"""What is in a data set, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from gymnasium.spaces import Discrete
+
+from torchrl_iql.data.episodes import EpisodeRule
+from torchrl_iql.data.rewards import RewardRule
+
+if TYPE_CHECKING:
+    from torchrl_iql.data.dataset import OfflineDataset
+
+__all__ = ["Report", "report"]
+
+SHOWN = 8
+"""Columns or actions that the table names one by one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A summary of an :class:`~torchrl_iql.data.OfflineDataset`; ``str()`` makes a table of it.
+
+    Attributes:
+        name: Of the data set.
+        environment: Id of the environment to evaluate in, if known.
+        reward_rule: How rewards were changed.
+        episode_rule: Where episodes end.
+        episodes: Number of episodes.
+        transitions: Number of transitions.
+        lengths: Shortest, median and longest episode.
+        returns: Lowest, mean and highest sum of raw rewards of an episode.
+        normalized: The mean return as a score, 0 and 100 at the reference scores, if these are known
+            and episodes are as stored.
+        success_rate: Share of episodes with a reward of 1, if raw rewards are 0 and 1. It is None
+            after the reward rule ``"return_range"``, and if all rewards are 1.
+        rewards: Lowest, mean and highest reward of a transition, after the reward rule.
+        terminations: Episodes that terminate.
+        time_outs: Episodes that are truncated, so that values bootstrap from their last observation.
+        observation_size: Columns of an observation.
+        constant_columns: Indices of the columns in which all observations are equal.
+        nan_rows: Next observations with NaN, which only follow a termination.
+        action_ranges: Lowest and highest action in each dimension; empty for ``Discrete``.
+        action_counts: How often each action was taken, for ``Discrete``; empty for ``Box``.
+    """
+
+    name: str
+    environment: str | None
+    reward_rule: RewardRule
+    episode_rule: EpisodeRule
+    episodes: int
+    transitions: int
+    lengths: tuple[int, float, int]
+    returns: tuple[float, float, float]
+    normalized: float | None
+    success_rate: float | None
+    rewards: tuple[float, float, float]
+    terminations: int
+    time_outs: int
+    observation_size: int
+    constant_columns: tuple[int, ...]
+    nan_rows: int
+    action_ranges: tuple[tuple[float, float], ...]
+    action_counts: tuple[int, ...]
+
+    def __str__(self) -> str:
+        if self.action_counts:
+            size = len(self.action_counts)
+            actions = f"{size} categories, taken {_listed(self.action_counts)} times"
+        else:
+            ranges = [f"{low:z.3g} to {high:z.3g}" for low, high in self.action_ranges]
+            actions = f"{len(ranges)} dimensions, {_listed(ranges)}"
+        rows = {
+            "environment": self.environment or "not known",
+            "rules": f"reward {self.reward_rule}, episodes {self.episode_rule}",
+            "episodes": f"{self.episodes:,}",
+            "transitions": f"{self.transitions:,}",
+            "length": "min {:,}, median {:,g}, max {:,}".format(*self.lengths),
+            "return": _range(self.returns),
+            "normalized": _known(
+                self.normalized, ".1f", "needs reference scores and whole episodes"
+            ),
+            "success": _known(self.success_rate, ".1%", "needs raw rewards of 0 and 1"),
+            "reward": _range(self.rewards),
+            "ends": f"{self.terminations:,} terminations, {self.time_outs:,} time-outs",
+            "observation": f"{self.observation_size} columns",
+            "constant": f"columns {_listed(self.constant_columns) or 'none'}",
+            "NaN": f"{self.nan_rows:,} observations after a termination",
+            "action": actions,
+        }
+        width = max(map(len, rows)) + 2
+        return "\n".join([self.name, *(f"{key:{width}}{text}" for key, text in rows.items())])
+
+
+def report(dataset: OfflineDataset) -> Report:
+    """Summarises a data set, without copying its columns."""
+    transitions, following = dataset.transitions, dataset.transitions["next"]
+    lengths, returns = dataset.episode_lengths, dataset.episode_returns
+    normalized = None
+    if dataset.reference_scores is not None and dataset.episode_rule == "as_stored":
+        random, expert = dataset.reference_scores
+        normalized = 100 * (returns.mean().item() - random) / (expert - random)
+    rewards = following["reward"]
+    success_rate = None
+    if dataset.reward_rule != "return_range":
+        zero = -1 if dataset.reward_rule == "minus_one" else 0
+        is_zero = rewards == zero
+        if is_zero.any() and (is_zero | (rewards == zero + 1)).all():
+            success_rate = (returns > 0).double().mean().item()
+    lowest, highest = transitions["observation"].aminmax(dim=0)
+    terminated = following["terminated"]
+    actions, space = transitions["action"], dataset.action_space
+    ranges: list[list[float]] = []
+    counts: list[int] = []
+    if isinstance(space, Discrete):
+        counts = actions.bincount(minlength=int(space.n)).tolist()
+    else:
+        ranges = torch.stack(actions.aminmax(dim=0), dim=1).tolist()
+    return Report(
+        name=dataset.name,
+        environment=None if dataset.env_spec is None else dataset.env_spec.id,
+        reward_rule=dataset.reward_rule,
+        episode_rule=dataset.episode_rule,
+        episodes=len(lengths),
+        transitions=len(transitions),
+        lengths=(int(lengths.min()), float(lengths.double().quantile(0.5)), int(lengths.max())),
+        returns=(returns.min().item(), returns.mean().item(), returns.max().item()),
+        normalized=normalized,
+        success_rate=success_rate,
+        rewards=(rewards.min().item(), rewards.double().mean().item(), rewards.max().item()),
+        terminations=int(terminated.sum()),
+        time_outs=int((following["truncated"] & ~terminated).sum()),
+        observation_size=lowest.shape[-1],
+        constant_columns=tuple((lowest == highest).nonzero()[:, 0].tolist()),
+        nan_rows=int(following["observation"].isnan().any(1).sum()),
+        action_ranges=tuple((low, high) for low, high in ranges),
+        action_counts=tuple(counts),
+    )
+
+
+def _range(values: tuple[float, float, float]) -> str:
+    return "min {:z.4g}, mean {:z.4g}, max {:z.4g}".format(*values)
+
+
+def _known(value: float | None, form: str, otherwise: str) -> str:
+    return f"not known, {otherwise}" if value is None else f"{value:{form}}"
+
+
+def _listed(values: tuple | list) -> str:
+    shown = ", ".join(map(str, values[:SHOWN]))
+    return shown if len(values) <= SHOWN else f"{shown} and {len(values) - SHOWN} more"

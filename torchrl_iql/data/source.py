@@ -1,0 +1,41 @@
+"""What a reader knows of a data set before it reads the episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gymnasium import Space
+from gymnasium.envs.registration import EnvSpec
+from minari import EpisodeData
+
+from torchrl_iql.data.episodes import EpisodeRule
+
+__all__ = ["Source"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One data set, found and opened.
+
+    Attributes:
+        name: What error messages call it: the id or path that was asked for.
+        path: The file, or the folder of files, with all that determines the episodes, besides
+            ``time_limit``.
+        observation_space: Space of one observation.
+        action_space: Space of one action.
+        env_spec: The environment to evaluate in, if the data set names one.
+        reference_scores: The returns that score 0 and 1 when normalized, if it names them.
+        time_limit: The steps after which an episode ends, if the data set does not tell.
+        episodes: Reads the episodes, with the infos that an episode rule needs.
+    """
+
+    name: str
+    path: Path
+    observation_space: Space
+    action_space: Space
+    env_spec: EnvSpec | None = None
+    reference_scores: tuple[float, float] | None = None
+    time_limit: int | None = None
+    episodes: Callable[[EpisodeRule], Iterator[EpisodeData]]
