@@ -3,29 +3,34 @@
 With no argument: the embedded maze data, made on first use, IQL beside behaviour cloning.
 
     python recipes/offline.py
-    python recipes/offline.py task=locomotion dataset=mujoco/hopper/medium-v0 'seeds=[0,1,2,3]'
+    python recipes/offline.py task=locomotion/hopper-medium-replay 'seeds=[0,1,2,3]'
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import collect
+import gymnasium
 import hydra
 import numpy as np
 import plots
-import pointmaze
 import torch
-from gymnasium.spaces import Discrete
+from gymnasium import Space
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces import Discrete, flatdim
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from run_folder import RunFolder, StopSignal
+from run_folder import RunFolder, StopSignal, resumed
 from scipy.stats import t as student_t
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
@@ -53,6 +58,65 @@ STEPS_PER_CALL = 100
 """Gradient steps between two looks at Ctrl-C."""
 
 
+def dataset_for(cfg: DictConfig) -> OfflineDataset:
+    """The transitions to train on, made or downloaded if they are not there."""
+    sources = list(cfg.dataset) if isinstance(cfg.dataset, ListConfig) else [cfg.dataset]
+    return load_dataset(
+        [collect.ensure(source) for source in sources],
+        reward=cfg.reward,
+        episodes=cfg.episodes,
+        env=environment(cfg.env),
+    )
+
+
+def environment(env: DictConfig | str | None) -> EnvSpec | str | None:
+    """What the configuration evaluates in: an id, alone or with arguments of ``gymnasium.make``."""
+    if not isinstance(env, DictConfig):
+        return env
+    arguments = OmegaConf.to_container(env, resolve=True)
+    spec = copy.deepcopy(gymnasium.spec(arguments.pop("id")))
+    spec.max_episode_steps = arguments.pop("max_episode_steps", spec.max_episode_steps)
+    spec.kwargs |= arguments
+    return spec
+
+
+def evaluator_for(
+    cfg: DictConfig, dataset: OfflineDataset
+) -> AbstractContextManager[Evaluator | None]:
+    """The environments that the policies are evaluated in, which the data have to fit.
+
+    Returns:
+        an Evaluator, or a context without one for ``eval_episodes`` 0.
+    """
+    if cfg.eval_episodes == 0:
+        return nullcontext()
+    if dataset.env_spec is None:
+        raise ValueError(
+            f"{dataset.name} does not name the environment to evaluate in: give env=<id>, or "
+            "eval_episodes=0 to train without one"
+        )
+    # Where a task is over at its first success, its score is the success rate, as in the paper. The
+    # reference returns stored with Minari's mazes count the steps that are spent on the goal.
+    references = None if cfg.episodes == "until_success" else dataset.reference_scores
+    evaluate = Evaluator(dataset.env_spec, episodes=cfg.eval_episodes, reference_scores=references)
+    recorded = _sizes(dataset.transitions["observation"].shape[-1], dataset.action_space)
+    played = _sizes(flatdim(evaluate.envs[0].observation_space), evaluate.action_space)
+    if recorded != played:
+        evaluate.close()
+        raise ValueError(
+            f"{dataset.name} holds {recorded}, but {evaluate.envs[0].spec.id} has {played}: give "
+            "env=<id> of another, env=null for the one that the data set names, or eval_episodes=0"
+        )
+    return evaluate
+
+
+def _sizes(observation_size: int, action_space: Space) -> str:
+    kind = "choices" if isinstance(action_space, Discrete) else "numbers"
+    return (
+        f"observations of {observation_size} numbers and actions of {flatdim(action_space)} {kind}"
+    )
+
+
 def architecture_for(cfg: DictConfig, dataset: OfflineDataset) -> Architecture:
     """The networks of the configuration, in the sizes of the data."""
     observation_size = dataset.transitions["observation"].shape[-1]
@@ -61,11 +125,15 @@ def architecture_for(cfg: DictConfig, dataset: OfflineDataset) -> Architecture:
         actions: dict[str, Any] = {"action_size": int(space.n)}
     else:
         data = dataset.transitions["action"]
-        bounds = {
-            "space": (space.low.ravel().tolist(), space.high.ravel().tolist()),
-            "data": (data.amin(0).tolist(), data.amax(0).tolist()),
-        }[cfg.action_bounds]
-        actions = {"action_size": data.shape[-1], "action_bounds": bounds}
+        bounds = {"space": (space.low.ravel().tolist(), space.high.ravel().tolist())}
+        if len(data):
+            bounds["data"] = data.amin(0).tolist(), data.amax(0).tolist()
+        if cfg.action_bounds not in bounds:
+            raise ValueError(
+                f"action_bounds must be one of {list(bounds)}, got {cfg.action_bounds!r}; 'data' needs "
+                "a data set"
+            )
+        actions = {"action_size": data.shape[-1], "action_bounds": bounds[cfg.action_bounds]}
     return Architecture(
         observation_size=observation_size,
         policy="categorical" if isinstance(space, Discrete) else cfg.policy,
@@ -108,10 +176,11 @@ def learner_for(
     architecture: Architecture,
     settings: list[dict[str, Any]],
 ) -> TrainStep:
+    statistics = dataset.observation_statistics() if len(dataset.transitions) else None
     losses = []
     for each in settings:
         torch.manual_seed(each["seed"])
-        networks = architecture.build(dataset.observation_statistics())
+        networks = architecture.build(statistics)
         kwargs: dict[str, Any] = {
             "num_qvalue_nets": architecture.num_qvalue_nets,
             "expectile": each["expectile"],
@@ -137,7 +206,12 @@ class Run:
     """The replicas of a run, each with a folder of its own, and what they have scored so far."""
 
     def __init__(
-        self, cfg: DictConfig, dataset: OfflineDataset, evaluate: Evaluator, path: Path
+        self,
+        cfg: DictConfig,
+        dataset: OfflineDataset,
+        architecture: Architecture,
+        evaluate: Evaluator | None,
+        path: Path,
     ) -> None:
         self.cfg = cfg
         self.dataset = dataset
@@ -146,17 +220,17 @@ class Run:
         self.folders = [
             RunFolder(path / each["name"], cfg.logger.backend) for each in self.settings
         ]
-        self.architecture = architecture_for(cfg, dataset)
-        self.policy, _, _ = self.architecture.build()  # as load_policy will build it
-        self.learner = learner_for(cfg, dataset, self.architecture, self.settings)
+        self.architecture = architecture
+        self.policy, _, _ = architecture.build()  # as load_policy will build it
+        self.learner = learner_for(cfg, dataset, architecture, self.settings)
         self.best: list[dict[str, Any] | None] = [None] * len(self.settings)
         self.evaluations: list[Evaluation] | None = None
-        self.in_maze = hasattr(evaluate.envs[0].unwrapped, "maze")
+        self.maze = evaluate and getattr(evaluate.envs[0].unwrapped, "maze", None)
         if all(folder.last.exists() for folder in self.folders):
             self._resume()
 
     def train(self) -> None:
-        """Takes the gradient steps that are missing, evaluating on the way.
+        """Takes the gradient steps that are missing, evaluating and saving on the way.
 
         Ctrl-C saves a checkpoint and ends the training; a second one stops at once.
         """
@@ -170,7 +244,7 @@ class Run:
             StopSignal() as stop,
             tqdm(total=cfg.steps, initial=learner.steps, desc="IQL", unit="step") as bar,
         ):
-            while not stop.requested and (learner.steps < cfg.steps or self.evaluations is None):
+            while not stop.requested and not self._finished():
                 if learner.steps < cfg.steps:
                     steps = self._until_next_event()
                     metrics = learner.run(minibatches, steps)
@@ -178,9 +252,15 @@ class Run:
                     if learner.steps % cfg.log_interval == 0:
                         self._log(metrics, bar)
                 if learner.steps % cfg.eval_interval == 0 or learner.steps == cfg.steps:
-                    self._evaluate()
+                    if self.evaluate is not None:
+                        self._evaluate(self.evaluate)
+                    self._save()
         if stop.requested:
             self._save()
+
+    def _finished(self) -> bool:
+        evaluated = self.evaluate is None or self.evaluations is not None
+        return self.learner.steps >= self.cfg.steps and evaluated
 
     def _until_next_event(self) -> int:
         done, cfg = self.learner.steps, self.cfg
@@ -197,12 +277,12 @@ class Run:
             shown["score"] = mean(evaluation.score for evaluation in self.evaluations)
         bar.set_postfix(shown)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, evaluate: Evaluator) -> None:
         self.evaluations = []
         for r, (each, folder) in enumerate(zip(self.settings, self.folders, strict=True)):
-            self.evaluate.seed = EVALUATION_SEED + each["seed"]
+            evaluate.seed = EVALUATION_SEED + each["seed"]
             self.policy.load_state_dict(self._network(r, "actor").state_dict())
-            evaluation = self.evaluate(self.policy, keep_trajectories=self.in_maze)
+            evaluation = evaluate(self.policy, keep_trajectories=self.maze is not None)
             self.evaluations.append(evaluation)
             folder.log(
                 self.learner.steps, {f"eval/{k}": v for k, v in evaluation.summary().items()}
@@ -211,16 +291,26 @@ class Run:
             if best is None or evaluation.score > best["score"]:
                 self.best[r] = {"score": evaluation.score, "step": self.learner.steps}
                 self._save_replica(r, folder.best)
-        self._save()
 
     def _network(self, replica: int, name: str) -> TensorDictModule:
         return self.learner.losses[replica].get_stateful_net(f"{name}_network")
 
     # --- Checkpoints ---------------------------------------------------------------------------------
 
-    def _save_replica(self, replica: int, path: Path) -> Path:
-        metadata = {"best": self.best[replica], "dataset": self.dataset.name}
-        return checkpoint.save(path, self.learner, self.architecture, replica=replica, **metadata)
+    def _save_replica(self, replica: int, path: Path, **more: Any) -> Path:
+        config = OmegaConf.to_container(self.cfg, resolve=True)
+        assert isinstance(config, dict)
+        settings = {key: self.settings[replica][key] for key in VARIABLE}
+        # As of a run with this learner alone.
+        config |= {"seeds" if key == "seed" else key: value for key, value in settings.items()}
+        metadata = {
+            "best": self.best[replica],
+            "dataset": self.dataset.name,
+            "config": config,
+        }
+        return checkpoint.save(
+            path, self.learner, self.architecture, replica=replica, **metadata, **more
+        )
 
     def _save(self) -> None:
         """Replaces the last checkpoints of all replicas together."""
@@ -261,11 +351,10 @@ class Run:
         for r, folder in enumerate(self.folders):
             if folder.metrics.exists():
                 plots.learning_curves(folder.metrics, folder.path / "learning_curves.png")
-            if self.in_maze and self.evaluations is not None:
+            if self.maze is not None and self.evaluations is not None:
                 trajectories = self.evaluations[r].trajectories or []
-                maze = self.evaluate.envs[0].unwrapped.maze  # pyright: ignore
                 picture = folder.path / "value_map.png"
-                plots.value_map(self._value_function(r), maze, trajectories[:5], picture)
+                plots.value_map(self._value_function(r), self.maze, trajectories[:5], picture)
 
     def _value_function(self, replica: int) -> Callable[[np.ndarray], np.ndarray]:
         value = self._network(replica, "value").eval()
@@ -298,6 +387,14 @@ def summaries(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def prepare(cfg: DictConfig) -> None:
+    """Sets PyTorch up for a run."""
+    if cfg.compute.threads is not None:
+        torch.set_num_threads(cfg.compute.threads)
+    torch.set_float32_matmul_precision(cfg.compute.matmul_precision)
+    torch.use_deterministic_algorithms(cfg.compute.device == "cpu")
+
+
 def run(cfg: DictConfig, path: Path) -> dict[str, Any]:
     """One run in a folder, continued if the folder holds a part of it.
 
@@ -305,22 +402,15 @@ def run(cfg: DictConfig, path: Path) -> dict[str, Any]:
         what ``scores.json`` holds: the data set, the scores of each of the ``replicas``, and the
         ``summary`` over seeds.
     """
-    if cfg.compute.threads is not None:
-        torch.set_num_threads(cfg.compute.threads)
-    torch.set_float32_matmul_precision(cfg.compute.matmul_precision)
-    torch.use_deterministic_algorithms(cfg.compute.device == "cpu")
-    source = pointmaze.ensure_dataset() if cfg.dataset == "pointmaze" else cfg.dataset
-    dataset = load_dataset(source, reward=cfg.reward, episodes=cfg.episodes)
+    prepare(cfg)
+    dataset = dataset_for(cfg)
     print(
         f"{dataset.name}: {len(dataset.transitions)} transitions in "
-        f"{len(dataset.episode_lengths)} episodes, mean return {dataset.episode_returns.mean():.1f}"
+        f"{len(dataset.episode_lengths)} episodes, mean return {dataset.episode_returns.mean():.1f}; "
+        f"environment: {dataset.env_spec and dataset.env_spec.id}"
     )
-    if dataset.env_spec is None:
-        raise ValueError(f"{dataset.name} does not name the environment to evaluate in")
-    with Evaluator(
-        dataset.env_spec, episodes=cfg.eval_episodes, reference_scores=dataset.reference_scores
-    ) as evaluate:
-        its = Run(cfg, dataset, evaluate, path)
+    with evaluator_for(cfg, dataset) as evaluate:
+        its = Run(cfg, dataset, architecture_for(cfg, dataset), evaluate, path)
         OmegaConf.save(cfg, path / "config.yaml", resolve=True)
         its.train()
         its.draw()
@@ -349,6 +439,8 @@ def report(scores: dict[str, Any], path: str) -> str:
             f"Interrupted after {replicas[0]['steps']} steps. "
             f"Continue with: python recipes/offline.py resume={path}"
         )
+    elif not rows:
+        lines.append("Not evaluated (eval_episodes=0).")
     policy = Path(path, replicas[0]["name"], "last.ckpt")
     lines += [
         f"Results: {path} (scores.json, and for each learner metrics.csv, *.png, *.ckpt)",
@@ -361,11 +453,7 @@ def report(scores: dict[str, Any], path: str) -> str:
 def main(cfg: DictConfig) -> None:
     path = Path(HydraConfig.get().runtime.output_dir)
     if cfg.resume is not None:
-        path.rmdir()  # Hydra's, empty
-        path = Path(cfg.resume)
-        if not (path / "config.yaml").exists():
-            raise FileNotFoundError(f"resume={cfg.resume!r}: that folder has no config.yaml")
-        cfg = OmegaConf.load(path / "config.yaml")
+        path, cfg = resumed(cfg.resume, path)
     scores = run(cfg, path)
     print(report(scores, os.path.relpath(path)))
 

@@ -23,22 +23,27 @@ DPI = 150
 PIXELS_PER_CELL = 32
 
 
-def learning_curves(metrics_csv: Path, png: Path) -> None:
+def learning_curves(
+    metrics_csv: Path, png: Path, *, earlier: Path | None = None, switch: int | None = None
+) -> None:
     """Draws every metric of a run over its gradient steps, a panel each.
 
     Args:
         metrics_csv: Has a column ``step`` and one per metric, whose cells are empty where it was not
             logged. ``x_stderr`` is drawn as a band around ``x``.
         png: The picture to write.
+        earlier: The metrics of the run that this one continues, if it left any; drawn up to the switch.
+        switch: The step at which this run took over, to mark by a line.
 
     Raises:
         ValueError: If no metric was ever logged.
     """
-    with metrics_csv.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(metrics_csv)
+    if earlier is not None and switch is not None and earlier.exists():
+        rows = [row for row in _rows(earlier) if int(row["step"]) <= switch] + rows
     curves: dict[str, np.ndarray] = {}
-    for name in rows[0] if rows else ():
-        points = [(float(row["step"]), float(row[name])) for row in rows if row[name]]
+    for name in {key: None for row in rows for key in row}:
+        points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name)]
         if points and name != "step":
             curves[name] = np.array(points).T
     panels = [name for name in curves if not name.endswith("_stderr")]
@@ -56,6 +61,8 @@ def learning_curves(metrics_csv: Path, png: Path) -> None:
         if f"{name}_stderr" in curves:
             error = np.interp(steps, *curves[f"{name}_stderr"])
             axes.fill_between(steps, values - error, values + error, color=BLUE, alpha=0.2, lw=0)
+        if switch is not None:
+            axes.axvline(switch, color=RED, lw=1, ls="--")
         axes.set_title(name.replace("_", " "), fontsize=10, loc="left", color=SLATE)
         axes.set_xlim(0, 1.03 * last)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -64,6 +71,11 @@ def learning_curves(metrics_csv: Path, png: Path) -> None:
         axes.grid(color=SLATE, alpha=0.12)
     figure.supxlabel("gradient steps", fontsize=9, color=SLATE)
     figure.savefig(png, dpi=DPI)
+
+
+def _rows(metrics_csv: Path) -> list[dict[str, str]]:
+    with metrics_csv.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def value_map(

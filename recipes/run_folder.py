@@ -7,11 +7,29 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
+from omegaconf import DictConfig, OmegaConf
 from torchrl.record.loggers import get_logger
 
-__all__ = ["RunFolder", "StopSignal"]
+__all__ = ["RunFolder", "StopSignal", "resumed"]
+
+
+def resumed(resume: str, new: Path) -> tuple[Path, DictConfig]:
+    """The folder of an interrupted run, and the configuration that it was started with.
+
+    Args:
+        resume: The folder.
+        new: What Hydra made for this run, empty: removed.
+
+    Raises:
+        FileNotFoundError: If the folder is not that of a run.
+    """
+    new.rmdir()
+    path = Path(resume)
+    if not (path / "config.yaml").exists():
+        raise FileNotFoundError(f"resume={resume!r}: that folder has no config.yaml")
+    return path, cast(DictConfig, OmegaConf.load(path / "config.yaml"))
 
 
 class RunFolder:

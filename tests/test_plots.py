@@ -55,6 +55,17 @@ class TestLearningCurves:
         pale = "#d4e2ea"  # the line's color at an opacity of 0.2 on white
         assert count(banded, pale) > 1000 > count(plain, pale)
 
+    def test_an_earlier_run_is_drawn_up_to_the_switch(self, tmp_path: Path):
+        earlier, later = tmp_path / "earlier.csv", tmp_path / "later.csv"
+        earlier.write_text("step,a\n0,0\n50,1\n90,9\n")
+        later.write_text("step,b,a\n50,1,1\n100,,2\n")
+        whole = self.draw(tmp_path, "step,a,b", "0,0,", "50,1,1", "100,2,")
+        plots.learning_curves(later, tmp_path / "curves.png", earlier=earlier, switch=50)
+        marked = imread(tmp_path / "curves.png")
+        assert count(whole, plots.RED) == 0 < count(marked, plots.RED)
+        assert count(marked, plots.BLUE) == pytest.approx(count(whole, plots.BLUE), rel=0.1)
+        plots.learning_curves(later, tmp_path / "curves.png", earlier=tmp_path / "none", switch=50)
+
     @pytest.mark.parametrize("lines", [[""], ["step"], ["step,a", "1,"]])
     def test_nothing_to_draw_is_an_error(self, tmp_path: Path, lines: list[str]):
         with pytest.raises(ValueError, match="no metric"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -11,10 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium
 import offline
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 
@@ -140,12 +143,10 @@ def test_the_configuration_reaches_the_learners(maze_id: str) -> None:
     assert learner.execution == "eager"
 
 
-@pytest.mark.parametrize("task", [path.stem for path in (RECIPES / "config/task").iterdir()])
-def test_every_task_gives_every_setting(task: str) -> None:
-    cfg = config(f"task={task}")
-    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    pointmaze = config("task=pointmaze")
-    assert set(cfg.task) == set(pointmaze.task)
+@pytest.mark.parametrize("family", ["locomotion", "antmaze", "kitchen", "adroit", "pointmaze"])
+def test_every_family_gives_every_setting(family: str) -> None:
+    base = OmegaConf.load(RECIPES / "config/task" / family / "base.yaml")
+    assert list(base) == list(config().task)
 
 
 def test_no_setting_is_dead() -> None:
@@ -156,6 +157,81 @@ def test_no_setting_is_dead() -> None:
     assert [key for key in keys if f"cfg.{key}" not in source] == []
     entries = (RECIPES / "config/offline.yaml").read_text()
     assert [key for key in cfg.task if f"task.{key}" not in entries] == []
+
+
+def test_the_folder_of_a_run_is_named_after_its_task() -> None:
+    with initialize_config_dir(str(RECIPES / "config"), version_base="1.3"):
+        cfg = compose("offline", ["task=kitchen/partial"], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    assert cfg.hydra.run.dir.startswith("runs/kitchen/partial/20")
+
+
+def test_the_environment_is_an_id_with_arguments() -> None:
+    assert offline.environment(config("env=null").env) is None
+    assert offline.environment(config("env=Hopper-v5").env) == "Hopper-v5"
+    cfg = config("env={id:Hopper-v5,max_episode_steps:7,frame_skip:2}")
+    env = gymnasium.make(offline.environment(cfg.env))
+    assert (env.spec.id, env.spec.max_episode_steps) == ("Hopper-v5", 7)
+    assert env.unwrapped.frame_skip == 2
+    assert gymnasium.spec("Hopper-v5").max_episode_steps == 1000
+    assert gymnasium.spec("Hopper-v5").kwargs == {}
+
+
+def test_several_data_sets_are_joined(maze_id: str) -> None:
+    single, joined = (
+        offline.dataset_for(config(f"dataset={given}"))
+        for given in (maze_id, f"[{maze_id},{maze_id}]")
+    )
+    assert len(joined.transitions) == 2 * len(single.transitions)
+    assert joined.env_spec == single.env_spec
+
+
+def test_without_evaluation_no_environment_is_needed(
+    maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offline, "Evaluator", None)
+    cfg = config(f"dataset={maze_id}", "temperature=3", "eval_episodes=0", "env=NoSuchEnv-v0")
+    dataset = load_dataset(maze_id, reward="minus_one")
+    monkeypatch.setattr(
+        offline, "load_dataset", lambda *_, **__: dataclasses.replace(dataset, env_spec=None)
+    )
+    scores = offline.run(cfg, tmp_path)
+    (replica,) = scores["replicas"]
+    assert (replica["steps"], replica["best"], replica["interrupted"]) == (60, None, False)
+    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    assert "Not evaluated" in offline.report(scores, "folder")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "config.yaml",
+        "scores.json",
+        "metrics.csv",
+        "last.ckpt",
+        "learning_curves.png",
+    }
+    assert offline.run(cfg, tmp_path) == scores  # nothing is left to do
+    load_policy(tmp_path / "last.ckpt")
+
+
+def test_data_without_an_environment_are_refused(maze_id: str) -> None:
+    dataset = dataclasses.replace(load_dataset(maze_id), env_spec=None)
+    with pytest.raises(ValueError, match=rf"{maze_id} does not .* env=<id>, or eval_episodes=0"):
+        offline.evaluator_for(config(), dataset)
+
+
+@pytest.mark.parametrize(
+    ("env", "sizes"),
+    [
+        ("Pendulum-v1", "observations of 3 numbers and actions of 1 numbers"),
+        ("CartPole-v1", "observations of 4 numbers and actions of 2 choices"),
+    ],
+)
+def test_an_environment_of_another_size_is_refused_before_training(
+    maze_id: str, tmp_path: Path, env: str, sizes: str
+) -> None:
+    ours = f"{maze_id} holds observations of 8 numbers and actions of 2 numbers"
+    with pytest.raises(ValueError, match=f"{ours}, but {env} has {sizes}"):
+        offline.run(config(f"dataset={maze_id}", f"env={env}"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen:

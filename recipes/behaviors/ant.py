@@ -1,0 +1,155 @@
+"""The ant, walking to a goal, seen from where its symmetry makes every direction the same.
+
+The ant's four legs are copies of each other, a quarter turn apart. Whatever direction the goal lies in,
+the world can be turned until it lies ahead, and the legs renamed until the body faces it to within 45
+degrees. A policy that sees the ant this way needs to learn one thing: to walk ahead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.envs.mujoco.ant_v5 import AntEnv
+from gymnasium.envs.registration import EnvSpec
+
+__all__ = ["ANT_TO_GOAL", "AntToGoal", "fallen", "from_canonical", "to_canonical"]
+
+TORQUE = 0.25
+"""Largest action, in units of the action space: with more the ant is faster and falls more often."""
+
+ARRIVED = 0.8  # m
+NEAREST, FARTHEST = 2.0, 8.0  # m, from one goal to the next
+ALIVE = 0.5  # reward per step; a speed of 1 m/s towards the goal is worth 1
+EFFORT = 0.05  # reward per step that the largest torques in all joints cost
+UPRIGHT = 0.2  # cosine between the ant's vertical and the world's, below which it counts as fallen
+
+ANKLE_SIGNS = np.array([1.0, -1.0, -1.0, 1.0])
+"""Ankles 1 and 4 bend with positive angles, 2 and 3 with negative ones."""
+
+ACTUATORS = np.array([3, 0, 1, 2])
+"""The order of the legs in an action, where joints are in the order 0, 1, 2, 3."""
+
+
+def _legs(joints: np.ndarray, turns: int) -> np.ndarray:
+    """Hips and ankles ``[8]`` by leg, ankles of one sign, each leg renamed ``turns`` legs further."""
+    legs = joints.reshape(4, 2).copy()
+    legs[:, 1] *= ANKLE_SIGNS
+    return np.roll(legs, turns, axis=0).ravel()
+
+
+def _turn(angle: float) -> np.ndarray:
+    """The quaternion of a rotation about the vertical."""
+    return np.array([np.cos(angle / 2), 0.0, 0.0, np.sin(angle / 2)])
+
+
+def _product(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    w, v = p[0] * q[0] - p[1:] @ q[1:], p[0] * q[1:] + q[0] * p[1:] + np.cross(p[1:], q[1:])
+    return np.array([w, *v])
+
+
+def _rotated(xy: np.ndarray, angle: float) -> np.ndarray:
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([c * xy[0] - s * xy[1], s * xy[0] + c * xy[1]])
+
+
+def to_canonical(observation: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, int]:
+    """The ant as it looks with the goal ahead.
+
+    Args:
+        observation: ``[27]``, the ant's observation without its position: height, orientation,
+            joint angles, velocities.
+        direction: ``[2]``, from the ant to the goal; any length.
+
+    Returns:
+        the canonical observation ``[27]`` and the number of legs, 0 to 3, by which the
+        legs are renamed.
+    """
+    height, orientation, joints = observation[:1], observation[1:5], observation[5:13]
+    velocity, rotation, speeds = observation[13:16], observation[16:19], observation[19:27]
+    w, x, y, z = orientation = orientation / np.linalg.norm(orientation)  # noisy after a reset
+    heading = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+    goal = np.arctan2(direction[1], direction[0])
+    turns = int(np.round((heading - goal) / (np.pi / 2)))
+    quarter = turns * np.pi / 2
+    canonical = _product(_turn(-goal), _product(orientation, _turn(-quarter)))
+    parts = (
+        height,
+        canonical if canonical[0] >= 0 else -canonical,
+        _legs(joints, turns),
+        _rotated(velocity[:2], -goal),
+        velocity[2:],
+        _rotated(rotation[:2], quarter),
+        rotation[2:],
+        _legs(speeds, turns),
+    )
+    return np.concatenate(parts), turns % 4
+
+
+def from_canonical(action: np.ndarray, turns: int) -> np.ndarray:
+    """The action ``[8]`` for the ant as it is, given one for the canonical ant, both in [-1, 1]."""
+    legs = np.roll(action.reshape(4, 2), -turns, axis=0)
+    legs = legs * np.stack([np.ones(4), ANKLE_SIGNS], axis=1)
+    return (TORQUE * legs[ACTUATORS]).ravel().astype(np.float32)
+
+
+def fallen(observation: np.ndarray) -> bool:
+    """Whether the ant, given by its observation ``[27]``, lies on its side or back."""
+    w, x, y, z = observation[1:5]
+    return bool(w * w - x * x - y * y + z * z < UPRIGHT * (w * w + x * x + y * y + z * z))
+
+
+class AntToGoal(gymnasium.Env):
+    """An ant on a plain that walks from one random goal to the next, in the canonical view.
+
+    The reward is the speed towards the goal, in m/s, a small one for not having fallen, and a small
+    cost of the torques. The episode terminates when the ant has fallen.
+    """
+
+    def __init__(self) -> None:
+        self.ant = AntEnv(
+            include_cfrc_ext_in_observation=False,
+            exclude_current_positions_from_observation=False,
+            terminate_when_unhealthy=False,
+        )
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (27,), np.float64)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (8,), np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._state, _ = self.ant.reset(seed=seed)
+        self._new_goal()
+        return self._view(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        before = self._distance()
+        self._state, *_ = self.ant.step(from_canonical(action, self._turns))
+        terminated = fallen(self._state[2:])
+        speed = (before - self._distance()) / self.ant.dt
+        reward = speed + ALIVE - EFFORT * float(np.mean(np.square(action)))
+        info = {"goals": 0}
+        if self._distance() < ARRIVED:
+            info["goals"] = 1
+            self._new_goal()
+        return self._view(), reward, terminated, False, info
+
+    def close(self) -> None:
+        self.ant.close()
+
+    def _new_goal(self) -> None:
+        angle = self.np_random.uniform(-np.pi, np.pi)
+        distance = self.np_random.uniform(NEAREST, FARTHEST)
+        self._goal = self._state[:2] + distance * np.array([np.cos(angle), np.sin(angle)])
+
+    def _distance(self) -> float:
+        return float(np.linalg.norm(self._goal - self._state[:2]))
+
+    def _view(self) -> np.ndarray:
+        view, self._turns = to_canonical(self._state[2:], self._goal - self._state[:2])
+        return view
+
+
+ANT_TO_GOAL = EnvSpec("AntToGoal-v0", entry_point="behaviors.ant:AntToGoal", max_episode_steps=500)

@@ -1,0 +1,102 @@
+"""Episodes of a policy in any environment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces import Box, flatten
+from minari.data_collector import EpisodeBuffer
+from tensordict.nn import TensorDictModule
+from torchrl.envs import ExplorationType, set_exploration_type
+
+from behaviors.policies import Stages
+from behaviors.recording import record
+from torchrl_iql import load_policy
+
+__all__ = ["CheckpointRollouts", "RandomRollouts", "StageRollouts"]
+
+
+@dataclass(frozen=True)
+class RandomRollouts:
+    """Episodes of uniformly random actions."""
+
+    env_spec: EnvSpec
+
+    algorithm = "uniformly random actions"
+
+    def play(self, env: gymnasium.Env, rng: np.random.Generator, share: float) -> EpisodeBuffer:
+        env.action_space.seed(int(rng.integers(2**31)))
+        seed = int(rng.integers(2**31))
+        return record(env, lambda observation: env.action_space.sample(), seed=seed)
+
+
+@dataclass(frozen=True)
+class StageRollouts:
+    """Episodes of a policy at one stage of its training after the other.
+
+    Attributes:
+        env_spec: The environment.
+        policy: The stages.
+        stages: Those to play, in order: each gives an equal share of the data.
+    """
+
+    env_spec: EnvSpec
+    policy: Stages
+    stages: Sequence[int]
+
+    @property
+    def algorithm(self) -> str:
+        frames = [int(self.policy.frames[stage]) for stage in self.stages]
+        names = (
+            " and ".join(map(str, frames)) if len(frames) < 3 else f"{frames[0]} to {frames[-1]}"
+        )
+        return f"SAC, stochastic, after {names} steps"
+
+    def play(self, env: gymnasium.Env, rng: np.random.Generator, share: float) -> EpisodeBuffer:
+        sample = self.policy.sampler(self.stages[int(share * len(self.stages))])
+        seed = int(rng.integers(2**31))
+        return record(env, lambda observation: sample(observation, rng), seed=seed)
+
+
+@dataclass(frozen=True)
+class CheckpointRollouts:
+    """Episodes of a policy that this project trained, in any environment that it fits.
+
+    Attributes:
+        env_spec: The environment.
+        checkpoint: A file that :func:`torchrl_iql.load_policy` reads.
+    """
+
+    env_spec: EnvSpec
+    checkpoint: Path
+
+    @property
+    def algorithm(self) -> str:
+        return f"the stochastic policy of {self.checkpoint.name}"
+
+    @cached_property
+    def policy(self) -> TensorDictModule:
+        return load_policy(self.checkpoint)
+
+    def play(self, env: gymnasium.Env, rng: np.random.Generator, share: float) -> EpisodeBuffer:
+        torch.manual_seed(int(rng.integers(2**31)))
+
+        @torch.no_grad()
+        def act(observation: object) -> np.ndarray:
+            flat = flatten(env.observation_space, observation)
+            batch = torch.as_tensor(flat, dtype=torch.float32)[None]
+            with set_exploration_type(ExplorationType.RANDOM):
+                action = self.policy(observation=batch)[-1][0].numpy()
+            space = env.action_space
+            if isinstance(space, Box):
+                return np.clip(action, space.low, space.high).astype(space.dtype)
+            return space.start + action  # pyright: ignore
+
+        return record(env, act, seed=int(rng.integers(2**31)))

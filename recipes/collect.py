@@ -1,0 +1,333 @@
+"""Make Minari data sets: rollouts of trained policies, walks through mazes, episodes of your own policy.
+
+    python recipes/collect.py suite=mini
+    python recipes/collect.py data=hopper/medium-replay transitions=200000
+    python recipes/collect.py env=Hopper-v5 policy=runs/.../last.ckpt id=my/hopper-v0
+
+The same arguments give the same data, with the same version of MuJoCo. An interrupted build goes on where
+it was; a data set appears in Minari's store in one piece.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+import gymnasium
+import hydra
+import minari
+import mujoco
+import numpy as np
+from behaviors.mazes import AntWalks, PointWalks, share_arrived
+from behaviors.policies import Stages
+from behaviors.rollouts import CheckpointRollouts, RandomRollouts, StageRollouts
+from filelock import FileLock
+from gymnasium.envs.registration import EnvSpec
+from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_storage import MinariStorage
+from minari.storage import get_dataset_path
+from omegaconf import DictConfig, ListConfig
+from tqdm import tqdm
+
+from torchrl_iql.evaluation import REFERENCE_SCORES
+
+__all__ = ["MINI", "NAMES", "behavior", "build", "ensure", "play_part"]
+
+PART = 5_000
+"""Transitions made, seeded and kept together: what an interruption can lose."""
+
+WEIGHTS = Path(__file__).parent / "behaviors" / "weights"
+"""Trained by sac.py. Of a locomotion policy: the stages up to the medium one, then the expert."""
+
+ROBOTS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
+LEVELS = ("random", "medium", "medium-replay", "expert", "medium-expert")
+POINT_WALKS = {
+    "stitch": PointWalks("stitch", farthest=4, longest=150),
+    "umaze": PointWalks("umaze", farthest=4, longest=150),
+    "medium": PointWalks("medium", farthest=5, longest=200),
+    "large": PointWalks("large", farthest=6, longest=250),
+}
+ANT_WALKS = {
+    "umaze": ("umaze", "goal"),
+    "umaze-diverse": ("umaze", "diverse"),
+    "medium-play": ("medium", "play"),
+    "medium-diverse": ("medium", "diverse"),
+    "large-play": ("large", "play"),
+    "large-diverse": ("large", "diverse"),
+}
+
+NAMES = (
+    *(f"{robot}/{level}" for robot in ROBOTS for level in LEVELS),
+    *(f"pointmaze/{maze}" for maze in POINT_WALKS),
+    *(f"antmaze/{walks}" for walks in ANT_WALKS),
+)
+"""The data sets that can be made by name."""
+
+MINI = (
+    *(f"{r}/{level}" for r in ROBOTS for level in ("medium", "medium-replay", "medium-expert")),
+    "pointmaze/medium",
+    "antmaze/umaze",
+    "antmaze/medium-play",
+    "antmaze/medium-diverse",
+)
+"""The local suite: one of every kind that the paper has, in small."""
+
+
+class Behavior(Protocol):
+    """Someone who acts in an environment."""
+
+    @property
+    def env_spec(self) -> EnvSpec: ...
+
+    @property
+    def algorithm(self) -> str:
+        """What the metadata say of it."""
+        ...
+
+    def play(self, env: gymnasium.Env, rng: np.random.Generator, share: float) -> EpisodeBuffer:
+        """One episode.
+
+        Args:
+            env: The environment.
+            rng: The one source of all that is random.
+            share: Of the data set, what comes before the present part: in [0, 1).
+        """
+        ...
+
+
+def behavior(name: str, stages: Path | None = None) -> Behavior:
+    """Who makes a data set.
+
+    Args:
+        name: One of ``NAMES``.
+        stages: What sac.py left of a training, instead of the shipped weights.
+
+    Raises:
+        ValueError: if there is no such name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"there is no data set {name!r} to make; choose from {', '.join(NAMES)}")
+    family, kind = name.split("/")
+    if family == "pointmaze":
+        return POINT_WALKS[kind]
+    if family == "antmaze":
+        maze, walks = ANT_WALKS[kind]
+        return AntWalks(maze, walks, Stages.load(stages or WEIGHTS / "ant.pt"))
+    env_spec = gymnasium.spec(ROBOTS[family])
+    if kind == "random":
+        return RandomRollouts(env_spec)
+    policy = Stages.load(stages or WEIGHTS / f"{family}.pt")
+    medium, expert = policy.medium, policy.expert
+    played = {
+        "medium": [medium],
+        "medium-replay": list(range(medium + 1)),
+        "expert": [expert],
+        "medium-expert": [medium, expert],
+    }[kind]
+    return StageRollouts(env_spec, policy, played)
+
+
+def dataset_id(name: str) -> str:
+    """Of a data set made by name. Its version goes up whenever its data change."""
+    return f"mini/{name}-v0"
+
+
+def size(name: str) -> int:
+    """Transitions that a data set has at least, unless told otherwise."""
+    return 60_000 if name == "pointmaze/stitch" else 200_000 if "antmaze" in name else 100_000
+
+
+def ensure(source: str) -> str:
+    """Makes the data set ``mini/<name>-v0`` if it is not in Minari's store; other ids are left alone."""
+    for name in NAMES:
+        if source == dataset_id(name) and not get_dataset_path(source).exists():
+            build(source, behavior(name), size(name))
+    return source
+
+
+def build(
+    id: str, behavior: Behavior, transitions: int, *, seed: int = 0, workers: int | None = None
+) -> Path:
+    """Makes a data set in Minari's store, unless it is there.
+
+    Args:
+        id: Its Minari id.
+        behavior: Who acts.
+        transitions: How many, at least: every part ends with a whole episode.
+        seed: Of everything.
+        workers: Processes; one per core by default. Their number does not change the data.
+
+    Returns:
+        the folder of the data set.
+
+    Raises:
+        ValueError: if the data set that is there was made with other arguments.
+    """
+    recipe = {"transitions": transitions, "seed": seed, "behavior": behavior.algorithm}
+    path = get_dataset_path(id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):  # two processes may want it at once
+        if not path.exists():
+            parts = path.with_name(f".{path.name}-{transitions}-{seed}")
+            parts.mkdir(exist_ok=True)
+            _play(parts, id, behavior, recipe, workers or os.cpu_count() or 1)
+            _store(path, parts, id, behavior, recipe)
+            shutil.rmtree(parts)
+    recorded = MinariStorage.read_raw_metadata(path / "data").get("recipe")
+    if recorded != recipe:
+        raise ValueError(
+            f"{path} was made with {recorded}, not with {recipe}. Delete it, choose another id, or set "
+            "MINARI_DATASETS_PATH to another folder."
+        )
+    return path
+
+
+def play_part(
+    behavior: Behavior, env: gymnasium.Env, seed: int, part: int, parts: int, transitions: int
+) -> list[EpisodeBuffer]:
+    """The episodes of one part of a data set: a function of its arguments alone."""
+    rng = np.random.default_rng([seed, part])
+    episodes, steps = [], 0
+    while steps < transitions:
+        episodes.append(behavior.play(env, rng, part / parts))
+        steps += len(episodes[-1])
+    return episodes
+
+
+def _play(folder: Path, id: str, behavior: Behavior, recipe: dict[str, Any], workers: int) -> None:
+    """Fills a folder with the parts that are missing there."""
+    transitions, seed = recipe["transitions"], recipe["seed"]
+    parts = math.ceil(transitions / PART)
+    paths = [folder / f"{part:05}.pkl" for part in range(parts)]
+    missing = [part for part in range(parts) if not paths[part].exists()]
+    sizes = [min(PART, transitions - part * PART) for part in range(parts)]
+    with tqdm(
+        total=transitions,
+        initial=transitions - sum(sizes[part] for part in missing),
+        desc=id,
+        unit="step",
+    ) as bar:
+        jobs = [(seed, part, parts, sizes[part], paths[part]) for part in missing]
+        for done in _map(behavior, jobs, min(workers, len(jobs))):
+            bar.update(done)
+
+
+def _map(behavior: Behavior, jobs: list[tuple], workers: int) -> Iterator[int]:
+    if workers <= 1:
+        _start(behavior)
+        yield from map(_play_job, jobs)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start, (behavior,)) as executor:
+        try:
+            yield from executor.map(_play_job, jobs)
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+_player: tuple[Behavior, gymnasium.Env]
+
+
+def _start(behavior: Behavior) -> None:
+    """What a process needs for all of its parts."""
+    global _player
+    import torch
+
+    torch.set_num_threads(1)
+    _player = behavior, gymnasium.make(behavior.env_spec)
+
+
+def _play_job(job: tuple[int, int, int, int, Path]) -> int:
+    *arguments, path = job
+    episodes = play_part(*_player, *arguments)
+    unfinished = path.with_suffix(".new")
+    unfinished.write_bytes(pickle.dumps(episodes))
+    unfinished.replace(path)
+    return arguments[-1]
+
+
+def _store(path: Path, parts: Path, id: str, behavior: Behavior, recipe: dict[str, Any]) -> None:
+    """Turns the parts into a data set, which appears in one piece."""
+    unfinished = parts / "dataset"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    env_spec = behavior.env_spec
+    storage = MinariStorage.new(unfinished / "data", env_spec=env_spec)
+    for part in sorted(parts.glob("*.pkl")):
+        storage.update_episodes(pickle.loads(part.read_bytes()))
+    metadata = {
+        "dataset_id": id,
+        "minari_version": minari.__version__,
+        "eval_env_spec": env_spec.to_json(),
+        "algorithm_name": behavior.algorithm,
+        "requirements": [f"mujoco=={mujoco.__version__}"],
+        "recipe": recipe,
+    }
+    if (scores := REFERENCE_SCORES.get(env_spec.name)) is not None:
+        metadata |= {"ref_min_score": scores[0], "ref_max_score": scores[1]}
+    storage.update_metadata(metadata)
+    unfinished.rename(path)
+
+
+def summary(path: Path, behavior: Behavior) -> str:
+    """One line about a data set."""
+    dataset = minari.MinariDataset(path / "data")
+    returns = [float(np.sum(episode.rewards)) for episode in dataset]
+    line = f"{len(returns)} episodes, {dataset.total_steps} transitions, "
+    line += f"mean return {np.mean(returns):.1f}"
+    metadata = dataset.storage.metadata
+    if "ref_max_score" in metadata:
+        low, high = metadata["ref_min_score"], metadata["ref_max_score"]
+        line += f", normalized score {100 * (np.mean(returns) - low) / (high - low):.1f}"
+    if isinstance(behavior, PointWalks | AntWalks):
+        line += (
+            f", {100 * share_arrived(dataset, behavior.ARRIVED):.1f}% arrive where they are sent"
+        )
+    megabytes = sum(file.stat().st_size for file in path.rglob("*")) / 1e6
+    return f"{line}, {megabytes:.0f} MB"
+
+
+@hydra.main(version_base=None, config_path="config", config_name="collect")
+def main(cfg: DictConfig) -> None:
+    for id, who, transitions in _requests(cfg):
+        began = time.monotonic()
+        path = build(id, who, transitions, seed=cfg.seed, workers=cfg.workers)
+        print(f"{id}: {summary(path, who)}, {time.monotonic() - began:.0f} s")
+
+
+def _requests(cfg: DictConfig) -> list[tuple[str, Behavior, int]]:
+    """What to make: ids, behaviours and numbers of transitions."""
+    given = [key for key in ("suite", "data", "env") if cfg[key] is not None]
+    if len(given) != 1:
+        raise ValueError(f"give one of suite, data and env, got {given or 'none of them'}")
+    if cfg.env is not None:
+        if cfg.policy is None or cfg.id is None:
+            raise ValueError("env needs a policy, a checkpoint or 'random', and an id")
+        spec = gymnasium.spec(cfg.env)
+        random = cfg.policy == "random"
+        who = RandomRollouts(spec) if random else CheckpointRollouts(spec, Path(cfg.policy))
+        return [(cfg.id, who, cfg.transitions or 100_000)]
+    if cfg.suite is not None:
+        if cfg.suite != "mini":
+            raise ValueError(f"there is one suite, mini; got {cfg.suite!r}")
+        names = list(MINI)
+    else:
+        names = list(cfg.data) if isinstance(cfg.data, ListConfig) else [cfg.data]
+    stages = None if cfg.stages is None else Path(cfg.stages)
+    if cfg.id is not None and len(names) != 1:
+        raise ValueError(f"id names one data set, but {len(names)} are to be made")
+    return [
+        (cfg.id or dataset_id(name), behavior(name, stages), cfg.transitions or size(name))
+        for name in names
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""Data sets made here: genuine, deterministic, built in one piece, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import collect
+import gymnasium
+import minari
+import mujoco
+import numpy as np
+import pytest
+import torch
+from behaviors.mazes import Plan, PointWalks
+from behaviors.recording import record
+from minari import EpisodeData, MinariDataset
+
+from torchrl_iql import IQLLoss, TrainStep, checkpoint, load_dataset, load_policy
+from torchrl_iql.models import Architecture
+
+RECIPES = Path(collect.__file__).parent
+STITCH = collect.behavior("pointmaze/stitch")
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Minari store."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> MinariDataset:
+    """A small data set of several parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
+        collect.build("walks-v0", STITCH, 12_000, workers=1)
+        return minari.load_dataset("walks-v0")
+
+
+def same(a: EpisodeData, b: EpisodeData) -> bool:
+    return (
+        np.array_equal(a.actions, b.actions)
+        and np.array_equal(a.rewards, b.rewards)
+        and np.array_equal(a.terminations, b.terminations)
+        and all(np.array_equal(a.observations[key], b.observations[key]) for key in a.observations)
+    )
+
+
+def equal(a: MinariDataset, b: MinariDataset) -> bool:
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def leaves(observations: Any) -> list[np.ndarray]:
+    if isinstance(observations, dict):
+        return [leaf for key in sorted(observations) for leaf in leaves(observations[key])]
+    return [np.asarray(observations)]
+
+
+class TestEpisodes:
+    @pytest.mark.parametrize(
+        "name",
+        ["hopper/random", "halfcheetah/medium-expert", "walker2d/medium-replay", "pointmaze/large"]
+        + ["antmaze/umaze", "antmaze/large-diverse"],
+    )
+    def test_seeds_options_and_actions_give_them_back(self, name: str):
+        who = collect.behavior(name)
+        env = gymnasium.make(who.env_spec)
+        for share in (0.0, 0.9):
+            episode = who.play(env, np.random.default_rng(4), share)
+            observation, _ = env.reset(seed=episode.seed, options=episode.options)
+            observations, rewards, terminations = [observation], [], []
+            for action in episode.actions:
+                observation, reward, terminated, truncated, _ = env.step(action)
+                observations.append(observation)
+                rewards.append(reward)
+                terminations.append(terminated)
+                assert not (terminated or truncated) or len(rewards) == len(episode)
+            for column, values in zip(
+                leaves(episode.observations),
+                zip(*map(leaves, observations), strict=True),
+                strict=True,
+            ):
+                np.testing.assert_array_equal(column, np.stack(values))
+            assert episode.rewards == rewards
+            assert episode.terminations == terminations
+            assert episode.terminations[-1] != episode.truncations[-1]
+            assert not any(episode.truncations[:-1])
+
+    def test_a_stop_is_a_truncation(self):
+        env = gymnasium.make("Pendulum-v1")
+        rest = np.zeros(1, np.float32)
+        episode = record(env, lambda s: rest, seed=0, stop=lambda s: abs(s[2]) > 3)
+        assert episode.truncations == [False] * (len(episode) - 1) + [True]
+        assert [abs(s[2]) > 3 for s in episode.observations[1:]] == episode.truncations
+        assert len(record(env, lambda s: rest, seed=0)) == 200
+
+    @pytest.mark.skipif(mujoco.__version__ != "3.11.0", reason="checksums are of mujoco 3.11.0")
+    def test_the_same_seed_gives_the_same_data(self):
+        """The beginning of every data set, to a ten-thousandth, as it was when it was last changed."""
+        expected = json.loads(Path(__file__).with_name("checksums.json").read_text())
+        assert checksums() == expected
+
+
+def checksums() -> dict[str, str]:
+    """Of the first steps of each data set of the mini suite and of the default one."""
+    found = {}
+    for name in (*collect.MINI, "pointmaze/stitch"):
+        who = collect.behavior(name)
+        env = gymnasium.make(who.env_spec, max_episode_steps=40)
+        digest = hashlib.sha256()
+        for part in (0, 19):
+            episode = who.play(env, np.random.default_rng([0, part]), part / 20)
+            for column in [*leaves(episode.observations), np.stack(episode.actions)]:
+                # What is added makes -0 and 0 the same.
+                digest.update((np.round(column.astype(np.float64), 4) + 0.0).tobytes())
+        found[name] = digest.hexdigest()[:16]
+    return found
+
+
+class TestStitching:
+    def test_has_the_size_asked_for(self, dataset: MinariDataset):
+        assert 12_000 <= dataset.total_steps < 12_000 + 3 * STITCH.longest
+        assert dataset.total_steps == sum(len(episode) for episode in dataset)
+
+    def test_ends_where_the_walk_ends(self, dataset: MinariDataset):
+        plan = Plan(dataset.recover_environment(eval_env=True))
+        for episode in dataset:
+            assert len(episode) <= STITCH.longest
+            assert not (episode.terminations | episode.truncations)[:-1].any()
+            assert episode.terminations[-1] != episode.truncations[-1]
+            if len(episode) < STITCH.longest and episode.truncations[-1]:
+                position = episode.observations["achieved_goal"][-1]
+                centre = plan.centre(plan.cell(position))
+                assert np.linalg.norm(position - centre) < PointWalks.ARRIVED
+
+    def test_must_be_stitched(self, dataset: MinariDataset):
+        """Every walk is short; all know the one evaluation goal, which few reach and none from afar."""
+        plan = Plan(dataset.recover_environment(eval_env=True))
+        start, goal = plan.centre(plan.start), plan.centre(plan.goal)
+        reached = 0
+        for episode in dataset:
+            positions = episode.observations["achieved_goal"]
+            desired = episode.observations["desired_goal"]
+            assert np.abs(desired - goal).max() <= 0.25
+            assert np.ptp(desired, axis=0).max() == 0
+            assert np.abs(np.diff(positions, axis=0)).max() < 0.06  # m, at most 5.24 m/s for 0.01 s
+            at_start = np.abs(positions - start).max(axis=1) < 0.5
+            assert not (at_start.any() and episode.terminations.any())
+            reached += episode.terminations[-1]
+        assert 0 < reached < len(dataset) / 5
+
+    def test_visits_every_free_cell(self, dataset: MinariDataset):
+        plan = Plan(dataset.recover_environment(eval_env=True))
+        positions = np.concatenate([episode.observations["achieved_goal"] for episode in dataset])
+        assert {plan.cell(position) for position in positions} == set(plan.free)
+
+
+class TestBuilding:
+    def test_the_seed_decides_and_the_number_of_workers_does_not(
+        self, dataset: MinariDataset, store: Path
+    ):
+        collect.build("again-v0", STITCH, 12_000, seed=0, workers=2)
+        assert equal(dataset, minari.load_dataset("again-v0"))
+        collect.build("other-v0", STITCH, 200, seed=1, workers=1)
+        assert not same(dataset[0], minari.load_dataset("other-v0")[0])
+
+    def test_what_is_there_is_reused(self, store: Path):
+        path = collect.build("walks-v0", STITCH, 200, workers=1)
+        before = (path / "data" / "main_data.hdf5").stat()
+        assert collect.build("walks-v0", STITCH, 200) == path
+        assert (path / "data" / "main_data.hdf5").stat() == before
+        assert list(minari.list_local_datasets()) == ["walks-v0"]
+
+    @pytest.mark.parametrize("other", [{"transitions": 300}, {"seed": 1}, {"behavior": None}])
+    def test_another_recipe_is_not_mistaken_for_it(self, store: Path, other: dict[str, Any]):
+        collect.build("walks-v0", STITCH, 200, workers=1)
+        given = {"behavior": STITCH, "transitions": 200, "seed": 0} | other
+        given["behavior"] = given["behavior"] or collect.behavior("hopper/random")
+        with pytest.raises(ValueError, match=r"'transitions': 200, 'seed': 0.*Delete it"):
+            collect.build("walks-v0", **given)
+
+    def test_goes_on_after_it_was_killed(self, dataset: MinariDataset, store: Path):
+        build = "import collect; collect.build('walks-v0', collect.behavior('pointmaze/stitch'), 12_000, workers=1)"
+        process = subprocess.Popen([sys.executable, "-c", build], cwd=RECIPES)
+        deadline = time.monotonic() + 120
+        while not (parts := list(store.glob(".*/*.pkl"))):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        assert not minari.list_local_datasets()
+        kept = {path: path.stat() for path in parts}
+        played = []
+        with pytest.MonkeyPatch.context() as patch:
+            play = collect._play_job
+            patch.setattr(collect, "_play_job", lambda job: played.append(job[1]) or play(job))
+            collect.build("walks-v0", STITCH, 12_000, workers=1)
+        assert played == [1, 2]
+        assert len(kept) == 1
+        assert equal(dataset, minari.load_dataset("walks-v0"))
+        left = {path.name for path in store.iterdir()}
+        assert left == {"walks-v0", ".walks-v0.lock"}
+
+    def test_an_environment_that_fails_leaves_what_was_made(self, store: Path):
+        """The error of a worker arrives, and what is complete is kept."""
+
+        class Broken(PointWalks):
+            def play(self, env, rng, share):
+                if share > 0.5:
+                    raise RuntimeError("the simulation is unstable")
+                return super().play(env, rng, share)
+
+        broken = Broken("stitch", 4, 150)
+        with pytest.raises(RuntimeError, match="unstable"):
+            collect.build("walks-v0", broken, 12_000, workers=1)
+        assert len(list(store.glob(".*/*.pkl"))) == 2
+        assert not minari.list_local_datasets()
+
+    def test_two_at_once(self, store: Path):
+        build = "import collect; collect.build('walks-v0', collect.behavior('pointmaze/stitch'), 3000, workers=1)"
+        command = [sys.executable, "-c", build]
+        processes = [subprocess.Popen(command, cwd=RECIPES) for _ in range(2)]
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+        assert minari.load_dataset("walks-v0").total_steps >= 3000
+
+    def test_a_source_of_its_own_is_made_when_needed(self, store: Path, monkeypatch):
+        monkeypatch.setattr(collect, "size", lambda name: 200)
+        assert collect.ensure("mini/pointmaze/umaze-v0") == "mini/pointmaze/umaze-v0"
+        loaded = load_dataset("mini/pointmaze/umaze-v0", reward="minus_one")
+        assert len(loaded.transitions) >= 200
+        assert loaded.env_spec is not None and loaded.env_spec.max_episode_steps == 300
+        assert collect.ensure("mujoco/hopper/medium-v0") == "mujoco/hopper/medium-v0"
+
+    def test_locomotion_knows_its_reference_scores(self, store: Path):
+        collect.build("hopper-v0", collect.behavior("hopper/random"), 100, workers=1)
+        assert load_dataset("hopper-v0").reference_scores == (-20.272305, 3234.3)
+
+
+class TestCheckpoint:
+    """A policy of this project, in an environment of the user's choice."""
+
+    @pytest.fixture
+    def policy(self, tmp_path: Path) -> Path:
+        torch.manual_seed(0)
+        architecture = Architecture(
+            observation_size=3, action_size=1, hidden_sizes=(8,), action_bounds=([-2.0], [2.0])
+        )
+        learner = TrainStep(IQLLoss(*architecture.build()), execution="eager")
+        return checkpoint.save(tmp_path / "last.ckpt", learner, architecture)
+
+    def run(self, *overrides: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(RECIPES / "collect.py"), "workers=1", *overrides]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=120)
+
+    def test_acts(self, policy: Path, store: Path):
+        done = self.run(
+            "env=Pendulum-v1", f"policy={policy}", "id=my/pendulum-v0", "transitions=600"
+        )
+        assert done.returncode == 0, done.stderr
+        assert "my/pendulum-v0: 3 episodes, 600 transitions, mean return" in done.stdout
+        actions = np.concatenate([each.actions for each in minari.load_dataset("my/pendulum-v0")])
+        with torch.no_grad():
+            distribution = load_policy(policy).get_dist(load_dataset("my/pendulum-v0").transitions)
+        for level in (-1.5, 0.0, 1.5):  # four standard errors, at least, of the share below
+            expected = float(distribution.base_dist.cdf(torch.tensor(level)).mean())
+            assert (actions < level).mean() == pytest.approx(expected, abs=0.08)
+
+    def test_random(self, store: Path):
+        done = self.run("env=CartPole-v1", "policy=random", "id=my/cartpole-v0", "transitions=300")
+        assert done.returncode == 0, done.stderr
+        actions = np.concatenate([each.actions for each in minari.load_dataset("my/cartpole-v0")])
+        assert 0.4 < actions.mean() < 0.6
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            ([], "give one of suite, data and env, got none of them"),
+            (["suite=mini", "data=hopper/medium"], r"got ['suite', 'data']"),
+            (["data=hopper/best"], "no data set 'hopper/best' to make; choose from hopper/random"),
+            (["suite=maxi"], "there is one suite, mini; got 'maxi'"),
+            (["env=CartPole-v1"], "env needs a policy, a checkpoint or 'random', and an id"),
+            (["data=[hopper/medium,hopper/random]", "id=a-v0"], "id names one data set, but 2"),
+        ],
+    )
+    def test_what_can_not_be_made(self, overrides: list[str], message: str, store: Path):
+        done = self.run(*overrides)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert list(store.iterdir()) == []
