@@ -1,0 +1,324 @@
+"""The parts of online fine-tuning that do not depend on the algorithm, nor on where data are collected.
+
+* :func:`environment`: pays and ends as the episodes of a data set do.
+* :func:`behavior`: a policy as it acts while data are collected.
+* :func:`collecting`: a collector, in this process, in others or on other machines.
+* :func:`transitions`: what a collector gives, as rows of the data set.
+* :class:`Experience`: offline and online transitions, sampled together.
+
+They are in the package, and not in a recipe, because the processes and machines that collect import them.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, SupportsFloat
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import Space
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces import Box
+from gymnasium.wrappers import DtypeObservation
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from torchrl.collectors import BaseCollector, Collector
+from torchrl.data import (
+    ImmutableDatasetWriter,
+    LazyTensorStorage,
+    OfflineToOnlineReplayBuffer,
+    ReplayBuffer,
+    TensorStorage,
+)
+from torchrl.envs import (
+    Compose,
+    EnvBase,
+    GymWrapper,
+    InitTracker,
+    RewardScaling,
+    RewardSum,
+    StepCounter,
+    TransformedEnv,
+)
+from torchrl.envs.utils import ExplorationType
+from torchrl.weight_update import SharedMemWeightSyncScheme
+
+from torchrl_iql.data.dataset import OfflineDataset
+from torchrl_iql.data.episodes import EpisodeRule
+from torchrl_iql.data.rewards import UNCHANGED, RewardTransform
+from torchrl_iql.data.spaces import action_support
+from torchrl_iql.evaluation import flat_environment, success
+
+__all__ = ["Experience", "behavior", "collecting", "environment", "transitions"]
+
+ANSWER_TIMEOUT = 10.0
+"""Seconds that a worker has to take new weights over."""
+
+
+def environment(
+    env_spec: EnvSpec | str,
+    *,
+    reward_transform: RewardTransform = UNCHANGED,
+    episode_rule: EpisodeRule = "as_stored",
+) -> EnvBase:
+    """A TorchRL environment whose transitions are like those of a data set.
+
+    Observations are flat float32 vectors, discrete actions are counted from 0, and ``("next", "reward")``
+    is transformed. ``("next", "episode_reward")`` is the sum of the raw rewards and
+    ``("next", "step_count")`` the number of steps of the present episode.
+
+    Args:
+        env_spec: The environment, as an id or a specification.
+        reward_transform: That of the data set.
+        episode_rule: That of the data set. ``"until_success"`` terminates at the first success that
+            the environment reports.
+
+    Raises:
+        ValueError: If the environment cannot be built.
+
+    Example:
+        >>> env = environment("Pendulum-v1", reward_transform=RewardTransform(shift=-1.0))
+        >>> steps = env.rollout(3)["next"]
+        >>> raw = steps["reward"] + 1
+        >>> torch.testing.assert_close(raw.cumsum(0), steps["episode_reward"])
+    """
+    env = DtypeObservation(flat_environment(env_spec), np.float32)
+    if episode_rule == "until_success":
+        env = _UntilSuccess(env)
+    return TransformedEnv(
+        GymWrapper(env, categorical_action_encoding=True),
+        Compose(
+            InitTracker(),  # collectors of TorchRL want it for any policy
+            StepCounter(),  # pyright: ignore
+            RewardSum(),  # before the scaling: of the raw rewards
+            RewardScaling(loc=reward_transform.shift, scale=reward_transform.scale),
+        ),
+    )
+
+
+class _UntilSuccess(gymnasium.Wrapper):
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if success(info):
+            terminated, truncated = True, False
+        return observation, reward, terminated, truncated, info
+
+
+def behavior(
+    policy: TensorDictModule, action_space: Space, *, noise: float = 1.0
+) -> TensorDictSequential:
+    """A policy that acts within the support of a data set's actions.
+
+    Args:
+        policy: Of :mod:`torchrl_iql.models`, on the CPU. Its parameters are shared.
+        action_space: ``Box`` or ``Discrete``. Into a ``Box``, actions are clipped, as the data set's
+            are, before they are executed.
+        noise: Factor on the standard deviation of the policy, at least 0. With 0, collect without
+            exploration.
+
+    Raises:
+        ValueError: If ``noise`` is out of range, or neither 0 nor 1 for a policy without a standard
+            deviation.
+    """
+    if noise < 0:
+        raise ValueError(f"noise must be at least 0, got {noise!r}")
+    modules = [policy]
+    if noise not in (0, 1):
+        if "scale" not in policy.out_keys:
+            raise ValueError(
+                f"noise must be 0 or 1, got {noise!r}: the policy has no standard deviation to scale"
+            )
+        parameters, draw = policy  # pyright: ignore
+        scaled = partial(torch.mul, other=noise)
+        modules = [
+            parameters,
+            TensorDictModule(scaled, in_keys=["scale"], out_keys=["scale"]),
+            draw,
+        ]
+    if isinstance(action_space, Box):
+        low, high = map(torch.from_numpy, action_support(action_space))
+        clip = partial(torch.clamp, min=low, max=high)
+        modules.append(TensorDictModule(clip, in_keys=["action"], out_keys=["action"]))
+    return TensorDictSequential(*modules)
+
+
+@contextmanager
+def collecting(
+    create_env: Callable[[], EnvBase],
+    policy: TensorDictModuleBase,
+    *,
+    total_frames: int,
+    explore: bool = True,
+    seed: int = 0,
+    **arguments: Any,
+) -> Iterator[BaseCollector]:
+    """A collector that leaves no process behind.
+
+    Args:
+        create_env: As :func:`environment`, with its arguments in a :func:`functools.partial`: it is sent
+            to the workers.
+        policy: Acts, and is sent to the workers anew by ``collector.update_policy_weights_()``.
+        total_frames: How many steps to take.
+        explore: Whether actions are drawn from its distribution, instead of taking its mean or mode.
+        seed: Of the environments.
+        **arguments: Others of :class:`torchrl.collectors.Collector`: ``frames_per_batch``, ``backend``,
+            ``num_collectors``, ``sync``, ``backend_options``.
+    """
+    backend = arguments.get("backend", "direct")
+    if backend == "process":
+        arguments["weight_sync_schemes"] = {"policy": _WeightSync()}  # pyright: ignore
+    # Workers inherit that Ctrl-C is ignored: the learner receives it, and ends them.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        collector = Collector(
+            create_env,  # pyright: ignore
+            policy,
+            total_frames=total_frames,
+            exploration_type=ExplorationType("random" if explore else "deterministic"),
+            **arguments,
+        )
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        collector.set_seed(seed)
+        # That resets the environments, and only the multi-process collectors take notice.
+        if backend == "direct":
+            collector.reset()  # pyright: ignore
+        elif backend == "ray":
+            collector.map_fn("reset")  # pyright: ignore
+        collector.update_policy_weights_()  # pyright: ignore
+        yield collector
+    finally:
+        collector.shutdown()
+
+
+class _WeightSync(SharedMemWeightSyncScheme):
+    """TorchRL's, which would wait forever for the answer of a worker that has died."""
+
+    def _wait_for_ack(
+        self, worker_ids: int | list[int] | None = None, timeout: float | None = None
+    ) -> None:
+        super()._wait_for_ack(worker_ids, ANSWER_TIMEOUT if timeout is None else timeout)
+
+
+def transitions(
+    collected: TensorDictBase, like: TensorDictBase, *, first_step: int = 0
+) -> TensorDictBase:
+    """Rows of a data set from what a collector gave.
+
+    Args:
+        collected: Transitions of any batch shape.
+        like: Transitions with the entries that are wanted.
+        first_step: What messages call the first of them.
+
+    Returns:
+        TensorDict ``[n]`` with the entries of ``like``.
+
+    Raises:
+        ValueError: If a value is NaN or infinite, other than in the observation after a termination,
+            which is never used.
+    """
+    keys = list(like.keys(include_nested=True, leaves_only=True))
+    rows = collected.select(*keys).reshape(-1)
+    wrong = {}
+    for key in keys:
+        finite = rows[key].isfinite().reshape(len(rows), -1).all(dim=1)
+        if key == ("next", "observation"):
+            finite |= rows["next", "terminated"].squeeze(-1)
+        if not finite.all():
+            wrong[key] = int(finite.int().argmin())
+    if wrong:
+        key, row = min(wrong.items(), key=lambda item: item[1])
+        name = key if isinstance(key, str) else "/".join(key)
+        raise ValueError(
+            f"{name} of environment step {first_step + row} is {rows[key][row].tolist()}, expected "
+            "finite numbers"
+        )
+    return rows
+
+
+class Experience:
+    """The transitions of a data set, and those collected since, to be sampled together.
+
+    Args:
+        dataset: The offline part; it may be empty.
+        capacity: How many transitions can be collected.
+        batch_size: Transitions per sample.
+        offline_share: Of each sample, from the data set, in (0, 1): TorchRL's
+            :class:`~torchrl.data.OfflineToOnlineReplayBuffer`. None samples all transitions alike.
+        anneal_steps: Collected transitions after which the share has fallen, linearly, to 0. None keeps
+            it.
+        device: Where the transitions lie.
+
+    Raises:
+        ValueError: If an argument is out of range, or there is a share of nothing.
+    """
+
+    def __init__(
+        self,
+        dataset: OfflineDataset,
+        capacity: int,
+        batch_size: int,
+        *,
+        offline_share: float | None = None,
+        anneal_steps: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        offline = dataset.transitions
+        self._anneal_steps = anneal_steps
+        if offline_share is None:
+            if anneal_steps is not None:
+                raise ValueError(f"anneal_steps={anneal_steps} needs an offline_share to anneal")
+            storage = LazyTensorStorage(len(offline) + capacity, device=device)
+            self._buffer = self._rows = ReplayBuffer(storage=storage, batch_size=batch_size)
+            if len(offline):
+                self._rows.extend(offline)
+        else:
+            if not len(offline):
+                raise ValueError(
+                    f"offline_share={offline_share!r} needs offline data, there are none"
+                )
+            storage = TensorStorage(offline.to(device), device=device)
+            self._buffer = OfflineToOnlineReplayBuffer(
+                ReplayBuffer(storage=storage, writer=ImmutableDatasetWriter()),
+                online_storage=LazyTensorStorage(capacity, device=device),
+                offline_fraction=offline_share,
+                batch_size=batch_size,
+            )
+            self._rows = self._buffer.online_buffer
+        self._first = len(self._rows)  # of the collected ones, in their buffer
+        self._offline_size = len(offline)
+
+    def __len__(self) -> int:
+        """How many transitions were collected."""
+        return len(self._rows) - self._first
+
+    @property
+    def offline_share(self) -> float:
+        """Of the next sample, on average."""
+        if isinstance(self._buffer, OfflineToOnlineReplayBuffer):
+            return self._buffer.offline_fraction if len(self) else 1.0
+        return self._offline_size / max(1, len(self._rows))
+
+    def extend(self, transitions: TensorDictBase) -> None:
+        """Adds collected transitions, ``[n]``."""
+        self._rows.extend(transitions)
+        if self._anneal_steps is not None:
+            self._buffer.anneal(len(self), self._anneal_steps)  # pyright: ignore
+
+    def sample(self) -> TensorDictBase:
+        """A batch, drawn with replacement by the global random number generator."""
+        return self._buffer.sample()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The collected transitions, copied; those of the data set are stored elsewhere."""
+        return self._rows[self._first :].clone().to_dict() if len(self) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Adds the transitions of another one's :meth:`state_dict`."""
+        if state:
+            self.extend(TensorDict(state).auto_batch_size_(1))
