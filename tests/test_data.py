@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import time
 import warnings
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
@@ -1176,6 +1177,24 @@ class TestCache:
             found = [processes.submit(load_again_and_again, source, cache_folder) for _ in range(2)]
             assert [future.result() for future in found] == [expected] * 2
         assert not list(cache_folder.iterdir())
+
+    def test_an_entry_that_another_process_removes_while_it_is_read_is_not_damaged(
+        self, cache_folder, monkeypatch, parsed
+    ):
+        source = write(walk(3))
+        load(source)
+        (entry,) = cache_folder.glob("*.tdz")
+        real = zipfile.is_zipfile
+
+        def removed_first(path: Path) -> bool:
+            entry.unlink(missing_ok=True)
+            return real(path)
+
+        monkeypatch.setattr(zipfile, "is_zipfile", removed_first)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load(source)
+        assert len(parsed) == 2 and entry.exists()
 
     def test_transitions_can_be_sent_to_a_process(self):
         source = write(walk(3))

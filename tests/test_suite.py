@@ -1,4 +1,4 @@
-"""The table of the mini suite, made by its command."""
+"""The table of the mini suite, made by its command, and the behaviour cloning in it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,32 @@ from pathlib import Path
 
 import collect
 import minari
+import offline
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
 
-SUITE = Path(collect.__file__).parent / "benchmark" / "suite.py"
+from torchrl_iql import load_policy
+
+RECIPES = Path(collect.__file__).parent
+sys.path.insert(0, str(RECIPES / "benchmark"))
+
+import cloning  # noqa: E402
+
 NAME = "pointmaze/medium"
+SMALL = ["hidden_sizes=[8,8]", "batch_size=32", "compute.execution=eager"]
 
 
 def suite(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    small = ["hidden_sizes=[8,8]", "batch_size=32", "compute.execution=eager"]
-    command = [sys.executable, str(SUITE), "--data", NAME, "--steps", "40", "--episodes", "2"]
-    command += ["--folder", str(folder), *arguments, "--", *small]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(RECIPES / "benchmark" / "suite.py"), "--data", NAME]
+    command += ["--steps", "40", "--episodes", "2", "--folder", str(folder)]
+    return subprocess.run(
+        [*command, *arguments, "--", *SMALL], capture_output=True, text=True, timeout=300
+    )
+
+
+def replicas(folder: Path) -> list[dict]:
+    return json.loads((folder / "scores.json").read_text())["replicas"]
 
 
 def test_the_table_is_that_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -27,10 +42,10 @@ def test_the_table_is_that_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monke
     collect.build(collect.dataset_id(NAME), collect.behavior(NAME), 1000, workers=1)
     done = suite(tmp_path / "suite")
     assert done.returncode == 0, done.stderr
-    replicas = json.loads((tmp_path / "suite/pointmaze-medium/scores.json").read_text())["replicas"]
-    assert {(each["temperature"], each["seed"]) for each in replicas} == {
-        (t, s) for t in (0.0, 10.0) for s in (0, 1)
-    }
+    folder = tmp_path / "suite" / "pointmaze-medium"
+    for algorithm, temperature in (("BC", 0.0), ("IQL", 10.0)):
+        learners = {(each["temperature"], each["seed"]) for each in replicas(folder / algorithm)}
+        assert learners == {(temperature, 0), (temperature, 1)}
     dataset = minari.load_dataset(collect.dataset_id(NAME))
     reached = [episode.terminations[-1] for episode in dataset]
     behaviour = 100 * sum(reached) / len(reached)
@@ -38,13 +53,13 @@ def test_the_table_is_that_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
     again = suite(tmp_path / "suite")
     assert again.stdout == done.stdout
-    log = (tmp_path / "suite/pointmaze-medium/log.txt").read_text()
-    assert log.count("Results:") == 1
+    assert (folder / "IQL" / "log.txt").read_text().count("Results:") == 1
 
-    scores = tmp_path / "suite/pointmaze-medium/scores.json"
-    scores.unlink()  # as if it had been stopped
-    assert suite(tmp_path / "suite").stdout == done.stdout
-    assert json.loads(scores.read_text())["replicas"] == replicas
+    for algorithm in ("BC", "IQL"):  # as if they had been stopped
+        before = replicas(folder / algorithm)
+        (folder / algorithm / "scores.json").unlink()
+        assert suite(tmp_path / "suite").stdout == done.stdout
+        assert replicas(folder / algorithm) == before
 
 
 def test_a_run_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -52,6 +67,24 @@ def test_a_run_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     collect.build(collect.dataset_id(NAME), collect.behavior(NAME), 200, workers=1)
     done = suite(tmp_path / "suite", "--seeds", "-1")
     assert done.returncode == 1
-    log = tmp_path / "suite/pointmaze-medium/log.txt"
-    assert f"training on {NAME} failed, see {log}" in done.stderr
+    log = tmp_path / "suite/pointmaze-medium/BC/log.txt"
+    assert f"BC on {NAME} failed, see {log}" in done.stderr
     assert "seed" in log.read_text()
+
+
+def test_cloning_is_the_learner_of_temperature_0(maze_id: str, tmp_path: Path):
+    overrides = [f"dataset={maze_id}", "steps=60", "eval_interval=20", "eval_episodes=2", *SMALL]
+    overrides += ["temperature=0", "seeds=3", "learning_rate=1e-2", "normalize_observation=true"]
+    with initialize_config_dir(str(RECIPES / "config"), version_base="1.3"):
+        cfg = compose("offline", overrides)
+    offline.run(cfg, tmp_path)
+    expected = load_policy(tmp_path / "last.ckpt")
+    *_, (steps, policy) = cloning.policies(cfg, offline.dataset_for(cfg), seed=3)
+    assert steps == 60
+    for ours, theirs in zip(expected.parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    cloning.run(cfg, tmp_path)
+    (learner,) = replicas(tmp_path)
+    assert list(learner["scores"]) == ["20", "40", "60"]
+    assert learner["scores"]["60"] == learner["score"]

@@ -2,9 +2,9 @@
 
     python recipes/benchmark/suite.py --steps 200000 --seeds 0 1 --jobs 2
 
-A data set is one run of recipes/offline.py with one thread, --jobs of them at a time. Runs that are finished
-are kept, interrupted ones continued, so the same command goes on after an interruption; it ends by printing
-the table of what is there.
+A run has one thread, and --jobs data sets are trained on at a time. Runs that are finished are kept, those of
+IQL continued where they were, so the same command goes on after an interruption; it ends by printing the table
+of what is there.
 """
 
 from __future__ import annotations
@@ -28,29 +28,26 @@ import collect  # noqa: E402
 
 from torchrl_iql import load_dataset  # noqa: E402
 
+SCRIPTS = {"BC": RECIPES / "benchmark" / "cloning.py", "IQL": RECIPES / "offline.py"}
+"""What trains, of every algorithm."""
+
 EVALUATIONS = 4
 """On the way, the last one included."""
 
 
-def temperature(name: str) -> float:
-    """Of the paper, for the family of a data set."""
-    return 10.0 if "maze" in name else 3.0
-
-
-def command(name: str, folder: Path, args: argparse.Namespace) -> list[str]:
+def command(name: str, algorithm: str, folder: Path, args: argparse.Namespace) -> list[str]:
     """What trains on a data set, or goes on with it."""
-    offline = [sys.executable, str(RECIPES / "offline.py")]
-    if list(folder.glob("*/last.ckpt")):
-        return [*offline, f"resume={folder}"]
+    if list(folder.rglob("last.ckpt")):
+        return [sys.executable, str(SCRIPTS[algorithm]), f"resume={folder}"]
     seeds = ",".join(map(str, args.seeds))
     return [
-        *offline,
+        sys.executable,
+        str(SCRIPTS[algorithm]),
         f"task=mini/{name.replace('/', '-')}",
         f"steps={args.steps}",
         f"eval_interval={args.steps // EVALUATIONS}",
         f"eval_episodes={args.episodes}",
         f"seeds=[{seeds}]",
-        f"temperature=[{temperature(name)},0.0]",
         "compute.threads=1",
         f"hydra.run.dir={folder}",
         *args.overrides,
@@ -58,36 +55,44 @@ def command(name: str, folder: Path, args: argparse.Namespace) -> list[str]:
 
 
 def train(name: str, args: argparse.Namespace) -> None:
-    """Runs one data set to its end.
+    """Runs both algorithms on one data set to their ends.
 
     Raises:
-        RuntimeError: if the run fails; its output is in ``log.txt`` of its folder.
+        RuntimeError: if a run fails; its output is in ``log.txt`` of its folder.
     """
-    folder = run_folder(name, args)
-    if finished(folder):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.txt"
-    with log.open("a") as file:
-        done = subprocess.run(
-            command(name, folder, args), stdout=file, stderr=subprocess.STDOUT, check=False
-        )
-    if done.returncode != 0:
-        raise RuntimeError(f"training on {name} failed, see {log}")
+    for algorithm in SCRIPTS:
+        folder = run_folder(name, algorithm, args)
+        if finished(folder):
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "log.txt"
+        with log.open("a") as file:
+            done = subprocess.run(
+                command(name, algorithm, folder, args),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if done.returncode != 0:
+            raise RuntimeError(f"{algorithm} on {name} failed, see {log}")
 
 
-def run_folder(name: str, args: argparse.Namespace) -> Path:
-    return args.folder / name.replace("/", "-")
+def run_folder(name: str, algorithm: str, args: argparse.Namespace) -> Path:
+    return args.folder / name.replace("/", "-") / algorithm
+
+
+def scores(folder: Path) -> list[dict[str, Any]]:
+    """Of the learners of a run."""
+    return json.loads((folder / "scores.json").read_text())["replicas"]
 
 
 def finished(folder: Path) -> bool:
-    scores = folder / "scores.json"
-    if not scores.exists():
-        return False
-    return not any(each["interrupted"] for each in json.loads(scores.read_text())["replicas"])
+    return (folder / "scores.json").exists() and not any(
+        each.get("interrupted", False) for each in scores(folder)
+    )
 
 
-def row(name: str, folder: Path) -> str:
+def row(name: str, args: argparse.Namespace) -> str:
     """A line of the table."""
     dataset = load_dataset(collect.dataset_id(name))
     behaviour = float(dataset.episode_returns.mean())
@@ -96,27 +101,27 @@ def row(name: str, folder: Path) -> str:
     else:
         low, high = dataset.reference_scores
         behaviour = 100 * (behaviour - low) / (high - low)
-    replicas = json.loads((folder / "scores.json").read_text())["replicas"]
     cells = [name, f"{behaviour:.1f}"]
-    cells += [cell(replicas, t) for t in (0.0, temperature(name))]
+    cells += [cell(run_folder(name, algorithm, args)) for algorithm in SCRIPTS]
     return f"| {' | '.join(cells)} |"
 
 
-def cell(replicas: list[dict[str, Any]], temperature: float) -> str:
+def cell(folder: Path) -> str:
     """Mean and range over the seeds, of the scores after the last step."""
-    scores = [each["score"] for each in replicas if each["temperature"] == temperature]
-    spread = f" ({min(scores):.1f} to {max(scores):.1f})" if len(scores) > 1 else ""
-    return f"{mean(scores):.1f}{spread}"
+    values = [each["score"] for each in scores(folder)]
+    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread}"
 
 
 def table(args: argparse.Namespace) -> str:
     """The table of what is finished."""
     lines = [
-        "| data set (`mini/...`) | behaviour, mean | BC | IQL |",
-        "| --- | ---: | ---: | ---: |",
+        f"| data set (`mini/...`) | behaviour, mean | {' | '.join(SCRIPTS)} |",
+        f"| --- | ---: |{' ---: |' * len(SCRIPTS)}",
     ]
-    folders = {name: run_folder(name, args) for name in args.data}
-    lines += [row(name, folder) for name, folder in folders.items() if finished(folder)]
+    for name in args.data:
+        if all(finished(run_folder(name, algorithm, args)) for algorithm in SCRIPTS):
+            lines.append(row(name, args))
     return "\n".join(lines)
 
 

@@ -71,17 +71,30 @@ def read(entry: Path) -> TensorDict | None:
 
     All of its bytes are checked and none is kept: the tensors are mapped, and copied on write.
     """
+    found = _identity(entry)
+    if found is None:
+        return None
     try:
         if _checksum(entry) != SEALED:
             raise ValueError("its checksum is wrong")
         mapped = TensorDict.load_memmap(entry)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except Exception as error:  # whatever is wrong with it, the source is still there
-        warnings.warn(f"the cache entry {entry} is damaged and made anew: {error}", stacklevel=3)
+        if _identity(entry) == found:  # else another process has just removed or replaced it
+            warnings.warn(
+                f"the cache entry {entry} is damaged and made anew: {error}", stacklevel=3
+            )
         return None
     # Through numpy, since torch can not send tensors that it mapped itself to another process.
     return mapped.apply(lambda tensor: torch.from_numpy(tensor.numpy()))
+
+
+def _identity(entry: Path) -> tuple[int, int] | None:
+    """What tells a file from another that replaced it; None if none can be found."""
+    try:
+        state = entry.stat()
+    except OSError:
+        return None
+    return state.st_ino, state.st_mtime_ns
 
 
 def write(entry: Path, content: TensorDict) -> None:
