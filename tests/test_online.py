@@ -658,18 +658,6 @@ def test_a_full_disk_is_an_error_that_leaves_the_last_checkpoint(tmp_path: Path)
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
-def process(folder: Path, *overrides: str) -> subprocess.Popen:
-    """The recipe, in a process group of its own, as a terminal starts it."""
-    return subprocess.Popen(
-        [sys.executable, str(RECIPES / "online.py"), *overrides],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def interrupted(signal_of: Callable[[subprocess.Popen], None], folder: Path) -> tuple[str, str]:
     """What a run with real workers prints that ends by a signal; it leaves no worker behind."""
     overrides = [each for each in SMALL if not each.startswith("env_steps")]

@@ -1,4 +1,4 @@
-"""The table of the mini suite, made by its command, and the behaviour cloning in it."""
+"""The tables on the mini suite, made by their commands, and the behaviour cloning in them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ NAME = "pointmaze/medium"
 SMALL = ["hidden_sizes=[8,8]", "batch_size=32", "compute.execution=eager"]
 
 
-def suite(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(RECIPES / "benchmark" / "suite.py"), "--data", NAME]
+def suite(
+    folder: Path, *arguments: str, script: str = "suite.py"
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(RECIPES / "benchmark" / script), "--data", NAME]
     command += ["--steps", "40", "--episodes", "2", "--folder", str(folder)]
     return subprocess.run(
         [*command, *arguments, "--", *SMALL], capture_output=True, text=True, timeout=300
@@ -55,11 +57,35 @@ def test_the_table_is_that_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert again.stdout == done.stdout
     assert (folder / "IQL" / "log.txt").read_text().count("Results:") == 1
 
-    for algorithm in ("BC", "IQL"):  # as if they had been stopped
-        before = replicas(folder / algorithm)
+    before = {algorithm: replicas(folder / algorithm) for algorithm in ("BC", "IQL")}
+    for algorithm in before:  # as if they had been stopped
         (folder / algorithm / "scores.json").unlink()
-        assert suite(tmp_path / "suite").stdout == done.stdout
-        assert replicas(folder / algorithm) == before
+    assert suite(tmp_path / "suite").stdout == done.stdout
+    assert {algorithm: replicas(folder / algorithm) for algorithm in before} == before
+
+
+def test_fine_tuning_goes_on_from_the_offline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    collect.build(collect.dataset_id(NAME), collect.behavior(NAME), 1000, workers=1)
+    online = ["compute.execution=eager", "collector.frames_per_batch=10"]
+    arguments = ["--env-steps", "40", "--evaluations", "2", "--online", *online]
+    done = suite(tmp_path / "suite", *arguments, script="finetuning.py")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "suite" / "pointmaze-medium"
+    offline_scores = [each["score"] for each in replicas(folder / "IQL")]
+    runs = [json.loads((folder / f"online/seed={s}/scores.json").read_text()) for s in (0, 1)]
+    assert [run["before"]["score"] for run in runs] == offline_scores
+    assert [(run["seed"], run["steps"], run["frames"]) for run in runs] == [
+        (0, 80, 40),
+        (1, 80, 40),
+    ]
+    heading, _, row, picture = done.stdout.splitlines()
+    assert "after 20 steps | after 40 steps" in heading
+    _, name, offline_last, before, _, after, _ = map(str.strip, row.split("|"))
+    assert (name, offline_last) == (NAME, before)
+    ends = [run["after"]["score"] for run in runs]
+    assert after == f"{sum(ends) / 2:.1f} ({ends[0]:.1f}, {ends[1]:.1f})"
+    assert Path(picture).stat().st_size > 10_000
 
 
 def test_a_run_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -68,7 +94,7 @@ def test_a_run_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     done = suite(tmp_path / "suite", "--seeds", "-1")
     assert done.returncode == 1
     log = tmp_path / "suite/pointmaze-medium/BC/log.txt"
-    assert f"BC on {NAME} failed, see {log}" in done.stderr
+    assert f"cloning.py failed, see {log}" in done.stderr
     assert "seed" in log.read_text()
 
 

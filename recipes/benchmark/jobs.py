@@ -1,0 +1,72 @@
+"""Runs of the recipes, a process with one thread each, several at a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+__all__ = ["Job", "finish"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a recipe.
+
+    Attributes:
+        script: The recipe.
+        folder: Where it leaves its results.
+        settings: What it is started with.
+    """
+
+    script: Path
+    folder: Path
+    settings: Sequence[str]
+
+    def result(self) -> dict[str, Any] | None:
+        """What its ``scores.json`` holds, once it is finished."""
+        scores = self.folder / "scores.json"
+        result = json.loads(scores.read_text()) if scores.exists() else None
+        if result is None or any(
+            each.get("interrupted", False) for each in result.get("replicas", [result])
+        ):
+            return None
+        return result
+
+    def finish(self) -> None:
+        """Starts it, or goes on with it, unless it is finished.
+
+        Raises:
+            RuntimeError: if it fails; its output is in ``log.txt`` of its folder.
+        """
+        if self.result() is not None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        arguments = [*self.settings, "compute.threads=1", f"hydra.run.dir='{self.folder}'"]
+        if list(self.folder.rglob("last.ckpt")):
+            arguments = [f"resume='{self.folder}'"]
+        log = self.folder / "log.txt"
+        with log.open("a") as file:
+            command = [sys.executable, str(self.script), *arguments]
+            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{self.script.name} failed, see {log}")
+
+
+def finish(jobs: Sequence[Job], processes: int) -> None:
+    """Finishes them, so many at a time; what is finished stays if one fails."""
+    with ThreadPoolExecutor(processes) as executor:
+        pending = [executor.submit(job.finish) for job in jobs]
+        try:
+            for each in tqdm(pending, desc="runs", unit="run"):
+                each.result()
+        except BaseException:
+            executor.shutdown(cancel_futures=True)
+            raise
