@@ -228,6 +228,9 @@ class Run:
         self.maze = evaluate and getattr(evaluate.envs[0].unwrapped, "maze", None)
         if all(folder.last.exists() for folder in self.folders):
             self._resume()
+        else:  # perhaps where another was killed before its first checkpoint
+            for folder in self.folders:
+                folder.forget_after(-1)
 
     def train(self) -> None:
         """Takes the gradient steps that are missing, evaluating and saving on the way.
@@ -267,11 +270,12 @@ class Run:
         intervals = (STEPS_PER_CALL, cfg.log_interval, cfg.eval_interval)
         return min(cfg.steps - done, *(interval - done % interval for interval in intervals))
 
-    def _log(self, metrics: TensorDictBase, bar: tqdm) -> None:
+    def _log(self, metrics: TensorDictBase, bar: tqdm, **common: float) -> None:
         values = {key: value.reshape(-1).tolist() for key, value in metrics.items()}
         values["policy_lr"] = self.learner.policy_lr
         for r, folder in enumerate(self.folders):
-            folder.log(self.learner.steps, {key: value[r] for key, value in values.items()})
+            own = {key: value[r] for key, value in values.items()}
+            folder.log(self.learner.steps, common | own)
         shown = {key[5:]: mean(v) for key, v in values.items() if key.startswith("loss_")}
         if self.evaluations is not None:
             shown["score"] = mean(evaluation.score for evaluation in self.evaluations)

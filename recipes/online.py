@@ -1,9 +1,10 @@
-"""Fine-tune online what was learned offline, or learn online from scratch.
+r"""Fine-tune online what was learned offline, or learn online from scratch.
 
     python recipes/online.py checkpoint=runs/mini/hopper-medium/<date>/last.ckpt
     python recipes/online.py 'checkpoint="runs/pointmaze/stitch/<date>/temperature=10.0/last.ckpt"'
     python recipes/online.py task=mini/antmaze-umaze collector=multi_async
-    python recipes/online.py dataset=null env=Pendulum-v1 temperature=3
+    python recipes/online.py dataset=null env=Pendulum-v1 reward=none episodes=as_stored \
+        normalize_observation=false temperature=3
     python recipes/online.py resume=runs/online/<date>
 
 A run has one learner, and leaves in its folder what an offline run leaves of each.
@@ -33,7 +34,14 @@ from tqdm import tqdm
 
 from torchrl_iql import Evaluator, OfflineDataset, checkpoint
 from torchrl_iql.models import Architecture
-from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
+from torchrl_iql.online import (
+    Experience,
+    behavior,
+    check_mixture,
+    collecting,
+    environment,
+    transitions,
+)
 
 ONLINE = (
     "checkpoint",
@@ -169,7 +177,7 @@ class Run(offline.Run):
                 collector.update_policy_weights_()  # pyright: ignore
             bar.update(self.frames - start)
             if metrics is not None and self._reached(cfg.log_interval, start):
-                self._log(metrics, bar)
+                self._log(metrics, bar, **self._collected())
             if self._reached(cfg.eval_interval, start):
                 if self.evaluate is not None:
                     self._evaluate(self.evaluate)
@@ -226,14 +234,14 @@ class Run(offline.Run):
             metrics = self.learner(self.experience.sample())
         return metrics
 
-    def _log(self, metrics: TensorDictBase, bar: tqdm) -> None:
-        collected = {"frames": self.frames, "offline_share": self.experience.offline_share}
+    def _collected(self) -> dict[str, float]:
+        """What is logged of the frames since the last time."""
+        metrics = {"frames": self.frames, "offline_share": self.experience.offline_share}
         if self.episodes:
             returns, lengths = zip(*self.episodes, strict=True)
-            collected |= {"episode_return": mean(returns), "episode_length": mean(lengths)}
+            metrics |= {"episode_return": mean(returns), "episode_length": mean(lengths)}
             self.episodes.clear()
-        self.folder.log(self.learner.steps, collected)
-        super()._log(metrics, bar)
+        return metrics
 
     # --- Checkpoints ---------------------------------------------------------------------------------
 
@@ -293,6 +301,10 @@ def run(cfg: DictConfig, path: Path) -> dict[str, Any]:
     learners = [each["name"] for each in offline.replicas(cfg)]
     if len(learners) > 1:
         raise ValueError(f"one learner is fine-tuned, but these are {learners}: give one value")
+    check_mixture(cfg.offline_share, cfg.anneal_steps)
+    for key, least in (("env_steps", 1), ("updates_per_frame", 0), ("exploration", 0)):
+        if cfg[key] < least:
+            raise ValueError(f"{key}={cfg[key]}: expected at least {least}")
     path.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, path / "config.yaml", resolve=True)
     if cfg.checkpoint is None and cfg.dataset is not None and cfg.steps > 0:

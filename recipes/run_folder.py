@@ -72,13 +72,15 @@ class RunFolder:
             self._logger.log_metrics(dict(metrics), step=step)
 
     def _write(self) -> None:
-        with self.metrics.open("w", newline="") as file:
+        new = self.metrics.with_suffix(".new")
+        with new.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(self._rows.values())
+        new.replace(self.metrics)  # whole or not at all
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines after a step: a run that resumes there logs them again."""
+        """Drop the lines after a step: a run that goes on from there logs them again."""
         self._rows = {at: row for at, row in self._rows.items() if at <= step}
         if self.metrics.exists():
             self._write()

@@ -280,8 +280,10 @@ def test_a_mixture_that_cannot_be_is_refused() -> None:
         Experience(recorded(0), 10, 4, offline_share=0.5)
     with pytest.raises(ValueError, match="anneal_steps=9 needs an offline_share"):
         Experience(recorded(5), 10, 4, anneal_steps=9)
-    with pytest.raises(ValueError, match=r"offline_fraction must be in \(0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"offline_share must be None or in \(0, 1\), got 1"):
         Experience(recorded(5), 10, 4, offline_share=1)
+    with pytest.raises(ValueError, match="anneal_steps must be at least 1, got 0"):
+        Experience(recorded(5), 10, 4, offline_share=0.5, anneal_steps=0)
 
 
 # --- Collectors ----------------------------------------------------------------------------------------
@@ -321,8 +323,8 @@ def command_of(pid: int) -> str:
         return ""
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
@@ -340,6 +342,7 @@ def constant_policy(value: float) -> TensorDictModule:
 def check_a_collector(settings: dict[str, Any]) -> None:
     """It collects what the environment gives, by the policy it was told last."""
     before = workers(os.getpid())
+    threads = torch.get_num_threads()
     policy = constant_policy(0.25)
     like = OfflineDataset.empty(diary()).transitions
     collected: list[TensorDict] = []
@@ -349,6 +352,7 @@ def check_a_collector(settings: dict[str, Any]) -> None:
     ) as collector:
         started = workers(os.getpid()) - before
         assert len(started) == settings.get("num_collectors", 0)
+        assert torch.get_num_threads() == threads  # the learner keeps those it was given
         for worker in started:
             os.kill(
                 worker, signal.SIGINT
@@ -360,6 +364,7 @@ def check_a_collector(settings: dict[str, Any]) -> None:
                 policy.load_state_dict(constant_policy(-0.5).state_dict())
                 collector.update_policy_weights_()
     wait_until(lambda: not started & descendants(os.getpid()))
+    assert torch.get_num_threads() == threads
 
     assert {len(batch) for batch in collected} == {20}
     for batch in collected:
@@ -554,9 +559,14 @@ def test_what_cannot_be_run_is_refused_before_anything_happens(
         ("dataset=null",): "give env=<id>",
         ("dataset=null", "env=Pendulum-v1"): "normalize_observation=true needs the statistics",
         (f"dataset={maze_id}", "seeds=[0,1]"): r"one learner .* \['seed=0', 'seed=1'\]",
+        (f"dataset={maze_id}", "offline_share=1.5"): r"offline_share must be .* got 1.5",
+        (f"dataset={maze_id}", "anneal_steps=9"): "anneal_steps=9 needs an offline_share",
+        (f"dataset={maze_id}", "exploration=-1"): "exploration=-1: expected at least 0",
+        (f"dataset={maze_id}", "env_steps=0"): "env_steps=0: expected at least 1",
     }.items():
         with pytest.raises(ValueError, match=message):
             online.run(config(*overrides), tmp_path)
+        assert not list(tmp_path.glob("**/*.ckpt"))
 
 
 def test_no_setting_is_dead() -> None:
@@ -620,6 +630,7 @@ def test_a_killed_worker_is_an_error_and_not_the_end(
     its = of_diary(tmp_path, f"collector={collector}", "collector.frames_per_batch=10")
     before = descendants(os.getpid())
     update = online.Run._update
+    killed_at = []
 
     def update_and_kill(self: online.Run) -> Any:
         metrics = update(self)
@@ -628,13 +639,13 @@ def test_a_killed_worker_is_an_error_and_not_the_end(
             collecting = [each for each in started if is_worker(each)]
             assert len(collecting) == 2
             os.kill(collecting[0], signal.SIGKILL)
+            killed_at.append(time.monotonic())
         return metrics
 
     monkeypatch.setattr(online.Run, "_update", update_and_kill)
-    began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"collecting failed after \d+ environment steps"):
         its.train()
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - killed_at[0] < 60
     wait_until(lambda: not any(map(is_worker, descendants(os.getpid()) - before)))
     monkeypatch.undo()
     again = of_diary(tmp_path)
@@ -668,20 +679,24 @@ def interrupted(signal_of: Callable[[subprocess.Popen], None], folder: Path) -> 
         "eval_episodes=0",
     ]
     overrides += ["env_steps=100000", "collector=multi_async", f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(RECIPES / "online.py"), *overrides],
         cwd=folder.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a group of its own, as a terminal starts it
-    )
-    wait_until((folder / "last.ckpt").exists)
-    its_workers = workers(process.pid)
-    assert len(its_workers) == 2
-    signal_of(process)
-    wait_until(lambda: not any(map(command_of, its_workers)), 30)
-    return process.communicate(timeout=30)
+    ) as process:
+        try:
+            wait_until(lambda: (folder / "last.ckpt").exists() or process.poll() is not None)
+            assert process.poll() is None, process.communicate()[1]
+            its_workers = workers(process.pid)
+            assert len(its_workers) == 2
+            signal_of(process)
+            wait_until(lambda: not any(map(command_of, its_workers)))
+            return process.communicate(timeout=60)
+        finally:
+            process.kill()
 
 
 def continued(folder: Path) -> online.Run:
@@ -699,7 +714,7 @@ def continued(folder: Path) -> online.Run:
 def test_the_killing_of_the_learner_leaves_no_worker_and_a_run_to_continue(tmp_path: Path) -> None:
     interrupted(lambda process: process.kill(), tmp_path / "run")
     its = continued(tmp_path / "run")
-    assert its.frames % 30 in (0, 10, 20)
+    assert its.frames % 30 == 0  # eval_interval
     experience = its.experience.state_dict()["observation"]
     assert experience.shape == (its.frames, 3)
     # On the circle of angles, and different from each other.

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from run_folder import RunFolder
 from tensordict import TensorDict
 
 from torchrl_iql import Evaluator, load_dataset, load_policy
@@ -308,3 +310,26 @@ def test_what_cannot_be_resumed_is_named(tmp_path: Path) -> None:
     assert process.returncode != 0
     assert "resume='nowhere'" in errors
     assert "config.yaml" in errors
+
+
+def test_a_full_disk_keeps_the_metrics_that_are_there(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step in range(200):
+        folder.log(step, {"loss": 0.125})
+    before = folder.metrics.read_text()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # as a disk, files cannot grow
+    try:
+        with pytest.raises(OSError):
+            folder.log(200, {"loss": 0.125, "score": 1.0})  # a new column
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert folder.metrics.read_text() == before
+
+
+def test_a_run_that_starts_anew_forgets_what_was_killed_before_its_first_checkpoint(
+    maze_id: str, tmp_path: Path
+) -> None:
+    RunFolder(tmp_path).log(7, {"loss_value": 1.0})
+    offline.run(config(f"dataset={maze_id}", "seeds=0", "temperature=3"), tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == ["20", "30", "40", "60"]

@@ -57,6 +57,10 @@ def test_the_table_is_that_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert again.stdout == done.stdout
     assert (folder / "IQL" / "log.txt").read_text().count("Results:") == 1
 
+    other = suite(tmp_path / "suite", "--seeds", "0")
+    assert other.returncode == 1
+    assert f"{folder / 'BC'} holds a run with other settings, see settings.json" in other.stderr
+
     before = {algorithm: replicas(folder / algorithm) for algorithm in ("BC", "IQL")}
     for algorithm in before:  # as if they had been stopped
         (folder / algorithm / "scores.json").unlink()

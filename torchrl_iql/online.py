@@ -53,7 +53,14 @@ from torchrl_iql.data.rewards import UNCHANGED, RewardTransform
 from torchrl_iql.data.spaces import action_support
 from torchrl_iql.evaluation import flat_environment, success
 
-__all__ = ["Experience", "behavior", "collecting", "environment", "transitions"]
+__all__ = [
+    "Experience",
+    "behavior",
+    "check_mixture",
+    "collecting",
+    "environment",
+    "transitions",
+]
 
 ANSWER_TIMEOUT = 10.0
 """Seconds that a worker has to take new weights over."""
@@ -169,8 +176,12 @@ def collecting(
             ``num_collectors``, ``sync``, ``backend_options``.
     """
     backend = arguments.get("backend", "direct")
+    threads = torch.get_num_threads()
     if backend == "process":
         arguments["weight_sync_schemes"] = {"policy": _WeightSync()}  # pyright: ignore
+        arguments.setdefault(
+            "num_threads", threads
+        )  # TorchRL would take one from us for each worker
     # Workers inherit that Ctrl-C is ignored: the learner receives it, and ends them.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -194,6 +205,7 @@ def collecting(
         yield collector
     finally:
         collector.shutdown()
+        torch.set_num_threads(threads)
 
 
 class _WeightSync(SharedMemWeightSyncScheme):
@@ -241,6 +253,20 @@ def transitions(
     return rows
 
 
+def check_mixture(offline_share: float | None, anneal_steps: int | None) -> None:
+    """Refuses what :class:`Experience` cannot mix.
+
+    Raises:
+        ValueError: If an argument is out of range, or there is no share to anneal.
+    """
+    if offline_share is not None and not 0 < offline_share < 1:
+        raise ValueError(f"offline_share must be None or in (0, 1), got {offline_share!r}")
+    if anneal_steps is not None and offline_share is None:
+        raise ValueError(f"anneal_steps={anneal_steps} needs an offline_share to anneal")
+    if anneal_steps is not None and anneal_steps < 1:
+        raise ValueError(f"anneal_steps must be at least 1, got {anneal_steps}")
+
+
 class Experience:
     """The transitions of a data set, and those collected since, to be sampled together.
 
@@ -268,11 +294,10 @@ class Experience:
         anneal_steps: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        check_mixture(offline_share, anneal_steps)
         offline = dataset.transitions
         self._anneal_steps = anneal_steps
         if offline_share is None:
-            if anneal_steps is not None:
-                raise ValueError(f"anneal_steps={anneal_steps} needs an offline_share to anneal")
             storage = LazyTensorStorage(len(offline) + capacity, device=device)
             self._buffer = self._rows = ReplayBuffer(storage=storage, batch_size=batch_size)
             if len(offline):

@@ -23,7 +23,7 @@ from torchrl_iql.data.minibatches import BLOCK, Minibatches
 from torchrl_iql.objectives.iql import IQLLoss
 from torchrl_iql.objectives.stacked import Stack, StackedLosses
 
-__all__ = ["Execution", "TrainStep", "adam_"]
+__all__ = ["Execution", "TrainStep", "adam_", "resolve_execution"]
 
 Execution = Literal["auto", "eager", "compiled", "cudagraph"]
 BETAS = (0.9, 0.999)
@@ -123,7 +123,7 @@ class TrainStep:
         self.actor_decay_steps = actor_decay_steps
         self.steps = 0
         self._stacked = stacked = StackedLosses(self.losses)
-        self.execution = _execution(execution, self.device)
+        self.execution = resolve_execution(execution, self.device)
         self._moments = [(torch.zeros_like(x), torch.zeros_like(x)) for x in stacked.online]
         self._learning_rate = self._tensor(rates).unsqueeze(-1)
         # V in the frozen stack is V itself.
@@ -385,7 +385,7 @@ def _record(
     return result, graph.replay, recorded
 
 
-def _execution(wanted: Execution, device: torch.device) -> Execution:
+def resolve_execution(wanted: Execution, device: torch.device) -> Execution:
     """The wanted one, if the machine can run it; for ``"auto"`` the fastest that it can."""
     if wanted == "cudagraph" and device.type != "cuda":
         raise ValueError(f"execution='cudagraph' needs a CUDA device, the losses are on {device}")

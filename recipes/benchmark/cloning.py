@@ -3,7 +3,7 @@
     python recipes/benchmark/cloning.py task=mini/hopper-medium steps=50000 'seeds=[0,1]'
 
 Policy, minibatches, schedule and evaluation are those of recipes/offline.py with temperature=0, and so are the
-results up to rounding. Without values to learn, it is a fifth of the work.
+results up to rounding. Without values to learn, it is a fifth of the work. It runs on the CPU.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import offline
 
 from torchrl_iql import OfflineDataset
 from torchrl_iql.data.minibatches import BLOCK
+from torchrl_iql.training import resolve_execution
 
 
 def policies(
@@ -43,7 +44,8 @@ def policies(
     architecture = offline.architecture_for(cfg, dataset)
     policy, _, _ = architecture.build(dataset.observation_statistics())
     loss = BCLoss(policy)
-    step = torch.compile(loss) if cfg.compute.execution == "auto" else loss
+    execution = resolve_execution(cfg.compute.execution, torch.device("cpu"))
+    step = loss if execution == "eager" else torch.compile(loss)
     optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.learning_rate, fused=True)
     decay = 0.5 if cfg.decay_actor else 0.0
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -70,7 +72,8 @@ def run(cfg: DictConfig, path: Path) -> None:
     replicas: list[dict[str, Any]] = []
     seeds = OmegaConf.to_object(OmegaConf.create({"seeds": cfg.seeds}))["seeds"]  # pyright: ignore
     with offline.evaluator_for(cfg, dataset) as evaluate:
-        assert evaluate is not None, "eval_episodes=0: there is nothing to compare"
+        if evaluate is None:
+            raise ValueError("eval_episodes=0: there would be nothing to compare")
         for seed in [seeds] if isinstance(seeds, int) else seeds:
             evaluate.seed = offline.EVALUATION_SEED + seed
             outcomes = {steps: evaluate(policy) for steps, policy in policies(cfg, dataset, seed)}

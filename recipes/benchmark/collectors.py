@@ -3,7 +3,7 @@
     python recipes/benchmark/collectors.py --env Hopper-v5 --frames 5000 --rounds 5
     python recipes/benchmark/collectors.py --collectors sync ray --workers 8 --device cuda
 
-Every collector of recipes/config/collector is measured alone, and with one gradient step per environment
+Every collector of recipes/config/collector (Ray's, if it is installed) is measured alone, and with one gradient step per environment
 step, the updates of recipes/online.py. They take turns; ratios to the first are taken within a round.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import copy
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,6 @@ def rate(
     taken, start = 0, 0.0
     with collecting(create, acting, total_frames=10 * frames, **collector) as workers:
         for number, batch in enumerate(workers):
-            if number == WARM_UP_BATCHES:
-                synchronize(device)
-                taken, start = 0, time.perf_counter()
             rows = transitions(batch, dataset.transitions)
             experience.extend(rows)
             taken += len(rows)
@@ -73,7 +71,10 @@ def rate(
                 actor = learner.losses[0].get_stateful_net("actor_network")
                 policy.load_state_dict(actor.state_dict())
                 workers.update_policy_weights_()
-            if number >= WARM_UP_BATCHES and taken >= frames:
+            if number + 1 == WARM_UP_BATCHES:
+                synchronize(device)
+                taken, start = 0, time.perf_counter()
+            elif number >= WARM_UP_BATCHES and taken >= frames:
                 synchronize(device)
                 return taken / (time.perf_counter() - start)
     raise RuntimeError(f"the collector ended after {taken} of {frames} steps")
@@ -86,7 +87,10 @@ def main() -> None:
     parser.add_argument("--env", default="Hopper-v5")
     parser.add_argument("--frames", type=int, default=5000, help="measured in every round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--collectors", nargs="+", default=["sync", "multi_sync", "multi_async"])
+    ray = ["ray"] if find_spec("ray") else []
+    parser.add_argument(
+        "--collectors", nargs="+", default=["sync", "multi_sync", "multi_async", *ray]
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of the learner; by default, PyTorch's")

@@ -44,11 +44,19 @@ class Job:
         """Starts it, or goes on with it, unless it is finished.
 
         Raises:
-            RuntimeError: if it fails; its output is in ``log.txt`` of its folder.
+            ValueError: if the folder holds a run with other settings.
+            RuntimeError: if it fails or is interrupted; its output is in ``log.txt`` of its folder.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        known = self.folder / "settings.json"
+        if known.exists() and json.loads(known.read_text()) != list(self.settings):
+            raise ValueError(
+                f"{self.folder} holds a run with other settings, see {known.name}: remove it, or give "
+                "another --folder"
+            )
+        known.write_text(json.dumps(list(self.settings), indent=2) + "\n")
         if self.result() is not None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         arguments = [*self.settings, "compute.threads=1", f"hydra.run.dir='{self.folder}'"]
         if list(self.folder.rglob("last.ckpt")):
             arguments = [f"resume='{self.folder}'"]
@@ -58,6 +66,8 @@ class Job:
             done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"{self.script.name} failed, see {log}")
+        if self.result() is None:
+            raise RuntimeError(f"{self.script.name} was interrupted, see {log}: start it again")
 
 
 def finish(jobs: Sequence[Job], processes: int) -> None:
