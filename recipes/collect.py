@@ -1,7 +1,7 @@
 """Make Minari data sets: rollouts of trained policies, walks through mazes, episodes of your own policy.
 
     python recipes/collect.py suite=mini
-    python recipes/collect.py data=hopper/medium-replay transitions=200000
+    python recipes/collect.py data=hopper/medium-replay transitions=200000 id=my/hopper-replay-v0
     python recipes/collect.py env=Hopper-v5 policy=runs/.../last.ckpt id=my/hopper-v0
 
 The same arguments give the same data, with the same version of MuJoCo. An interrupted build goes on where
@@ -10,6 +10,8 @@ it was; a data set appears in Minari's store in one piece.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import pickle
@@ -39,7 +41,7 @@ from tqdm import tqdm
 
 from torchrl_iql.evaluation import REFERENCE_SCORES
 
-__all__ = ["MINI", "NAMES", "behavior", "build", "ensure", "play_part"]
+__all__ = ["MINI", "NAMES", "behavior", "build", "ensure"]
 
 PART = 5_000
 """Transitions made, seeded and kept together: what an interruption can lose."""
@@ -50,7 +52,7 @@ WEIGHTS = Path(__file__).parent / "behaviors" / "weights"
 ROBOTS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
 LEVELS = ("random", "medium", "medium-replay", "expert", "medium-expert")
 POINT_WALKS = {
-    "stitch": PointWalks("stitch", farthest=4, longest=150),
+    "stitch": PointWalks("stitch", farthest=4, longest=150, size=60_000),
     "umaze": PointWalks("umaze", farthest=4, longest=150),
     "medium": PointWalks("medium", farthest=5, longest=200),
     "large": PointWalks("large", farthest=6, longest=250),
@@ -92,6 +94,16 @@ class Behavior(Protocol):
         """What the metadata say of it."""
         ...
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What tells it from others of the same algorithm in the same environment, for JSON."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Transitions that a data set of it has at least, unless told otherwise."""
+        ...
+
     def play(self, env: gymnasium.Env, rng: np.random.Generator, share: float) -> EpisodeBuffer:
         """One episode.
 
@@ -111,20 +123,22 @@ def behavior(name: str, stages: Path | None = None) -> Behavior:
         stages: What sac.py left of a training, instead of the shipped weights.
 
     Raises:
-        ValueError: if there is no such name.
+        ValueError: if there is no such name, or it is not made by a policy of such stages.
     """
     if name not in NAMES:
         raise ValueError(f"there is no data set {name!r} to make; choose from {', '.join(NAMES)}")
     family, kind = name.split("/")
+    if stages is not None and (family == "pointmaze" or kind == "random"):
+        raise ValueError(f"{name} is made without a trained policy, so stages are of no use")
     if family == "pointmaze":
         return POINT_WALKS[kind]
     if family == "antmaze":
         maze, walks = ANT_WALKS[kind]
-        return AntWalks(maze, walks, Stages.load(stages or WEIGHTS / "ant.pt"))
+        return AntWalks(maze, walks, _policy("ant", stages))
     env_spec = gymnasium.spec(ROBOTS[family])
     if kind == "random":
         return RandomRollouts(env_spec)
-    policy = Stages.load(stages or WEIGHTS / f"{family}.pt")
+    policy = _policy(family, stages)
     medium, expert = policy.medium, policy.expert
     played = {
         "medium": [medium],
@@ -135,21 +149,31 @@ def behavior(name: str, stages: Path | None = None) -> Behavior:
     return StageRollouts(env_spec, policy, played)
 
 
+def _policy(robot: str, stages: Path | None) -> Stages:
+    """The shipped one, or that of another training."""
+    shipped = Stages.load(WEIGHTS / f"{robot}.pt")
+    if stages is None:
+        return shipped
+    policy = Stages.load(stages)
+    if policy.sizes[:2] != shipped.sizes[:2]:
+        raise ValueError(
+            f"{stages} is not of {robot}: sizes of observation and action are {policy.sizes[:2]}, not "
+            f"{shipped.sizes[:2]}"
+        )
+    return policy
+
+
 def dataset_id(name: str) -> str:
     """Of a data set made by name. Its version goes up whenever its data change."""
     return f"mini/{name}-v0"
-
-
-def size(name: str) -> int:
-    """Transitions that a data set has at least, unless told otherwise."""
-    return 60_000 if name == "pointmaze/stitch" else 200_000 if "antmaze" in name else 100_000
 
 
 def ensure(source: str) -> str:
     """Makes the data set ``mini/<name>-v0`` if it is not in Minari's store; other ids are left alone."""
     for name in NAMES:
         if source == dataset_id(name) and not get_dataset_path(source).exists():
-            build(source, behavior(name), size(name))
+            who = behavior(name)
+            build(source, who, who.size)
     return source
 
 
@@ -169,28 +193,49 @@ def build(
         the folder of the data set.
 
     Raises:
-        ValueError: if the data set that is there was made with other arguments.
+        ValueError: if there are to be no transitions, or the data set that is there was made with other
+            arguments.
     """
-    recipe = {"transitions": transitions, "seed": seed, "behavior": behavior.algorithm}
+    if transitions < 1:
+        raise ValueError(f"transitions must be at least 1, got {transitions}")
+    recipe = _recipe(behavior, transitions, seed)
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     path = get_dataset_path(id)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):  # two processes may want it at once
+        unfinished = path.with_name(f".{path.name}.parts")
         if not path.exists():
-            parts = path.with_name(f".{path.name}-{transitions}-{seed}")
-            parts.mkdir(exist_ok=True)
+            parts = unfinished / digest  # not those of another recipe
+            parts.mkdir(parents=True, exist_ok=True)
             _play(parts, id, behavior, recipe, workers or os.cpu_count() or 1)
             _store(path, parts, id, behavior, recipe)
-            shutil.rmtree(parts)
-    recorded = MinariStorage.read_raw_metadata(path / "data").get("recipe")
-    if recorded != recipe:
+        shutil.rmtree(unfinished, ignore_errors=True)  # also what a kill at this line has left
+    recorded = MinariStorage.read_raw_metadata(path / "data").get("recipe", dict.fromkeys(recipe))
+    # Older data sets say less of themselves: what they say has to agree.
+    theirs = {key: value for key, value in recorded.items() if value != recipe.get(key)}
+    if theirs:
+        ours = {key: recipe.get(key) for key in theirs}
         raise ValueError(
-            f"{path} was made with {recorded}, not with {recipe}. Delete it, choose another id, or set "
+            f"{path} was made with {theirs}, not with {ours}. Delete it, choose another id, or set "
             "MINARI_DATASETS_PATH to another folder."
         )
     return path
 
 
-def play_part(
+def _recipe(behavior: Behavior, transitions: int, seed: int) -> dict[str, Any]:
+    """All that the data depend on, as JSON gives it back."""
+    spec = json.loads(behavior.env_spec.to_json())
+    return {
+        "transitions": transitions,
+        "seed": seed,
+        "behavior": behavior.algorithm,
+        "parameters": behavior.parameters,
+        "environment": {key: spec[key] for key in ("id", "max_episode_steps", "kwargs")},
+        "mujoco": mujoco.__version__,
+    }
+
+
+def _play_part(
     behavior: Behavior, env: gymnasium.Env, seed: int, part: int, parts: int, transitions: int
 ) -> list[EpisodeBuffer]:
     """The episodes of one part of a data set: a function of its arguments alone."""
@@ -246,7 +291,7 @@ def _start(behavior: Behavior) -> None:
 
 def _play_job(job: tuple[int, int, int, int, Path]) -> int:
     *arguments, path = job
-    episodes = play_part(*_player, *arguments)
+    episodes = _play_part(*_player, *arguments)
     unfinished = path.with_suffix(".new")
     unfinished.write_bytes(pickle.dumps(episodes))
     unfinished.replace(path)
@@ -307,26 +352,42 @@ def _requests(cfg: DictConfig) -> list[tuple[str, Behavior, int]]:
     given = [key for key in ("suite", "data", "env") if cfg[key] is not None]
     if len(given) != 1:
         raise ValueError(f"give one of suite, data and env, got {given or 'none of them'}")
+    if cfg.id in map(dataset_id, NAMES):
+        raise ValueError(f"id={cfg.id} is the suite's data; choose another")
     if cfg.env is not None:
         if cfg.policy is None or cfg.id is None:
             raise ValueError("env needs a policy, a checkpoint or 'random', and an id")
+        if cfg.stages is not None:
+            raise ValueError("stages are for data; what plays in env is policy")
         spec = gymnasium.spec(cfg.env)
         random = cfg.policy == "random"
         who = RandomRollouts(spec) if random else CheckpointRollouts(spec, Path(cfg.policy))
-        return [(cfg.id, who, cfg.transitions or 100_000)]
+        return [(cfg.id, who, _transitions(cfg, who))]
+    if cfg.policy is not None:
+        raise ValueError("policy plays in env; data and suite have behaviours of their own")
     if cfg.suite is not None:
         if cfg.suite != "mini":
             raise ValueError(f"there is one suite, mini; got {cfg.suite!r}")
         names = list(MINI)
     else:
         names = list(cfg.data) if isinstance(cfg.data, ListConfig) else [cfg.data]
-    stages = None if cfg.stages is None else Path(cfg.stages)
+    changes = {"transitions": cfg.transitions, "seed": cfg.seed or None, "stages": cfg.stages}
+    changes = [key for key, value in changes.items() if value is not None]
+    if cfg.id is None and changes:
+        raise ValueError(
+            f"with {' and '.join(changes)} give id=: {dataset_id(names[0])} is the suite's data"
+        )
     if cfg.id is not None and len(names) != 1:
         raise ValueError(f"id names one data set, but {len(names)} are to be made")
+    stages = None if cfg.stages is None else Path(cfg.stages)
+    behaviors = {name: behavior(name, stages) for name in names}
     return [
-        (cfg.id or dataset_id(name), behavior(name, stages), cfg.transitions or size(name))
-        for name in names
+        (cfg.id or dataset_id(name), who, _transitions(cfg, who)) for name, who in behaviors.items()
     ]
+
+
+def _transitions(cfg: DictConfig, who: Behavior) -> int:
+    return who.size if cfg.transitions is None else cfg.transitions
 
 
 if __name__ == "__main__":

@@ -60,6 +60,11 @@ class Training:
     """SAC on one environment: its networks, its replay buffer and the stages kept so far."""
 
     def __init__(self, cfg: DictConfig, path: Path) -> None:
+        if cfg.stage_interval % cfg.frames_per_batch:
+            raise ValueError(
+                f"stage_interval must be a multiple of frames_per_batch, {cfg.frames_per_batch}, "
+                f"got {cfg.stage_interval}"
+            )
         self.cfg = cfg
         self.folder = RunFolder(path)
         env = gymnasium.make(ENVIRONMENTS[cfg.behavior])
@@ -69,20 +74,18 @@ class Training:
         (observation_size,) = env.observation_space.shape or ()
         (action_size,) = env.action_space.shape or ()
         self.sizes = (observation_size, action_size, list(cfg.actor_sizes))
-        self.actor = actor(*self.sizes).to(cfg.device)
+        self.actor = actor(*self.sizes)
         critic = Critic(observation_size + action_size, list(cfg.critic_sizes))
         self.loss = SACLoss(
             self.actor,
             ValueOperator(critic, in_keys=["observation", "action"]),
             loss_function="l2",
             action_spec=self.env.action_spec,
-        ).to(cfg.device)
+        )
         self.loss.make_value_estimator(gamma=cfg.discount)
         self.target = SoftUpdate(self.loss, tau=cfg.target_rate)
         self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=cfg.learning_rate, fused=True)
-        self.buffer = ReplayBuffer(
-            storage=LazyTensorStorage(cfg.frames, device=cfg.device), batch_size=cfg.batch_size
-        )
+        self.buffer = ReplayBuffer(storage=LazyTensorStorage(cfg.frames), batch_size=cfg.batch_size)
         self.frames = 0
         self.updates = 0
         self.stages: list[tuple[int, float, dict[str, torch.Tensor]]] = []
@@ -100,7 +103,6 @@ class Training:
             frames_per_batch=cfg.frames_per_batch,
             total_frames=cfg.frames - self.frames,
             init_random_frames=max(0, cfg.random_frames - self.frames) or None,
-            storing_device=cfg.device,
         )
         with (
             StopSignal() as stop,
@@ -132,7 +134,7 @@ class Training:
         return {} if loss is None else {key: loss[key].mean().item() for key in loss.keys()}
 
     def _keep_stage(self, metrics: dict[str, float]) -> None:
-        weights = {key: value.cpu().clone() for key, value in self.actor.state_dict().items()}
+        weights = {key: value.clone() for key, value in self.actor.state_dict().items()}
         self.stages.append((self.frames, 0.0, weights))
         score = self._evaluate()
         self.stages[-1] = (self.frames, score, weights)
@@ -212,12 +214,12 @@ def main(cfg: DictConfig) -> None:
         path, cfg = resumed(cfg.resume, path)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    if cfg.device == "cpu":
-        torch.set_float32_matmul_precision("medium")  # oneDNN: faster, of the same accuracy
+    torch.set_float32_matmul_precision("medium")  # oneDNN: faster, of the same accuracy
     OmegaConf.save(cfg, path / "config.yaml", resolve=True)
     training = Training(cfg, path)
     training.train()
-    print(f"{training.frames} steps, stages: {path / 'stages.pt'}")
+    stages = path / "stages.pt" if training.stages else "none yet"
+    print(f"{training.frames} steps, stages: {stages}")
     if training.frames < cfg.frames:
         print(f"Interrupted. Continue with: python recipes/sac.py resume={path}")
 

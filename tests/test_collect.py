@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +22,39 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from behaviors.mazes import Plan, PointWalks
+from behaviors.mazes import Plan, PointWalks, share_arrived
 from behaviors.recording import record
+from behaviors.rollouts import CheckpointRollouts
 from minari import EpisodeData, MinariDataset
+from omegaconf import OmegaConf
 
 from torchrl_iql import IQLLoss, TrainStep, checkpoint, load_dataset, load_policy
 from torchrl_iql.models import Architecture
 
 RECIPES = Path(collect.__file__).parent
 STITCH = collect.behavior("pointmaze/stitch")
+PATIENCE = 300
+"""Seconds that a process may take on a busy machine."""
+
+
+@contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A process that does not outlive the test."""
+    process = subprocess.Popen(command, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(found: Callable[[], Any], process: subprocess.Popen) -> None:
+    """Until something is there that a process makes while it runs."""
+    deadline = time.monotonic() + PATIENCE
+    while not found():
+        assert process.poll() is None, "the process has ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -184,33 +212,72 @@ class TestBuilding:
         collect.build("walks-v0", STITCH, 200, workers=1)
         given = {"behavior": STITCH, "transitions": 200, "seed": 0} | other
         given["behavior"] = given["behavior"] or collect.behavior("hopper/random")
-        with pytest.raises(ValueError, match=r"'transitions': 200, 'seed': 0.*Delete it"):
+        with pytest.raises(ValueError, match=f"was made with {{'{next(iter(other))}': .*Delete it"):
             collect.build("walks-v0", **given)
+
+    def test_another_maze_is_not_mistaken_for_it(self, store: Path):
+        collect.build("walks-v0", STITCH, 200, workers=1)
+        with pytest.raises(ValueError, match=r"PointMaze_Stitch-v3.*not with.*PointMaze_Umaze-v3"):
+            collect.build("walks-v0", collect.behavior("pointmaze/umaze"), 200)
+
+    def test_what_makes_other_data_has_another_recipe(self, tmp_path: Path, monkeypatch):
+        """Though the behaviours are called the same."""
+        hopper = collect.behavior("hopper/medium")
+        weights = {key: value + 1e-6 for key, value in hopper.policy.weights.items()}
+        checkpoints = [tmp_path / str(i) / "last.ckpt" for i in range(2)]
+        for i, path in enumerate(checkpoints):
+            path.parent.mkdir()
+            path.write_text(f"policy {i}")
+        behaviors = [
+            *(collect.behavior(f"pointmaze/{maze}") for maze in ("stitch", "umaze", "medium")),
+            dataclasses.replace(STITCH, farthest=3),
+            dataclasses.replace(STITCH, longest=99),
+            *(collect.behavior(f"antmaze/medium-{kind}") for kind in ("play", "diverse")),
+            hopper,
+            dataclasses.replace(hopper, policy=dataclasses.replace(hopper.policy, weights=weights)),
+            *(CheckpointRollouts(hopper.env_spec, path) for path in checkpoints),
+        ]
+        recipes = [collect._recipe(who, 200, 0) for who in behaviors]
+        monkeypatch.setattr(mujoco, "__version__", "3.0.0")
+        recipes.append(collect._recipe(STITCH, 200, 0))
+        for recipe in recipes:
+            assert json.loads(json.dumps(recipe)) == recipe
+            assert recipes.count(recipe) == 1
+
+    def test_an_older_recipe_that_says_less_is_enough(self, store: Path):
+        path = collect.build("walks-v0", STITCH, 200, workers=1)
+        metadata = path / "data" / "metadata.json"
+        older = {"transitions": 200, "seed": 0, "behavior": "waypoint controller"}
+        metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"recipe": older}))
+        assert collect.build("walks-v0", STITCH, 200) == path
+        with pytest.raises(ValueError, match=r"with {'seed': 0}, not with {'seed': 1}"):
+            collect.build("walks-v0", STITCH, 200, seed=1)
+
+    @pytest.mark.parametrize("transitions", [0, -5])
+    def test_an_empty_data_set_is_refused(self, store: Path, transitions: int):
+        with pytest.raises(ValueError, match=f"transitions must be at least 1, got {transitions}"):
+            collect.build("walks-v0", STITCH, transitions)
+        assert list(store.iterdir()) == []
 
     def test_goes_on_after_it_was_killed(self, dataset: MinariDataset, store: Path):
         build = "import collect; collect.build('walks-v0', collect.behavior('pointmaze/stitch'), 12_000, workers=1)"
-        process = subprocess.Popen([sys.executable, "-c", build], cwd=RECIPES)
-        deadline = time.monotonic() + 120
-        while not (parts := list(store.glob(".*/*.pkl"))):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        process.kill()
-        process.wait()
+        with started([sys.executable, "-c", build], cwd=RECIPES) as process:
+            wait_for(lambda: list(store.glob(".*/*/*.pkl")), process)
         assert not minari.list_local_datasets()
-        kept = {path: path.stat() for path in parts}
+        kept = {int(path.stem) for path in store.glob(".*/*/*.pkl")}
         played = []
         with pytest.MonkeyPatch.context() as patch:
             play = collect._play_job
             patch.setattr(collect, "_play_job", lambda job: played.append(job[1]) or play(job))
             collect.build("walks-v0", STITCH, 12_000, workers=1)
-        assert played == [1, 2]
-        assert len(kept) == 1
+        assert 0 in kept
+        assert played == [part for part in range(3) if part not in kept]
         assert equal(dataset, minari.load_dataset("walks-v0"))
         left = {path.name for path in store.iterdir()}
         assert left == {"walks-v0", ".walks-v0.lock"}
 
     def test_an_environment_that_fails_leaves_what_was_made(self, store: Path):
-        """The error of a worker arrives, and what is complete is kept."""
+        """The error of a worker arrives, and what is complete is kept; not for another behaviour."""
 
         class Broken(PointWalks):
             def play(self, env, rng, share):
@@ -221,27 +288,74 @@ class TestBuilding:
         broken = Broken("stitch", 4, 150)
         with pytest.raises(RuntimeError, match="unstable"):
             collect.build("walks-v0", broken, 12_000, workers=1)
-        assert len(list(store.glob(".*/*.pkl"))) == 2
+        assert len(list(store.glob(".*/*/*.pkl"))) == 2
         assert not minari.list_local_datasets()
+        collect.build("walks-v0", collect.behavior("pointmaze/umaze"), 12_000, workers=1)
+        plan = Plan(minari.load_dataset("walks-v0").recover_environment())
+        for episode in minari.load_dataset("walks-v0"):
+            assert {plan.cell(xy) for xy in episode.observations["achieved_goal"]} <= set(plan.free)
+        assert not list(store.glob(".*.parts"))
+
+    def test_what_a_kill_left_of_a_complete_build_goes(self, store: Path):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collect.shutil, "rmtree", lambda *_, **__: None)
+            collect.build("walks-v0", STITCH, 200, workers=1)
+        assert list(store.glob(".*/*/*.pkl"))
+        collect.build("walks-v0", STITCH, 200)
+        assert {path.name for path in store.iterdir()} == {"walks-v0", ".walks-v0.lock"}
 
     def test_two_at_once(self, store: Path):
         build = "import collect; collect.build('walks-v0', collect.behavior('pointmaze/stitch'), 3000, workers=1)"
         command = [sys.executable, "-c", build]
-        processes = [subprocess.Popen(command, cwd=RECIPES) for _ in range(2)]
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+        with ExitStack() as stack:
+            processes = [stack.enter_context(started(command, cwd=RECIPES)) for _ in range(2)]
+            assert [process.wait(timeout=PATIENCE) for process in processes] == [0, 0]
         assert minari.load_dataset("walks-v0").total_steps >= 3000
 
     def test_a_source_of_its_own_is_made_when_needed(self, store: Path, monkeypatch):
-        monkeypatch.setattr(collect, "size", lambda name: 200)
+        small = dataclasses.replace(collect.POINT_WALKS["umaze"], size=200)
+        monkeypatch.setitem(collect.POINT_WALKS, "umaze", small)
         assert collect.ensure("mini/pointmaze/umaze-v0") == "mini/pointmaze/umaze-v0"
         loaded = load_dataset("mini/pointmaze/umaze-v0", reward="minus_one")
         assert len(loaded.transitions) >= 200
         assert loaded.env_spec is not None and loaded.env_spec.max_episode_steps == 300
         assert collect.ensure("mujoco/hopper/medium-v0") == "mujoco/hopper/medium-v0"
 
+    def test_sizes(self):
+        sizes = {name: collect.behavior(name).size for name in collect.NAMES}
+        assert sizes.pop("pointmaze/stitch") == 60_000
+        for name, size in sizes.items():
+            assert size == (200_000 if name.startswith("antmaze/") else 100_000)
+
+    @pytest.mark.parametrize("end", [(6, 6), (5, 6)])
+    def test_who_runs_into_the_goal_on_its_way_has_not_arrived(
+        self, store: Path, end: tuple[int, int]
+    ):
+        """The goal is in cell (6, 6), between (6, 5) and (5, 6)."""
+
+        class Sent(PointWalks):
+            def _command(self, plan, rng):
+                return (6, 5), end
+
+        collect.build("walks-v0", Sent("medium", 2, 200), 200, workers=1)
+        dataset = minari.load_dataset("walks-v0")
+        at_goal = np.mean([episode.terminations[-1] for episode in dataset])
+        assert at_goal > 0.5
+        arrived = share_arrived(dataset, PointWalks.ARRIVED)
+        assert arrived == pytest.approx(1 if end == (6, 6) else 1 - at_goal)
+
     def test_locomotion_knows_its_reference_scores(self, store: Path):
         collect.build("hopper-v0", collect.behavior("hopper/random"), 100, workers=1)
         assert load_dataset("hopper-v0").reference_scores == (-20.272305, 3234.3)
+
+
+ANT = f"stages={collect.WEIGHTS / 'ant.pt'}"
+
+
+def requests(*overrides: str) -> list[tuple[str, collect.Behavior, int]]:
+    """What the command line asks for."""
+    defaults = OmegaConf.load(RECIPES / "config" / "collect.yaml")
+    return collect._requests(OmegaConf.merge(defaults, OmegaConf.from_dotlist(list(overrides))))
 
 
 class TestCheckpoint:
@@ -258,7 +372,9 @@ class TestCheckpoint:
 
     def run(self, *overrides: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(RECIPES / "collect.py"), "workers=1", *overrides]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=120)
+        return subprocess.run(
+            command, capture_output=True, text=True, env=os.environ, timeout=PATIENCE
+        )
 
     def test_acts(self, policy: Path, store: Path):
         done = self.run(
@@ -288,10 +404,64 @@ class TestCheckpoint:
             (["suite=maxi"], "there is one suite, mini; got 'maxi'"),
             (["env=CartPole-v1"], "env needs a policy, a checkpoint or 'random', and an id"),
             (["data=[hopper/medium,hopper/random]", "id=a-v0"], "id names one data set, but 2"),
+            (
+                ["suite=mini", "transitions=1000", "seed=1"],
+                "with transitions and seed give id=: mini/hopper/medium-v0 is the suite's data",
+            ),
+            (
+                ["data=hopper/random", "transitions=0"],
+                "with transitions give id=: mini/hopper/random",
+            ),
+            (["data=hopper/medium", ANT], "with stages give id=: mini/hopper/medium-v0"),
+            (["data=hopper/medium", ANT, "id=a-v0"], "is not of hopper: sizes of observation and"),
+            (["data=pointmaze/umaze", ANT, "id=a-v0"], "pointmaze/umaze is made without a trained"),
+            (["data=hopper/random", ANT, "id=a-v0"], "hopper/random is made without a trained"),
+            (
+                ["data=hopper/medium", "id=mini/hopper/expert-v0"],
+                "id=mini/hopper/expert-v0 is the suite's data; choose another",
+            ),
+            (
+                ["env=CartPole-v1", "policy=random", "id=a-v0", ANT],
+                "stages are for data; what plays in env is policy",
+            ),
+            (["data=hopper/medium", "policy=random"], "policy plays in env"),
         ],
     )
     def test_what_can_not_be_made(self, overrides: list[str], message: str, store: Path):
-        done = self.run(*overrides)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            requests(*overrides)
+
+    def test_is_told_on_the_command_line(self, store: Path):
+        done = self.run("data=hopper/best")
         assert done.returncode == 1
-        assert message in done.stderr
+        assert "ValueError: there is no data set 'hopper/best' to make" in done.stderr
         assert list(store.iterdir()) == []
+
+    def test_stages_of_another_training_play(self, tmp_path: Path):
+        trained = collect.behavior("hopper/medium").policy
+        trained.save(tmp_path / "stages.pt")
+        ((id, who, transitions),) = requests(
+            "data=hopper/medium", f"stages={tmp_path / 'stages.pt'}", "id=my/hopper-v0"
+        )
+        assert (id, transitions) == ("my/hopper-v0", 100_000)
+        assert who.parameters == collect.behavior("hopper/medium").parameters
+        better = dataclasses.replace(trained, returns=trained.returns.flip(0))
+        better.save(tmp_path / "stages.pt")
+        ((_, who, _),) = requests(
+            "data=hopper/medium", f"stages={tmp_path / 'stages.pt'}", "id=my/hopper-v0"
+        )
+        assert who.stages == [0]
+
+    def test_the_commands_that_are_shown_make_different_data_sets(self):
+        config, readme = RECIPES / "config" / "collect.yaml", RECIPES.parent / "README.md"
+        for text in (collect.__doc__, config.read_text(), readme.read_text()):
+            commands = re.findall(r"python recipes/collect\.py (.+)", text)
+            assert len(commands) == 3
+            made = [id for command in commands for id, *_ in requests(*command.split())]
+            assert len(made) == len(set(made)) == len(collect.MINI) + 2
+
+    def test_the_suite_has_its_own_sizes(self):
+        assert [(id, size) for id, _, size in requests("suite=mini")] == [
+            (collect.dataset_id(name), 200_000 if name.startswith("antmaze/") else 100_000)
+            for name in collect.MINI
+        ]

@@ -161,6 +161,7 @@ class PointWalks:
     maze: str
     farthest: int  # cells from the start of a walk to its end
     longest: int  # steps of a walk
+    size: int = 100_000
 
     GOAL_SHARE = 0.5
     """Of the walks that start near enough end at the goal: V has to learn what it is worth."""
@@ -176,15 +177,14 @@ class PointWalks:
     def algorithm(self) -> str:
         return "waypoint controller"
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"farthest": self.farthest, "longest": self.longest}
+
     def play(self, env: gymnasium.Env, rng: np.random.Generator, share: float) -> EpisodeBuffer:
         """One walk; ``"end_cell"`` in its options says where it leads."""
         plan = Plan(env)
-        starts = [cell for cell in plan.free if cell != plan.goal]
-        start = starts[rng.integers(len(starts))]
-        ends = [cell for cell in plan.free if 1 <= plan.distances[start][cell] <= self.farthest]
-        end = ends[rng.integers(len(ends))]
-        if plan.goal in ends and rng.random() < self.GOAL_SHARE:
-            end = plan.goal
+        start, end = self._command(plan, rng)
         steps = 0
 
         def act(observation: dict[str, np.ndarray]) -> np.ndarray:
@@ -203,6 +203,15 @@ class PointWalks:
         options = {"reset_cell": np.array(start), "end_cell": np.array(end)}
         return record(env, act, seed=int(rng.integers(2**31)), options=options, stop=stop)
 
+    def _command(self, plan: Plan, rng: np.random.Generator) -> tuple[Cell, Cell]:
+        starts = [cell for cell in plan.free if cell != plan.goal]
+        start = starts[rng.integers(len(starts))]
+        ends = [cell for cell in plan.free if 1 <= plan.distances[start][cell] <= self.farthest]
+        end = ends[rng.integers(len(ends))]
+        if plan.goal in ends and rng.random() < self.GOAL_SHARE:
+            end = plan.goal
+        return start, end
+
 
 @dataclass(frozen=True)
 class AntWalks:
@@ -219,6 +228,7 @@ class AntWalks:
     kind: Literal["goal", "play", "diverse"]
     policy: Stages
 
+    size = 200_000
     PLAY = {
         "medium": ([(1, 1), (1, 6), (6, 1), (4, 5)], [(2, 5), (6, 2), (4, 1), (1, 2), (6, 6)]),
         "large": (
@@ -238,6 +248,10 @@ class AntWalks:
     @property
     def algorithm(self) -> str:
         return "SAC policy that walks to goals, and a waypoint planner"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"kind": self.kind, "weights": self.policy.digest([-1])}
 
     def play(self, env: gymnasium.Env, rng: np.random.Generator, share: float) -> EpisodeBuffer:
         """One walk; ``"end_cell"`` in its options says where it should lead."""
@@ -310,7 +324,7 @@ class Walker:
 
 
 def share_arrived(dataset: MinariDataset, within: float) -> float:
-    """Of the walks of a data set, how many end where they should.
+    """Of the walks of a data set, how many end where they should: not at a goal that lies on the way.
 
     Args:
         dataset: Made by :class:`PointWalks` or :class:`AntWalks`.
@@ -320,9 +334,10 @@ def share_arrived(dataset: MinariDataset, within: float) -> float:
     infos = dataset.storage.get_episode_metadata(dataset.episode_indices)
     arrived = []
     for episode, info in zip(dataset, infos, strict=True):
-        end = plan.centre(tuple(info["options"]["end_cell"]))
+        end = tuple(info["options"]["end_cell"])
         position = episode.observations["achieved_goal"][-1]
-        arrived.append(episode.terminations[-1] or np.linalg.norm(position - end) < within)
+        near = np.linalg.norm(position - plan.centre(end)) < within
+        arrived.append(near or (end == plan.goal and episode.terminations[-1]))
     return float(np.mean(arrived))
 
 

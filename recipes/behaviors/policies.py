@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +56,6 @@ class Stages:
     returns: Tensor
     weights: dict[str, Tensor]
 
-    def __len__(self) -> int:
-        return len(self.frames)
-
     def policy(self, stage: int) -> ProbabilisticActor:
         """The policy at a stage; negative ones count from the end."""
         policy = actor(*self.sizes)
@@ -87,18 +85,22 @@ class Stages:
 
     @property
     def medium(self) -> int:
-        """The first stage with a third of the expert's return, as in D4RL."""
-        return int((self.returns >= MEDIUM * self.returns[self.expert]).nonzero()[0])
+        """The first stage with a third of the expert's return, as in D4RL.
 
-    def select(self, stages: Sequence[int]) -> Stages:
-        """Some of the stages."""
-        rows = torch.as_tensor(stages)
-        return Stages(
-            sizes=self.sizes,
-            frames=self.frames[rows],
-            returns=self.returns[rows],
-            weights={key: value[rows] for key, value in self.weights.items()},
-        )
+        Raises:
+            ValueError: If the expert's return is negative.
+        """
+        best = float(self.returns[self.expert])
+        if best < 0:
+            raise ValueError(f"no stage is medium where the best return is negative, {best:.1f}")
+        return int((self.returns >= MEDIUM * best).nonzero()[0])
+
+    def digest(self, stages: Sequence[int]) -> str:
+        """What tells the weights of some stages from others."""
+        digest = hashlib.sha256(repr(self.sizes).encode())
+        for _, value in sorted(self.weights.items()):
+            digest.update(value[list(stages)].numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def save(self, path: Path) -> None:
         """Replaces the file in one piece."""

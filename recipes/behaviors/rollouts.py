@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -30,6 +32,11 @@ class RandomRollouts:
     env_spec: EnvSpec
 
     algorithm = "uniformly random actions"
+    size = 100_000
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {}
 
     def play(self, env: gymnasium.Env, rng: np.random.Generator, share: float) -> EpisodeBuffer:
         env.action_space.seed(int(rng.integers(2**31)))
@@ -51,6 +58,8 @@ class StageRollouts:
     policy: Stages
     stages: Sequence[int]
 
+    size = 100_000
+
     @property
     def algorithm(self) -> str:
         frames = [int(self.policy.frames[stage]) for stage in self.stages]
@@ -58,6 +67,10 @@ class StageRollouts:
             " and ".join(map(str, frames)) if len(frames) < 3 else f"{frames[0]} to {frames[-1]}"
         )
         return f"SAC, stochastic, after {names} steps"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"weights": self.policy.digest(self.stages)}
 
     def play(self, env: gymnasium.Env, rng: np.random.Generator, share: float) -> EpisodeBuffer:
         sample = self.policy.sampler(self.stages[int(share * len(self.stages))])
@@ -77,9 +90,16 @@ class CheckpointRollouts:
     env_spec: EnvSpec
     checkpoint: Path
 
+    size = 100_000
+
     @property
     def algorithm(self) -> str:
         return f"the stochastic policy of {self.checkpoint.name}"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        with self.checkpoint.open("rb") as file:
+            return {"checkpoint": hashlib.file_digest(file, "sha256").hexdigest()[:16]}
 
     @cached_property
     def policy(self) -> TensorDictModule:
