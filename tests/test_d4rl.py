@@ -137,6 +137,26 @@ class TestOfficial:
         span = max(expected.returns) - min(expected.returns)
         assert_official(dataset, expected, expected.rewards * (1000 / span))
 
+    @pytest.mark.parametrize("seed", range(3))
+    def test_next_observations_add_the_time_out_rows(self, tmp_path, seed):
+        """As in the v2 files: the rows that the official code drops are kept, and no other differs."""
+        arrays = recorded(seed=seed)
+        arrays["terminals"] &= ~arrays["timeouts"]
+        arrays["terminals"][-1], arrays["timeouts"][-1] = False, True
+        expected = official(arrays)
+        dataset = load(write(tmp_path / NAME, with_successors(arrays)))
+        dropped = dataset.transitions["next", "truncated"][:, 0]
+        np.testing.assert_array_equal(dropped, arrays["timeouts"])
+        rest = dataset.transitions[~dropped]
+        following, bootstrapped = rest["next"], expected.masks == 1
+        np.testing.assert_array_equal(rest["observation"], expected.observations)
+        np.testing.assert_array_equal(rest["action"], expected.actions)
+        np.testing.assert_array_equal(following["reward"][:, 0], expected.rewards)
+        np.testing.assert_array_equal(1.0 - following["terminated"][:, 0].float(), expected.masks)
+        np.testing.assert_array_equal(
+            following["observation"][bootstrapped], expected.next_observations[bootstrapped]
+        )
+
     @pytest.mark.parametrize("limit", [2, 3, 7, 19, 299, 300, 1000])
     @pytest.mark.parametrize("seed", range(3))
     def test_locomotion_without_time_outs(self, tmp_path, seed, limit):
@@ -236,19 +256,38 @@ class TestFile:
         assert dataset.episode_lengths.tolist() == [5, 9]
         assert dataset.transitions["next", "terminated"].nonzero()[:, 0].tolist() == [4]
         path = write(tmp_path / "other.hdf5", arrays, goal=success)
-        with pytest.raises(ValueError, match=r"other.hdf5, episode 0: .* found infos \['goal'\]"):
+        message = r"other.hdf5, episode 0 \(rows 0 to 8\): .* found infos \['goal'\]"
+        with pytest.raises(ValueError, match=message):
             load(path, episodes="until_success")
 
     def test_d4rls_own_folder(self, d4rl_folder, tmp_path, monkeypatch):
         d4rl_folder.mkdir()
         kept = write(d4rl_folder / "own.hdf5", recorded())
-        found = load("nowhere/own.hdf5")
-        assert found.name == "nowhere/own.hdf5"
+        found = load("own.hdf5")
+        assert found.name == "own.hdf5"
         assert (found.transitions == load(kept).transitions).all()
         monkeypatch.delenv("D4RL_DATASET_DIR")
         monkeypatch.setenv("HOME", str(tmp_path))
         with pytest.raises(FileNotFoundError, match=rf"nor {tmp_path}/.d4rl/datasets/own.hdf5"):
-            load("nowhere/own.hdf5")
+            load("own.hdf5")
+
+    @pytest.mark.parametrize("as_type", [str, Path])
+    def test_a_mistyped_path_is_no_other_file(self, d4rl_folder, tmp_path, as_type):
+        d4rl_folder.mkdir()
+        write(d4rl_folder / NAME, recorded())
+        path = tmp_path / NAME
+        with pytest.raises(
+            FileNotFoundError, match=f"^no D4RL file {path}; a name without a folder"
+        ):
+            load(as_type(path))
+
+    @pytest.mark.parametrize("name", ["mine.h5", "mine"])
+    def test_any_file_is_one(self, tmp_path, name):
+        path = write(tmp_path / name, recorded())
+        assert len(load(path).transitions) == len(load(str(path)).transitions) > 200
+        path.write_text("no data")
+        with pytest.raises(ValueError, match=f"^{path}: is no intact HDF5 file"):
+            load(path)
 
     def test_a_second_start_does_not_read_the_rows(self, tmp_path, cache_folder, monkeypatch):
         path = write(tmp_path / NAME, recorded())
@@ -275,7 +314,10 @@ class TestFile:
             ),
             ({"actions": np.zeros((20, 1), int)}, "actions has dtype int64, expected floats, or"),
             ({"actions": ["a"] * 20}, "actions has dtype object, expected floats"),
-            ({"rewards": ["a"] * 20}, "episode 0: rewards has dtype object, expected numbers"),
+            (
+                {"rewards": ["a"] * 20},
+                r"episode 0 \(rows \d.*\): rewards has dtype object, expected",
+            ),
             ({"terminals": ["no"] * 20}, "terminals has dtype object, expected numbers"),
             (
                 {"observations": np.zeros(20)},
@@ -285,7 +327,7 @@ class TestFile:
             ({"rewards": 1.0}, r"rewards has shape \[\], expected the rows of observations"),
             (
                 {"rewards": np.zeros((20, 2))},
-                r"episode 0: rewards has shape \[\d+, 2\], expected \[T\]",
+                r"episode 0 \(rows \d.*\): rewards has shape \[\d+, 2\], expected \[T\]",
             ),
             (
                 {"terminals": np.zeros(19)},
@@ -304,12 +346,19 @@ class TestFile:
             ({"timeouts": None}, "without timeouts and next_observations, the environment's time"),
             (
                 {"actions": np.full((20, 1), 1.5)},
-                r"episode 0: actions\[0, 0\] is 1.5, outside \[-1, 1\]",
+                r"episode 0 \(rows \d.*\): actions\[0, 0\] is 1.5, outside \[-1, 1\]",
             ),
-            ({"rewards": np.full(20, np.inf)}, r"episode 0: rewards\[0\] is inf"),
+            (
+                {"rewards": np.full(20, np.inf), "timeouts": np.arange(20) == 13},
+                r"episode 0 \(rows 0 to 12\): rewards\[0\] is inf",
+            ),
+            (
+                {"rewards": np.full(20, 1e39), "timeouts": np.arange(20) == 13},
+                r"episode 0 \(rows 0 to 12\): rewards\[0\] is 1e\+39, expected a finite float32",
+            ),
             (
                 {"next_observations": np.full((20, 11), np.nan)},
-                r"episode 0: observations\[1, 0\] is nan",
+                r"next_observations\[0, 0\] is nan",
             ),
             ({"timeouts": np.ones(20)}, "the data set has no episodes"),
         ],
@@ -403,14 +452,19 @@ class TestDownload:
             yield server
             server.shutdown()
 
-    @pytest.mark.parametrize("source", [NAME, f"some/folder/{NAME}", Path(NAME)])
+    @pytest.mark.parametrize("source", [NAME, Path(NAME), "walker2d_full_replay-v2.hdf5"])
     def test_a_missing_file(self, server, d4rl_folder, tmp_path, source):
         found = load(source)
         assert (found.transitions == load(write(tmp_path / NAME, recorded(3000))).transitions).all()
-        assert server.paths == [f"/v2/{NAME}"]
-        assert [path.name for path in d4rl_folder.iterdir()] == [NAME]
+        assert server.paths == [f"/v2/{source}"]
+        assert [path.name for path in d4rl_folder.iterdir()] == [str(source)]
         load(source)
         assert len(server.paths) == 1
+
+    def test_a_path_is_not_downloaded(self, server, d4rl_folder):
+        with pytest.raises(FileNotFoundError, match=f"^no D4RL file some/folder/{NAME}; a name"):
+            load(f"some/folder/{NAME}")
+        assert not server.paths and not d4rl_folder.exists()
 
     @pytest.mark.parametrize(
         ("failure", "reason"),
@@ -503,6 +557,6 @@ class TestSeveral:
     def test_an_error_names_the_one(self, tmp_path):
         good = write(tmp_path / "good.hdf5", recorded(20))
         bad = write(tmp_path / "bad.hdf5", recorded(20, rewards=np.full(20, np.nan)))
-        message = rf"^{good} \+ {bad}, episode 0 of {bad}: rewards\[0\] is nan"
+        message = rf"^{good} \+ {bad}, episode 0 \(rows \d.*\) of {bad}: rewards\[0\] is nan"
         with pytest.raises(ValueError, match=message):
             load([good, bad])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
+import shutil
 import time
 import warnings
 import zipfile
@@ -15,6 +17,7 @@ from typing import Any
 
 import gymnasium
 import gymnasium_robotics
+import h5py
 import minari
 import numpy as np
 import pytest
@@ -366,6 +369,20 @@ class TestEpisodeRules:
         assert transitions["next", "terminated"].flatten().tolist() == [False, False, True]
         assert not transitions["next", "truncated"].any()
 
+    @pytest.mark.parametrize("key", ["terminations", "truncations"])
+    def test_an_end_inside_an_episode(self, key):
+        episode = walk(
+            4, **{key: np.array([False, True, False, True])}, rewards=[0.0, 1.0, 0.0, 0.0]
+        )
+        message = rf"^walks, episode 1: {key}\[1\] ends the episode before its last transition, 3$"
+        with pytest.raises(ValueError, match=message):
+            joined(walk(3), episode)
+        # Where the rule cuts, it is the last one.
+        assert joined(episode, episode_rule="until_success").episode_lengths.tolist() == [2]
+        late = replace(episode, rewards=[0.0, 0.0, 1.0, 0.0])
+        with pytest.raises(ValueError, match=rf"{key}\[1\] ends .* transition, 2$"):
+            joined(late, episode_rule="until_success")
+
     def test_success_at_the_time_limit_terminates(self):
         episode = walk(2, rewards=[0.0, 1.0])
         assert episode.truncations[-1]
@@ -391,6 +408,10 @@ class TestEpisodeRules:
             ({"speed": [0.0] * 4}, r".* needs infos/success or .* found infos \['speed'\]"),
             (None, r".* needs infos/success or .* found infos \[\]"),
             ({"success": [True, True]}, "infos/success has 2 entries, expected 3 or 4"),
+            ({"success": [0, np.nan, 0]}, r"infos/success\[1\] is nan, expected 0 or 1"),
+            ({"success": ["False"] * 3}, "infos/success has dtype <U5, expected numbers"),
+            ({"success": np.zeros((3, 2))}, r"infos/success has shape \[3, 2\], expected \[T\]"),
+            ({"success": None}, "infos/success is None, expected an array"),
         ],
     )
     def test_without_a_record_of_success(self, infos, message):
@@ -453,9 +474,30 @@ class TestRewardRules:
         assert dataset.episode_returns.tolist() == [1, 0]
         assert dataset.transitions["next", "reward"].flatten().tolist() == [0, 1000, 0, 0, 0]
 
+    @pytest.mark.parametrize(
+        ("rule", "rewards", "message"),
+        [
+            ("none", [0.0, 1e39, 0.0], r", episode 0: rewards\[1\] is 1e\+39, expected a finite f"),
+            (
+                "return_range",
+                [0, 3e38, -3e38],
+                r": reward rule 'return_range': rewards\[1, 0\] is inf",
+            ),
+        ],
+    )
+    def test_infinite_as_float32(self, rule, rewards, message):
+        with pytest.raises(ValueError, match=f"^walks{message}"):
+            joined(walk(3, rewards=rewards), walk(3), reward_rule=rule)
+
     def test_without_a_range(self):
         with pytest.raises(ValueError, match=r"^walks: .* 'return_range' .* all of them are 1.5"):
             joined(walk(3), walk(3), reward_rule="return_range")
+
+
+def with_value(value: float, index: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+    array = np.zeros(shape)
+    array[index] = value
+    return array
 
 
 def flat(episodes: list[EpisodeBuffer]) -> dict[str, np.ndarray]:
@@ -522,6 +564,18 @@ class TestOwnEpisodes:
                 r"episode 1: rewards has shape \[3, 2\], expected \[T\]",
             ),
             ({"terminations": [0, 0, 2]}, r"episode 1: terminations\[2\] is 2, expected 0 or 1"),
+            ({"rewards": 1.0}, r"episode 1: rewards has shape \[\], expected \[T\]"),
+            ({"rewards": [None]}, "episode 1: rewards has dtype object, expected numbers"),
+            ({"terminations": True}, "episode 1: terminations has no entries, expected 3, as many"),
+            (
+                {"actions": [[0.0], [], [1.0]]},
+                "episode 1: actions can not be made an array: .*inhom",
+            ),
+            ({"observations": [[1, 2], [3]]}, "episode 1: observations can not be made an array: "),
+            (
+                {"rewards": torch.zeros(3, dtype=torch.bfloat16)},
+                "episode 1: rewards can not be made an array: .*BFloat16",
+            ),
             (
                 {"observations": np.zeros((4, 3))},
                 r"episode 1: observations has shape \[4, 3\], expected \[T, 2\]",
@@ -544,6 +598,44 @@ class TestOwnEpisodes:
             OfflineDataset.from_episodes(
                 "walks", [good, bad], observation_space=PLANE, action_space=UNIT
             )
+
+    def test_none(self):
+        episode = {
+            key: getattr(walk(3), key) for key in ("observations", "actions", "terminations")
+        }
+        with pytest.raises(ValueError, match=r"^walks, episode 0: rewards is None, expected an"):
+            OfflineDataset.from_episodes(
+                "walks", [episode | {"rewards": None}], observation_space=PLANE, action_space=UNIT
+            )
+
+    def test_tensors_that_require_gradients(self):
+        keys = "observations", "actions", "rewards", "terminations"
+        tensors = {key: torch.as_tensor(np.asarray(getattr(walk(3), key))) for key in keys}
+        tensors["observations"].requires_grad_()
+        tensors["rewards"].requires_grad_()
+        dataset = OfflineDataset.from_episodes(
+            "walks", [tensors], observation_space=PLANE, action_space=UNIT
+        )
+        assert_same(dataset, joined(walk(3)))
+
+    @pytest.mark.parametrize(
+        ("episodes", "message"),
+        [
+            ({"rewards": [0.0]}, "episodes is a single episode, expected a list of them"),
+            (EpisodeData(0, [], [], [], [], [], {}), "episodes is a single episode, expected a l"),
+            ([[0.0, 1.0]], r"episodes\[0\] is a list, expected an episode"),
+        ],
+    )
+    def test_that_are_none(self, episodes, message):
+        with pytest.raises(TypeError, match=f"^walks: {message}"):
+            OfflineDataset.from_episodes(
+                "walks", episodes, observation_space=PLANE, action_space=UNIT
+            )
+
+    @pytest.mark.parametrize("scores", [(1.0, 1.0), (2.0, 1.0), (0.0, np.inf), (np.nan, 1.0)])
+    def test_reference_scores_are_checked_first(self, scores):
+        with pytest.raises(ValueError, match=r"^walks: reference_scores must be finite returns"):
+            joined(walk(3, rewards=[np.nan] * 3), reference_scores=scores)
 
     @pytest.mark.parametrize(
         ("space", "observations", "message"),
@@ -658,7 +750,30 @@ class TestOwnArrays:
             ({"rewards": np.zeros(8)}, r"rewards has shape \[8\], expected the rows of obs"),
             ({"infos": {"success": np.zeros(8)}}, r"infos/success has shape \[8\], expected the"),
             ({"terminals": [0.5] * 9}, r"terminals\[0\] is 0.5, expected 0 or 1"),
-            ({"rewards": [1e999] * 9}, r"walks, episode 0: rewards\[0\] is inf"),
+            ({"rewards": [1e999] * 9}, r"walks, episode 0 \(rows 0 to 3\): rewards\[0\] is inf"),
+            (
+                {"actions": with_value(np.nan, (8, 0), (9, 1))},
+                r"walks, episode 2 \(rows 7 to 8\): actions\[1, 0\] is nan",
+            ),
+            (
+                {"next_observations": with_value(np.nan, (7, 1), (9, 2))},
+                r"next_observations\[7, 1\] is nan, expected a finite float32",
+            ),
+            (
+                {"next_observations": with_value(1e39, (0, 1), (9, 2))},
+                r"next_observations\[0, 1\] is 1e\+39, expected a finite float32",
+            ),
+            ({"observations": None}, "observations is None, expected an array"),
+            ({"terminals": None}, "terminals is None, expected an array"),
+            ({"rewards": [[0.0], 1.0]}, "rewards can not be made an array: .*inhomogeneous"),
+            (
+                {"observations": torch.zeros(9, 2, dtype=torch.bfloat16)},
+                "observations can not be made an array: .*BFloat16",
+            ),
+            (
+                {"infos": {"success": [[0], 1]}},
+                "infos/success can not be made an array: .*inhomogeneous",
+            ),
             ({"env_spec": "Nowhere-v0"}, "unknown environment 'Nowhere-v0'"),
             (
                 {"env_spec": gymnasium.envs.registration.EnvSpec("Odd-v0", "nowhere:Odd")},
@@ -767,7 +882,7 @@ class TestOwnTensorDict:
             (lambda td: td.reshape(3, 3, 1), r"transitions has batch size \[3, 3, 1\], expected"),
             (
                 lambda td: td.update({"next": {"reward": torch.zeros(9, 2)}}),
-                r"walks, episode 0: rewards has shape \[4, 2\]",
+                r"walks, episode 0 \(rows 0 to 3\): rewards has shape \[4, 2\]",
             ),
             (
                 lambda td: td.update({"next": {"done": torch.full((9, 1), 2)}}),
@@ -775,17 +890,40 @@ class TestOwnTensorDict:
             ),
             (
                 lambda td: td.update({"action": torch.full((9, 1), -3.0)}),
-                r"walks, episode 0: actions\[0, 0\] is -3, outside \[-1, 1\]",
+                r"walks, episode 0 \(rows 0 to 3\): actions\[0, 0\] is -3, outside \[-1, 1\]",
             ),
             (
                 lambda td: td.update({"next": {"observation": torch.full((9, 2), torch.nan)}}),
-                r"walks, episode 0: observations\[1, 0\] is nan",
+                r"next_observations\[0, 0\] is nan",
+            ),
+            (
+                lambda td: td.update({"action": torch.zeros(9, 1, dtype=torch.bfloat16)}),
+                "actions can not be made an array: .*BFloat16",
             ),
         ],
     )
     def test_broken(self, change, message):
         with pytest.raises(ValueError, match=rf"^(walks: )?{message}"):
             OfflineDataset.from_tensordict("walks", change(as_tensordict(flat(WALKS))))
+
+    def test_that_is_none(self):
+        transitions = as_tensordict(flat(WALKS))
+        with pytest.raises(
+            TypeError, match=r"^walks: transitions is a dict, expected a TensorDict"
+        ):
+            OfflineDataset.from_tensordict("walks", transitions.to_dict())
+
+    def test_shuffled(self):
+        transitions = as_tensordict(flat([walk(30), walk(30, start=100)]))
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+        message = r"^walks: 5\d of 60 transitions are .* are they in the order of time\?$"
+        with pytest.warns(UserWarning, match=message) as caught:
+            OfflineDataset.from_tensordict("walks", transitions[order])
+        assert caught[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for keys in ([], [("next", "truncated"), ("next", "done")]):
+                OfflineDataset.from_tensordict("walks", transitions.exclude(*keys))
 
     def test_not_one_hot(self):
         transitions = as_tensordict(flat(WALKS))
@@ -800,12 +938,6 @@ class TestOwnTensorDict:
             OfflineDataset.from_tensordict(
                 "walks", transitions, action_space=spaces.Discrete(3, start=5)
             )
-
-
-def with_value(value: float, index: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
-    array = np.zeros(shape)
-    array[index] = value
-    return array
 
 
 class TestDamage:
@@ -825,6 +957,10 @@ class TestDamage:
             ({"terminations": np.zeros(2, bool)}, "terminations has 2 entries, expected 3"),
             ({"truncations": np.zeros(4, bool)}, "truncations has 4 entries, expected 3"),
             ({"rewards": np.zeros(0)}, "rewards has no entries"),
+            (
+                {"observations": with_value(-1e39, (1, 0), (4, 2))},
+                r"observations\[1, 0\] is -inf, expected a finite float32",
+            ),
         ],
     )
     def test_is_located(self, changes, message):
@@ -837,6 +973,12 @@ class TestDamage:
         source = write(walk(3), damaged, data_format=data_format)
         with pytest.raises(ValueError, match=rf"^{source}, episode 1: observations\[2, 0\] is nan"):
             load(source)
+
+    def test_actions_without_bounds_that_are_infinite_as_float32(self):
+        episode = walk(3, actions=with_value(1e39, (1, 0), (3, 1)))
+        message = r"^walks, episode 0: actions\[1, 0\] is 1e\+39, expected a finite float32"
+        with pytest.raises(ValueError, match=message):
+            joined(episode, action_space=spaces.Box(-np.inf, np.inf, (1,), np.float64))
 
     def test_after_a_termination_does_no_harm(self):
         observations = with_value(np.nan, (3, 0), (4, 2))
@@ -955,10 +1097,12 @@ class TestSource:
     @pytest.mark.parametrize(
         ("file", "contents", "message"),
         [
-            ("main_data.hdf5", b"", "its files are damaged or incomplete: .*file"),
-            ("main_data.hdf5", None, "its files are damaged or incomplete: .*truncated file"),
-            ("metadata.json", b"{", "Minari can not open .*/data: JSONDecodeError"),
-            ("metadata.json", b"{}", "Minari can not open .*/data: AssertionError"),
+            ("main_data.hdf5", b"", ", episode 0: its files are damaged or incomplete: .*file"),
+            ("main_data.hdf5", None, ", episode 0: its files are damaged .*truncated file"),
+            ("metadata.json", b"{", ": Minari can not open .*/data: JSONDecodeError"),
+            ("metadata.json", b"{}", ": Minari can not open .*/data: AssertionError"),
+            ("metadata.json", b"[]", ": Minari can not open .*/data: AttributeError"),
+            ("metadata.json", b"null", ": Minari can not open .*/data: AttributeError"),
         ],
     )
     def test_damaged_files(self, root, cache_folder, file, contents, message):
@@ -966,13 +1110,111 @@ class TestSource:
         path = root / source / "data" / file
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2] if contents is None else contents)
-        with pytest.raises(ValueError, match=f"^{source}: {message}"):
+        advice = f"if its download was interrupted, delete {root / source} and load it again$"
+        with pytest.raises(ValueError, match=f"^{source}{message}.*; {advice}"):
             load(source)
         assert not cache_folder.exists()
+
+    def test_damaged_files_elsewhere_are_not_to_be_deleted(self, root, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("mine") / "data"
+        shutil.copytree(root / write(walk(3)) / "data", folder)
+        (folder / "metadata.json").write_text("{}")
+        with pytest.raises(ValueError, match=rf"can not open {folder}: AssertionError\(\)$"):
+            load(folder)
+
+    @pytest.mark.parametrize("data_format", FORMATS)
+    @pytest.mark.parametrize(
+        ("entry", "value", "message"),
+        [
+            (
+                "total_steps",
+                "a",
+                r": Minari can not open .*total_steps is 'a', expected an integer",
+            ),
+            ("total_steps", 5, ": read 6 of 5 transitions"),
+            ("total_episodes", "a", ": Minari can not open .*TypeError"),
+            ("total_episodes", 1, ": read 3 of 6 transitions"),
+            ("total_episodes", 3, ", episode 2: its files are damaged or incomplete: .*2"),
+        ],
+    )
+    def test_damaged_metadata(self, root, data_format, entry, value, message):
+        source = write(walk(3), walk(3), data_format=data_format)
+        path = root / source / "data" / "metadata.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {entry: value}))
+        with pytest.raises(ValueError, match=f"^{source}{message}"):
+            load(source)
+
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("", None, "its files are damaged or incomplete: .* 'episode_1' doesn't exist"),
+            ("/rewards", None, "its files are damaged .*rewards can not be read: .* doesn't exist"),
+            ("/observations", None, "its files are damaged .*observations can not be read: "),
+            ("/rewards", h5py.Empty("f"), "its files are damaged .*rewards can not be read: "),
+            ("/rewards", 1.0, r"rewards has shape \[\], expected \[T\]"),
+            ("/rewards", np.zeros(0), "rewards has no entries"),
+            ("/terminations", np.zeros(2), "terminations has 2 entries, expected 3"),
+        ],
+    )
+    def test_damaged_episodes(self, root, key, value, message):
+        source = write(walk(3), walk(3))
+        with h5py.File(root / source / "data" / "main_data.hdf5", "a") as file:
+            del file[f"episode_1{key}"]
+            if value is not None:
+                file[f"episode_1{key}"] = value
+        with pytest.raises(ValueError, match=f"^{source}, episode 1: {message}"):
+            load(source)
+
+    @pytest.mark.parametrize("damage", ["half", "empty", "html", "missing"])
+    @pytest.mark.parametrize("data_format", ["arrow", "parquet"])
+    def test_damaged_episode_files(self, root, data_format, damage):
+        source = write(walk(3), walk(3), walk(3), data_format=data_format)
+        (path,) = (root / source / "data" / "1").glob("part*")
+        whole = path.read_bytes()
+        contents = {"half": whole[: len(whole) // 2], "empty": b"", "html": b"<html>" * 50}
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(contents[damage])
+        with pytest.raises(ValueError, match=f"^{source}, episode 1: its files are damaged"):
+            load(source)
 
     def test_missing_is_downloaded(self, monkeypatch):
         monkeypatch.setattr(minari, "download_dataset", lambda id: write(walk(3), dataset_id=id))
         assert load("far/away-v0").episode_lengths.tolist() == [3]
+
+    @pytest.mark.parametrize("failure", [ConnectionError("cut off"), KeyboardInterrupt()])
+    def test_half_a_download_is_removed(self, root, monkeypatch, failure):
+        whole = write(walk(3))
+
+        def broken(dataset_id: str) -> None:
+            data = root / dataset_id / "data"
+            data.mkdir(parents=True)
+            shutil.copy(root / whole / "data" / "metadata.json", data)
+            raise failure
+
+        expected = KeyboardInterrupt if failure.args == () else FileNotFoundError
+        with monkeypatch.context() as patch:
+            patch.setattr(minari, "download_dataset", broken)
+            with pytest.raises(expected):
+                load("far/away-v0")
+        assert not (root / "far/away-v0").exists()
+        self.test_missing_is_downloaded(monkeypatch)
+
+    def test_what_was_there_is_not_removed(self, root):
+        (root / "far/away-v0/notes").mkdir(parents=True)
+        with pytest.raises(FileNotFoundError, match="no route to far/away-v0"):
+            load("far/away-v0")
+        assert (root / "far/away-v0/notes").exists()
+
+    @pytest.mark.parametrize("scores", [(1.0, 1.0), ("a", 2.0)])
+    def test_reference_scores_that_can_not_be_used(self, root, scores):
+        source = write(walk(3))
+        path = root / source / "data" / "metadata.json"
+        given = dict(zip(("ref_min_score", "ref_max_score"), scores, strict=True))
+        path.write_text(json.dumps(json.loads(path.read_text()) | given))
+        with pytest.warns(UserWarning, match=f"^{source}: its reference scores are not used: "):
+            assert load(source).reference_scores is None
 
 
 def leaves(transitions: TensorDict) -> dict[Any, tuple]:
@@ -1234,6 +1476,12 @@ class TestUse:
         monkeypatch.setattr("torchrl_iql.data.dataset.PART", 10)
         for found, expected in zip(dataset.observation_statistics(), whole, strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-7)
+
+    def test_without_transitions(self):
+        empty = OfflineDataset.empty("CartPole-v1")
+        for use in (empty.report, empty.observation_statistics, empty.reward_statistics):
+            with pytest.raises(ValueError, match=r"^CartPole-v1: there are no transitions to "):
+                use()
 
     @pytest.mark.parametrize("value", [0.0, 0.1, -1e6, 1e-9])
     def test_constant_columns_have_deviation_one(self, value):

@@ -121,6 +121,16 @@ class TestValues:
         rules = {"reference_scores": (0.0, 2.0), "episode_rule": "until_success"}
         assert walks([[0.0, 1.0, 1.0]], "|", **rules).report().normalized is None
 
+    def test_a_score_by_the_name_of_the_environment(self):
+        given = {"action_space": spaces.Box(-1, 1, (2,)), "observation_space": PLANE}
+        rewards = [[3234.3], [-20.272305]]  # D4RL's expert and random policy
+        assert walks(rewards, "||", env_spec="Hopper-v5", **given).report().normalized == (
+            pytest.approx(50)
+        )
+        given["reference_scores"] = (0.0, 1000.0)
+        report = walks([[500.0]], "|", env_spec="Hopper-v5", **given).report()
+        assert report.normalized == pytest.approx(50)
+
     def test_as_a_table(self):
         steps = [[0.0] * 1200, [1.0] * 34]
         assert str(walks(steps, "|t", env_spec=None).report()) == "\n".join(
@@ -206,6 +216,8 @@ class TestCommand:
             "rules        reward none, episodes as_stored\nepisodes     4\ntransitions  16\n"
         )
         assert "ends         2 terminations, 2 time-outs\n" in done.stdout
+        score = 100 * (4 + 20.272305) / (3234.3 + 20.272305)
+        assert f"normalized   {score:.1f}\n" in done.stdout
 
     def test_on_a_broken_file(self, tmp_path):
         path = tmp_path / "broken.hdf5"

@@ -373,6 +373,29 @@ class TestScores:
         with Evaluator(spec, episodes=1) as evaluate:
             assert evaluate(policy).score == pytest.approx(score, abs=5e-5)
 
+    @pytest.mark.parametrize("hand", ["Door", "Hammer", "Relocate"])
+    def test_of_hands_pay_for_the_distance_to_the_object(self, hand: str):
+        """Not as D4RL's, which charge it. If this fails, correct the README and adroit/base.yaml."""
+        env = gymnasium.make(f"AdroitHand{hand}-v1").unwrapped
+        env.reset(seed=0)
+        _, reward, *_ = env.step(np.zeros(env.action_space.shape))
+        sites, data = env.data.site_xpos, env.data
+        if hand == "Door":
+            distance = np.linalg.norm(sites[env.grasp_site_id] - sites[env.handle_site_id])
+            angle = data.qpos[env.door_hinge_addrs].item()
+            rest = -0.1 * (angle - 1.57) ** 2 - 1e-5 * (data.qvel**2).sum()
+        else:
+            distance = np.linalg.norm(sites[env.S_grasp_site_id] - data.xpos[env.obj_body_id])
+            rest = 0.0  # of relocate: the ball lies on the table, far from its target
+        if hand == "Hammer":
+            nail = sites[env.target_obj_site_id]
+            rest = -np.linalg.norm(sites[env.tool_site_id] - nail)
+            rest -= 10 * np.linalg.norm(nail - sites[env.goal_site_id])
+            rest -= 1e-2 * np.linalg.norm(data.qvel)
+        assert distance > 0.01
+        assert np.asarray(reward).item() == pytest.approx(0.1 * distance + rest, abs=1e-9)
+        env.close()
+
     @pytest.mark.parametrize("name", KITCHENS)
     def test_of_kitchens_count_each_task_once(self, name: str):
         env = gymnasium.make(offline.environment(config(f"kitchen/{name}").env))

@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Self
 
 import gymnasium
@@ -26,24 +25,15 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_iql.data.environments import (
+    REFERENCE_SCORES,
+    reference_scores_of,
+    require_reference_scores,
+)
+
 __all__ = ["REFERENCE_SCORES", "Evaluation", "Evaluator", "flat_environment", "success"]
 
 gymnasium.register_envs(gymnasium_robotics)
-
-REFERENCE_SCORES: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {
-        "HalfCheetah": (-280.178953, 12135.0),
-        "Hopper": (-20.272305, 3234.3),
-        "Walker2d": (1.629008, 4592.3),
-        "Ant": (-325.6, 3879.7),
-        "AdroitHandPen": (96.262799, 3076.8331017826877),
-        "AdroitHandHammer": (-274.856578, 12794.134825156867),
-        "AdroitHandDoor": (-56.512833, 2880.5693087298737),
-        "AdroitHandRelocate": (-6.425911, 4233.877797728884),
-        "FrankaKitchen": (0.0, 4.0),
-    }
-)
-"""D4RL's mean returns of a random and of an expert policy, by environment name (no version)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,12 +144,7 @@ class Evaluator:
         if episodes < 1:
             raise ValueError(f"episodes must be at least 1, got {episodes}.")
         if reference_scores is not None:
-            random, expert = reference_scores
-            if not -math.inf < random < expert < math.inf:
-                raise ValueError(
-                    "reference_scores must be finite returns (random, expert) with random < expert, "
-                    f"got {reference_scores}."
-                )
+            require_reference_scores(reference_scores)
         self.seed = seed
         self.envs = [flat_environment(env_spec) for _ in range(episodes)]
         action_space = self.envs[0].action_space
@@ -167,9 +152,8 @@ class Evaluator:
             self.close()
             raise TypeError(f"The action space must be Box or Discrete, got {action_space}.")
         self.action_space = action_space
-        spec = self.envs[0].spec
-        if reference_scores is None and spec is not None and spec.namespace is None:
-            reference_scores = REFERENCE_SCORES.get(spec.name)
+        if reference_scores is None:
+            reference_scores = reference_scores_of(self.envs[0].spec)
         self.reference_scores = reference_scores
 
     def __call__(

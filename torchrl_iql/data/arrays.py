@@ -26,11 +26,10 @@ import numpy as np
 from gymnasium import Space
 from gymnasium.spaces import Box
 from minari import EpisodeData
-from torch import Tensor
 
-from torchrl_iql.data.spaces import flags, numbers
+from torchrl_iql.data.spaces import flags, numbers, require_finite
 
-__all__ = ["action_box", "array", "array_episodes", "observation_box"]
+__all__ = ["action_box", "array_episodes", "observation_box"]
 
 JUMP = 1e-6
 """A larger distance between a next observation and the following one is a jump, official code."""
@@ -56,11 +55,6 @@ def _row_shape(values: Any, key: str) -> tuple[int, ...]:
     return values.shape[1:]
 
 
-def array(values: Any) -> np.ndarray:
-    """A tensor on any device, or what numpy makes an array of, as an array."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-
-
 def array_episodes(
     *,
     observations: np.ndarray,
@@ -72,7 +66,7 @@ def array_episodes(
     infos: Mapping[str, np.ndarray | None] | None = None,
     time_limit: int | None = None,
 ) -> Iterator[EpisodeData]:
-    """Splits arrays of n rows into episodes, which are numbered as they lie.
+    """Splits arrays of n rows into episodes, whose ids are their numbers and rows.
 
     Args:
         observations: ``[n, ...]``.
@@ -85,8 +79,9 @@ def array_episodes(
         time_limit: Steps of an episode, used without ``timeouts`` and ``next_observations``.
 
     Raises:
-        ValueError: At once, if an array has another length, shape or type, a flag is not 0 or 1, or
-            nothing tells where episodes are truncated.
+        ValueError: At once, if an array has another length, shape or type, a flag is not 0 or 1, a
+            next observation that is not terminal is NaN or infinite, or nothing tells where episodes
+            are truncated.
     """
     observations = numbers(observations, "observations")
     rows = {"actions": actions, "rewards": rewards, "terminals": terminals, "timeouts": timeouts}
@@ -104,6 +99,7 @@ def array_episodes(
         if next_observations.shape != observations.shape:
             found, expected = list(next_observations.shape), list(observations.shape)
             raise ValueError(f"next_observations has shape {found}, expected {expected}")
+        require_finite(next_observations, "next_observations", rows=~terminals)
         truncated = _jumps(observations, next_observations)
         if timeouts is not None:
             truncated |= flags(timeouts, "timeouts")
@@ -130,7 +126,7 @@ def array_episodes(
                 last = observations[stop : stop + 1]
             if start < stop:
                 yield EpisodeData(
-                    id=number,
+                    id=f"{number} (rows {start} to {stop - 1})",  # pyright: ignore[reportArgumentType]
                     observations=np.concatenate([observations[start:stop], last]),
                     actions=actions[start:stop],
                     rewards=rewards[start:stop],

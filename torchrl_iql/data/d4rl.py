@@ -38,7 +38,8 @@ DEFAULT_FOLDER = "~/.d4rl/datasets"
 
 URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 DOWNLOADABLE = re.compile(
-    r"(halfcheetah|hopper|walker2d)_(random|medium|medium_replay|medium_expert|expert)-v2\.hdf5"
+    r"(halfcheetah|hopper|walker2d)_"
+    r"(random|medium|medium_replay|full_replay|medium_expert|expert)-v2\.hdf5"
 )
 
 REQUIRED = "observations", "actions", "rewards", "terminals"
@@ -46,14 +47,14 @@ OPTIONAL = "timeouts", "next_observations"
 
 
 def d4rl_source(source: str | Path, *, env_spec: EnvSpec | None, download: bool) -> Source:
-    """Finds a D4RL file: at its path, else by its name where D4RL keeps its files.
+    """Finds a D4RL file: at its path, and a mere name also where D4RL keeps its files.
 
     That is the folder ``$D4RL_DATASET_DIR``, or ``~/.d4rl/datasets``.
 
     Args:
-        source: The path.
+        source: The path, or the name.
         env_spec: The environment whose time limit ends the episodes of a file that does not tell.
-        download: Whether to download the file into that folder if it is in neither place and one of
+        download: Whether to download a name that is in neither place into that folder, if it is one of
             the locomotion files of version 2, as ``"hopper_medium-v2.hdf5"``.
 
     Raises:
@@ -83,6 +84,10 @@ def d4rl_source(source: str | Path, *, env_spec: EnvSpec | None, download: bool)
 def _path(path: Path, download: bool) -> Path:
     if path.exists():
         return path
+    if path != Path(path.name):
+        raise FileNotFoundError(
+            f"no D4RL file {path}; a name without a folder is also looked for where D4RL keeps its files"
+        )
     folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER)).expanduser()
     kept = folder / path.name
     if kept.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -17,13 +18,19 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorStorage
 
-from torchrl_iql.data.arrays import action_box, array, array_episodes, observation_box
-from torchrl_iql.data.environments import spaces_of, spec_of
-from torchrl_iql.data.episodes import EpisodeRule, episode_data, errors_at, transition_columns
+from torchrl_iql.data.arrays import action_box, array_episodes, observation_box
+from torchrl_iql.data.environments import require_reference_scores, spaces_of, spec_of
+from torchrl_iql.data.episodes import (
+    EpisodeRule,
+    episode_data,
+    errors_at,
+    is_episode,
+    transition_columns,
+)
 from torchrl_iql.data.minibatches import Minibatches
 from torchrl_iql.data.report import Report, report
 from torchrl_iql.data.rewards import REWARD_RULES, UNCHANGED, RewardRule, RewardTransform
-from torchrl_iql.data.spaces import action_rows
+from torchrl_iql.data.spaces import action_rows, array, flags, require_finite
 from torchrl_iql.data.tensordicts import categories, transition_arrays
 
 __all__ = ["OfflineDataset", "require_rules"]
@@ -104,9 +111,10 @@ class OfflineDataset:
                 first success and drop the rest.
 
         Raises:
-            TypeError: If a space can not be turned into rows.
-            ValueError: If a rule is unknown or does not apply, there are no episodes, or one is
-                damaged; the message names the data set, the episode, the key and the index.
+            TypeError: If a space can not be turned into rows, or what is given is no list of episodes.
+            ValueError: If a rule is unknown or does not apply, reference scores are not finite or not
+                in order, there are no episodes, or one is damaged; the message names the data set,
+                the episode, the key and the index.
 
         Example:
             >>> import numpy as np
@@ -129,9 +137,17 @@ class OfflineDataset:
             tensor([-1.,  0.])
         """
         require_rules(reward_rule, episode_rule)
+        if reference_scores is not None:
+            with errors_at(name):
+                require_reference_scores(reference_scores)
+        if is_episode(episodes):
+            raise TypeError(f"{name}: episodes is a single episode, expected a list of them")
         spaces = observation_space, action_space
         parts = []
         for position, episode in enumerate(episodes):
+            if not is_episode(episode):
+                found = type(episode).__name__
+                raise TypeError(f"{name}: episodes[{position}] is a {found}, expected an episode")
             is_mapping = isinstance(episode, Mapping)
             number = episode.get("id", position) if is_mapping else episode.id
             with errors_at(f"{name}, episode {number}"):
@@ -146,7 +162,9 @@ class OfflineDataset:
         returns = torch.tensor([part["next", "reward"].sum() for part in parts])
         with errors_at(name):
             transform = REWARD_RULES[reward_rule](returns)
-        columns["next", "reward"] = transform(columns["next", "reward"]).float()
+            columns["next", "reward"] = transform(columns["next", "reward"]).float()
+            changed = f"reward rule {reward_rule!r}: rewards"
+            require_finite(columns["next", "reward"].numpy(), changed)
         return cls(
             name=name,
             transitions=TensorDict(columns, batch_size=[len(columns["action"])], device="cpu"),
@@ -284,12 +302,14 @@ class OfflineDataset:
         }
         with errors_at(name):
             arrays: dict[str, Any] = {
-                key: array(values) for key, values in given.items() if values is not None
+                key: array(values, key)
+                for key, values in given.items()
+                if values is not None or key not in ("timeouts", "next_observations")
             }
             spaces = _spaces(arrays, observation_space, action_space, spec)
             episodes = array_episodes(
                 **arrays,
-                infos={key: array(values) for key, values in (infos or {}).items()},
+                infos={key: array(values, f"infos/{key}") for key, values in (infos or {}).items()},
                 time_limit=None if spec is None else spec.max_episode_steps,
             )
         return cls.from_episodes(
@@ -320,7 +340,8 @@ class OfflineDataset:
         An episode ends with ``terminated``, ``truncated`` or ``done``, where the next observation
         is not that of the following transition, and with each row of ``[B, T]``. All transitions
         are kept, except for padding, which ``("collector", "mask")`` tells. One that is both
-        terminated and truncated is terminated.
+        terminated and truncated is terminated. If most transitions are followed by one that does not
+        continue them, a warning says that they may not be in the order of time.
 
         Args:
             name: What error messages call the data set.
@@ -336,7 +357,7 @@ class OfflineDataset:
             episode_rule: As in :meth:`from_episodes`.
 
         Raises:
-            TypeError: If a space can not be turned into rows.
+            TypeError: If a space can not be turned into rows, or ``transitions`` is no TensorDict.
             ValueError: As in :meth:`from_arrays`, or if an entry is missing.
 
         Example:
@@ -363,7 +384,7 @@ class OfflineDataset:
                 kind = "action_space" if key == "actions" else "observation_space"
                 arrays[key] = categories(spaces[kind], arrays[key], key)
             episodes = array_episodes(**arrays)
-        return cls.from_episodes(
+        dataset = cls.from_episodes(
             name,
             episodes,
             **spaces,
@@ -372,6 +393,15 @@ class OfflineDataset:
             reward_rule=reward_rule,
             episode_rule=episode_rule,
         )
+        ends = flags(arrays["terminals"], "terminals") | arrays["timeouts"]
+        jumps = len(dataset.episode_lengths) - int(ends.sum())
+        if 2 * jumps > len(ends):
+            warnings.warn(
+                f"{name}: {jumps} of {len(ends)} transitions are followed by one that does not "
+                "continue them; are they in the order of time?",
+                stacklevel=2,
+            )
+        return dataset
 
     @property
     def episode_starts(self) -> Tensor:
@@ -487,15 +517,23 @@ class OfflineDataset:
 
         The deviation is that of the population. In a column that is constant, or varies by no more
         than the rounding of float32, it is replaced by 1: normalizing then gives zeros.
+
+        Raises:
+            ValueError: If there are no transitions.
         """
-        return _statistics(self.transitions["observation"])
+        with errors_at(self.name):
+            return _statistics(self.transitions["observation"])
 
     def reward_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, ``[1]`` float32 each, of the rewards after the reward rule.
 
         The deviation is as in :meth:`observation_statistics`.
+
+        Raises:
+            ValueError: If there are no transitions.
         """
-        return _statistics(self.transitions["next", "reward"])
+        with errors_at(self.name):
+            return _statistics(self.transitions["next", "reward"])
 
     def report(self) -> Report:
         """What is in the data set, to be printed before it is trained on."""
@@ -503,6 +541,8 @@ class OfflineDataset:
 
 
 def _statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
+    if not len(rows):
+        raise ValueError("there are no transitions to take statistics of")
     # In parts, since they may exceed the memory.
     parts = rows.split(PART)
     mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(rows)

@@ -2,11 +2,53 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import gymnasium
 from gymnasium import Space, spaces
 from gymnasium.envs.registration import EnvSpec
 
-__all__ = ["spaces_of", "spec_of"]
+__all__ = [
+    "REFERENCE_SCORES",
+    "reference_scores_of",
+    "require_reference_scores",
+    "spaces_of",
+    "spec_of",
+]
+
+REFERENCE_SCORES: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "HalfCheetah": (-280.178953, 12135.0),
+        "Hopper": (-20.272305, 3234.3),
+        "Walker2d": (1.629008, 4592.3),
+        "Ant": (-325.6, 3879.7),
+        "AdroitHandPen": (96.262799, 3076.8331017826877),
+        "AdroitHandHammer": (-274.856578, 12794.134825156867),
+        "AdroitHandDoor": (-56.512833, 2880.5693087298737),
+        "AdroitHandRelocate": (-6.425911, 4233.877797728884),
+        "FrankaKitchen": (0.0, 4.0),
+    }
+)
+"""D4RL's mean returns of a random and of an expert policy, by environment name (no version)."""
+
+
+def reference_scores_of(env_spec: EnvSpec | None) -> tuple[float, float] | None:
+    """The entry of :data:`REFERENCE_SCORES` under the exact name of an environment, if there is one."""
+    if env_spec is None or env_spec.namespace is not None:
+        return None
+    return REFERENCE_SCORES.get(env_spec.name)
+
+
+def require_reference_scores(scores: tuple[float, float]) -> None:
+    """Raises a ValueError if these returns of a random and of an expert policy can not be used."""
+    random, expert = scores
+    if not -math.inf < random < expert < math.inf:
+        raise ValueError(
+            "reference_scores must be finite returns (random, expert) with random < expert, "
+            f"got {scores}."
+        )
 
 
 def spec_of(env: str | EnvSpec | None) -> EnvSpec | None:

@@ -11,14 +11,26 @@ from gymnasium import Space
 from minari import EpisodeData
 from tensordict import NestedKey
 
-from torchrl_iql.data.spaces import action_rows, column, flags, observation_rows, require_finite
+from torchrl_iql.data.spaces import (
+    action_rows,
+    array,
+    column,
+    flags,
+    observation_rows,
+    require_finite,
+)
 
-__all__ = ["EpisodeRule", "episode_data", "errors_at", "transition_columns"]
+__all__ = ["EpisodeRule", "episode_data", "errors_at", "is_episode", "transition_columns"]
 
 EpisodeRule = Literal["as_stored", "until_success"]
 
 REQUIRED = "observations", "actions", "rewards", "terminations"
 OPTIONAL = "id", "truncations", "infos"
+
+
+def is_episode(value: Any) -> bool:
+    """Whether this is one episode: Minari's, or a mapping."""
+    return isinstance(value, Mapping) or hasattr(value, "rewards")
 
 
 def episode_data(episode: Mapping[str, Any]) -> EpisodeData:
@@ -34,15 +46,18 @@ def episode_data(episode: Mapping[str, Any]) -> EpisodeData:
             f"found entries {sorted(episode)}, expected {', '.join(REQUIRED)} and, optionally, "
             f"{', '.join(OPTIONAL)}"
         )
-    defaults = {"id": 0, "truncations": np.zeros(len(episode["terminations"]), bool), "infos": {}}
+    length = len(column(episode["rewards"], "rewards"))
+    defaults = {"id": 0, "truncations": np.zeros(length, bool), "infos": {}}
     return EpisodeData(**defaults | dict(episode))
 
 
 @contextmanager
 def errors_at(place: str) -> Iterator[None]:
-    """Puts a place before the message of a ValueError."""
+    """Puts a place before the message of a TypeError or a ValueError."""
     try:
         yield
+    except TypeError as error:
+        raise TypeError(f"{place}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
 
@@ -68,24 +83,33 @@ def transition_columns(
     Raises:
         TypeError: If a space can not be turned into rows.
         ValueError: If lengths disagree, an array has the wrong shape or type, a value does not fit
-            its space, is NaN or infinite, or ``"until_success"`` finds no record of success. The
-            last observation before a termination may be NaN, since its value is never used; it is
-            kept.
+            its space, is NaN or infinite as float32, the episode ends before its last transition, or
+            ``"until_success"`` finds no record of success. What follows the success is not checked.
+            The last observation before a termination may be NaN, since its value is never used; it
+            is kept.
     """
-    length = len(episode)
+    rewards = column(episode.rewards, "rewards")
+    length = len(rewards)
     if length == 0:
         raise ValueError("rewards has no entries")
     for key in ("actions", "terminations", "truncations"):
-        if (found := len(getattr(episode, key))) != length:
+        shape = array(getattr(episode, key), key).shape
+        if shape[:1] != (length,):
+            found = shape[0] if shape else "no"
             raise ValueError(f"{key} has {found} entries, expected {length}, as many as rewards")
 
-    success = _first_success(episode) if episode_rule == "until_success" else None
+    success = _first_success(episode, rewards) if episode_rule == "until_success" else None
     stop = length if success is None else success + 1
     observations = observation_rows(observation_space, episode.observations, length + 1)[: stop + 1]
     actions = action_rows(action_space, episode.actions[:stop])
-    rewards = column(episode.rewards[:stop], "rewards").astype(np.float64)
+    rewards = rewards[:stop].astype(np.float64)
     terminated = flags(episode.terminations[:stop], "terminations")
     truncated = flags(episode.truncations[:stop], "truncations")
+    for key, ended in (("terminations", terminated), ("truncations", truncated)):
+        if ended[:-1].any():
+            raise ValueError(
+                f"{key}[{ended.argmax()}] ends the episode before its last transition, {stop - 1}"
+            )
     if success is not None:
         terminated[-1], truncated[-1] = True, False
     elif not terminated[-1]:
@@ -105,22 +129,22 @@ def transition_columns(
     }
 
 
-def _first_success(episode: EpisodeData) -> int | None:
+def _first_success(episode: EpisodeData, rewards: np.ndarray) -> int | None:
     """Index of the first transition that ends in success, None without one.
 
     Success is ``infos["success"]``, else a reward of 1 among rewards of 0 and 1. Minari stores the
     info of the reset before those of the steps: a success there belongs to no transition.
     """
-    length, infos = len(episode), episode.infos or {}
+    length, infos = len(rewards), episode.infos or {}
     if "success" in infos:
-        recorded = np.asarray(infos["success"], bool)
+        recorded = flags(infos["success"], "infos/success")
         if len(recorded) not in (length, length + 1):
             raise ValueError(
                 f"infos/success has {len(recorded)} entries, expected {length} or {length + 1}"
             )
         success = recorded[-length:]
-    elif np.isin(episode.rewards, (0, 1)).all():
-        success = np.asarray(episode.rewards, bool)
+    elif np.isin(rewards, (0, 1)).all():
+        success = rewards.astype(bool)
     else:
         raise ValueError(
             "episode rule 'until_success' needs infos/success or rewards of 0 and 1, "

@@ -39,8 +39,8 @@ def hdf5_episodes(dataset: MinariDataset, *, with_success: bool) -> Iterator[Epi
         with_success: Whether to read ``infos["success"]``. Other infos are None.
 
     Raises:
-        KeyError: If an episode or one of its arrays is missing.
         OSError: If the file is damaged.
+        ValueError: If an episode is missing, or one of its arrays can not be read.
     """
     with h5py.File(Path(dataset.storage.data_path, "main_data.hdf5")) as file:
         for index in dataset.episode_indices.tolist():
@@ -68,9 +68,12 @@ def _arrays(group: h5py.h5g.GroupID, key: str, space: Space) -> Any:
 
 def _array(group: h5py.h5g.GroupID, key: str) -> np.ndarray:
     # At 500 steps per episode, making h5py.Dataset objects takes as long as reading their arrays.
-    dataset = h5py.h5d.open(group, key.encode())
-    values = np.empty(dataset.shape, dataset.dtype)
-    dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
+    try:
+        dataset = h5py.h5d.open(group, key.encode())
+        values = np.empty(dataset.shape, dataset.dtype)
+        dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
+    except (KeyError, OSError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{key} can not be read: {error}") from error
     return values
 
 

@@ -44,9 +44,10 @@ def load(
 
     Args:
         source: The id of a Minari data set, as ``"mujoco/hopper/medium-v0"``, or its folder: the one
-            that contains ``data``, or ``data`` itself. Or a D4RL file, as
-            ``"hopper_medium-v2.hdf5"``, see :mod:`torchrl_iql.data.d4rl`. Several are joined in
-            their order; their spaces must be equal.
+            that contains ``data``, or ``data`` itself. Or a D4RL file, which is any file that is
+            there, or a name that ends as ``"hopper_medium-v2.hdf5"``, see
+            :mod:`torchrl_iql.data.d4rl`. Several are joined in their order; their spaces must be
+            equal.
         reward: Reward rule: ``"none"``, ``"minus_one"`` (AntMaze), ``"return_range"`` (locomotion).
             It sees the episodes of all sources.
         episodes: Episode rule: ``"as_stored"``, or ``"until_success"`` for mazes, whose recordings
@@ -95,7 +96,7 @@ def load(
 
 
 def _open(source: str | Path, env_spec: EnvSpec | None, download: bool) -> Source:
-    if Path(source).suffix == SUFFIX:
+    if Path(source).suffix == SUFFIX or Path(source).is_file():
         return d4rl_source(source, env_spec=env_spec, download=download)
     return minari_source(source, download=download)
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import minari
+import numpy as np
 from minari import EpisodeData, MinariDataset
 from minari.storage import get_dataset_path
 
+from torchrl_iql.data.environments import require_reference_scores
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.hdf5 import hdf5_episodes, is_plain_hdf5
 from torchrl_iql.data.source import Source
@@ -32,7 +37,8 @@ def minari_source(source: str | Path, *, download: bool) -> Source:
     try:
         dataset = MinariDataset(folder)
         metadata = dataset.storage.metadata
-        low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+        if not isinstance(metadata["total_steps"], int):
+            raise TypeError(f"total_steps is {metadata['total_steps']!r}, expected an integer")
         return Source(
             name=str(source),
             path=dataset.storage.data_path,
@@ -40,11 +46,25 @@ def minari_source(source: str | Path, *, download: bool) -> Source:
             action_space=dataset.action_space,
             # Minari has no public name for this specification, only for the environment made from it.
             env_spec=dataset._eval_env_spec or dataset.env_spec,
-            reference_scores=None if low is None or high is None else (low, high),
+            reference_scores=_reference_scores(metadata, str(source)),
             episodes=partial(_complete_episodes, dataset, str(source)),
         )
-    except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{source}: Minari can not open {folder}: {error!r}") from error
+    except Exception as error:  # whatever Minari meets in damaged metadata
+        raise ValueError(
+            f"{source}: Minari can not open {folder}: {error!r}{_advice(folder)}"
+        ) from error
+
+
+def _reference_scores(metadata: dict[str, Any], name: str) -> tuple[float, float] | None:
+    low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    if low is None or high is None:
+        return None
+    try:
+        require_reference_scores((low, high))
+    except (TypeError, ValueError) as error:  # they are no reason not to train
+        warnings.warn(f"{name}: its reference scores are not used: {error}", stacklevel=3)
+        return None
+    return low, high
 
 
 def _folder(source: str | Path, download: bool) -> Path:
@@ -56,35 +76,64 @@ def _folder(source: str | Path, download: bool) -> Path:
     missing = f"no Minari data set {str(source)!r}, neither as a folder nor as an id in {root}"
     if isinstance(source, Path):
         raise FileNotFoundError(missing)
-    if not (root / source / "data").is_dir():
+    folder = root / source
+    if not (folder / "data").is_dir():
         if not download:
             raise FileNotFoundError(f"{missing} (see `minari list local`), and download is False")
+        is_new = not folder.exists()
         try:
             minari.download_dataset(source)
-        except Exception as error:  # network, unknown id or version, optional package not installed
+        except BaseException as error:
+            # Minari downloads into the final folder: half of a data set would pass for the whole.
+            if is_new:
+                shutil.rmtree(folder, ignore_errors=True)
+            if not isinstance(error, Exception):
+                raise
+            # network, unknown id or version, optional package not installed
             raise FileNotFoundError(
                 f"{missing} (see `minari list local`), and its download failed: {error}"
             ) from error
-    return root / source / "data"
+    return folder / "data"
+
+
+def _advice(folder: Path) -> str:
+    """What to do about a killed download, if Minari may have downloaded this folder."""
+    if folder.name != "data" or not folder.is_relative_to(get_dataset_path()):
+        return ""
+    return f"; if its download was interrupted, delete {folder.parent} and load it again"
+
+
+def _episode(dataset: MinariDataset, index: int) -> EpisodeData:
+    # One at a time: of several, Minari attributes what Arrow reads by its position.
+    for episode in dataset.iterate_episodes([index]):
+        return episode
+    raise ValueError("the episode is empty")
 
 
 def _complete_episodes(
     dataset: MinariDataset, name: str, episode_rule: EpisodeRule
 ) -> Iterator[EpisodeData]:
+    advice = _advice(dataset.storage.data_path)
+    indices = dataset.episode_indices.tolist()
+    if is_plain_hdf5(dataset):
+        episodes = hdf5_episodes(dataset, with_success=episode_rule == "until_success")
+    else:
+        episodes = map(partial(_episode, dataset), indices)
     steps = 0
-    try:
-        if is_plain_hdf5(dataset):
-            episodes = hdf5_episodes(dataset, with_success=episode_rule == "until_success")
-        else:
-            episodes = dataset.iterate_episodes()
-        for episode in episodes:
-            steps += len(episode)
-            yield episode
-    except (KeyError, OSError, RuntimeError) as error:
-        raise ValueError(f"{name}: its files are damaged or incomplete: {error}") from error
+    for index in indices:
+        try:
+            episode = next(episodes)
+        except Exception as error:  # whatever h5py, Arrow and Minari meet in damaged files
+            raise ValueError(
+                f"{name}, episode {index}: its files are damaged or incomplete: "
+                f"{type(error).__name__}: {error}{advice}"
+            ) from error
+        steps += np.size(episode.rewards)
+        yield episode
     if steps != dataset.total_steps:
         # Minari 0.5.4 silently cuts an episode of Arrow or Parquet after 32767 transitions.
         raise ValueError(
             f"{name}: read {steps} of {dataset.total_steps} transitions; files are missing, or an "
-            "episode is too long for Minari's arrow and parquet readers (32767 steps): use hdf5"
+            "episode is too long for Minari's arrow and parquet readers (32767 steps): use "
+            f"hdf5{advice}"
         )

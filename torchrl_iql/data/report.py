@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from gymnasium.spaces import Discrete
 
+from torchrl_iql.data.environments import reference_scores_of
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.rewards import RewardRule
 
@@ -33,8 +34,8 @@ class Report:
         transitions: Number of transitions.
         lengths: Shortest, median and longest episode.
         returns: Lowest, mean and highest sum of raw rewards of an episode.
-        normalized: The mean return as a score, 0 and 100 at the reference scores, if these are known
-            and episodes are as stored.
+        normalized: The mean return as a score, 0 and 100 at the reference scores, if episodes are as
+            stored and these are known: those of the data set, else D4RL's of the environment.
         success_rate: Share of episodes with a reward of 1, if raw rewards are 0 and 1. It is None
             after the reward rule ``"return_range"``, and if all rewards are 1.
         rewards: Lowest, mean and highest reward of a transition, after the reward rule.
@@ -96,12 +97,19 @@ class Report:
 
 
 def report(dataset: OfflineDataset) -> Report:
-    """Summarises a data set, without copying its columns."""
+    """Summarises a data set, without copying its columns.
+
+    Raises:
+        ValueError: If it has no transitions.
+    """
+    if not len(dataset.transitions):
+        raise ValueError(f"{dataset.name}: there are no transitions to report on")
     transitions, following = dataset.transitions, dataset.transitions["next"]
     lengths, returns = dataset.episode_lengths, dataset.episode_returns
     normalized = None
-    if dataset.reference_scores is not None and dataset.episode_rule == "as_stored":
-        random, expert = dataset.reference_scores
+    scores = dataset.reference_scores or reference_scores_of(dataset.env_spec)
+    if scores is not None and dataset.episode_rule == "as_stored":
+        random, expert = scores
         normalized = 100 * (returns.mean().item() - random) / (expert - random)
     rewards = following["reward"]
     success_rate = None

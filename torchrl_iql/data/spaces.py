@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 from gymnasium import Space, spaces
+from torch import Tensor
 
 __all__ = [
     "action_rows",
     "action_support",
+    "array",
     "column",
     "flags",
     "numbers",
@@ -57,7 +59,8 @@ def observation_rows(space: Space, observations: Any, length: int) -> np.ndarray
                 f"{key} has {len(rows)} entries, expected {length}, one more than rewards"
             )
         leaves.append(rows)
-    return np.concatenate(leaves, axis=1, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused later
+        return np.concatenate(leaves, axis=1, dtype=np.float32)
 
 
 def _leaves(space: Space, values: Any, key: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -168,13 +171,23 @@ def _clip(rows: np.ndarray, space: spaces.Box) -> np.ndarray:
     return clipped.astype(np.float32, copy=False)
 
 
+def array(values: Any, key: str) -> np.ndarray:
+    """A tensor on any device, or what numpy makes an array of, as an array; else a ValueError."""
+    if values is None:
+        raise ValueError(f"{key} is None, expected an array")
+    try:
+        return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{key} can not be made an array: {error}") from error
+
+
 def numbers(values: Any, key: str, kind: str = "numbers") -> np.ndarray:
     """Values as an array; a ValueError if they are not of this kind, one of :data:`KINDS`."""
-    array = np.asarray(values)
+    found = array(values, key)
     # Without an entry there is no telling: numpy takes an empty list for floats.
-    if array.size and array.dtype.kind not in KINDS[kind]:
-        raise ValueError(f"{key} has dtype {array.dtype}, expected {kind}")
-    return array
+    if found.size and found.dtype.kind not in KINDS[kind]:
+        raise ValueError(f"{key} has dtype {found.dtype}, expected {kind}")
+    return found
 
 
 def column(values: Any, key: str) -> np.ndarray:
@@ -192,9 +205,18 @@ def flags(values: Any, key: str) -> np.ndarray:
     return values.astype(bool)
 
 
-def require_finite(values: np.ndarray, key: str) -> None:
-    """Raises a ValueError that locates the first NaN or infinite entry, if there is one."""
-    wrong = ~np.isfinite(values)
+def require_finite(values: np.ndarray, key: str, rows: np.ndarray | None = None) -> None:
+    """Raises a ValueError that locates the first entry that is not finite as float32, if there is one.
+
+    Args:
+        values: Numbers ``[n, ...]``.
+        key: What the message calls them.
+        rows: Which rows are checked, bool ``[n]``; all by default.
+    """
+    with np.errstate(over="ignore"):
+        wrong = ~np.isfinite(values.astype(np.float32, copy=False))
+    if rows is not None:
+        wrong[~rows] = False
     if wrong.any():
         index = np.argwhere(wrong)[0].tolist()
-        raise ValueError(f"{key}{index} is {values[tuple(index)]}")
+        raise ValueError(f"{key}{index} is {values[tuple(index)]}, expected a finite float32")

@@ -9,8 +9,7 @@ from gymnasium import Space
 from gymnasium.spaces import Discrete
 from tensordict import NestedKey, TensorDictBase
 
-from torchrl_iql.data.arrays import array
-from torchrl_iql.data.spaces import flags
+from torchrl_iql.data.spaces import array, flags
 
 __all__ = ["categories", "transition_arrays"]
 
@@ -34,8 +33,11 @@ def transition_arrays(transitions: TensorDictBase) -> dict[str, Any]:
             ``MASK`` is False, there is padding, which is dropped.
 
     Raises:
+        TypeError: If ``transitions`` is no TensorDict.
         ValueError: If the batch size is another, or an entry is missing.
     """
+    if not isinstance(transitions, TensorDictBase):
+        raise TypeError(f"transitions is a {type(transitions).__name__}, expected a TensorDict")
     if transitions.ndim not in (1, 2):
         raise ValueError(
             f"transitions has batch size {list(transitions.shape)}, expected [n] or [B, T]"
@@ -47,13 +49,13 @@ def transition_arrays(transitions: TensorDictBase) -> dict[str, Any]:
 
     mask = np.ones(transitions.shape, bool)
     if MASK in keys:
-        mask = array(transitions.get(MASK)).reshape(mask.shape)
+        mask = array(transitions.get(MASK), "/".join(MASK)).reshape(mask.shape)
     continued = np.zeros_like(mask)
     continued[..., :-1] = mask[..., 1:]
     valid = mask.ravel()
     flat = transitions.reshape(-1)
-    arrays = {name: array(flat.get(key))[valid] for name, key in ENTRIES.items()}
-    ends = [flags(array(flat.get(key)), "/".join(key))[valid] for key in ENDS if key in keys]
+    arrays = {name: array(flat.get(key), name)[valid] for name, key in ENTRIES.items()}
+    ends = [flags(flat.get(key), "/".join(key))[valid] for key in ENDS if key in keys]
     return arrays | {"timeouts": np.logical_or.reduce([~continued.ravel()[valid], *ends])}
 
 
