@@ -150,7 +150,14 @@ class TestSettings:
         family = name.split("/")[0]
         family = family if family in PAPER else "locomotion"
         rules = (cfg.reward, cfg.episodes, cfg.eval_episodes)
-        assert (cfg.expectile, cfg.temperature, cfg.dropout, *rules) == PAPER[family]
+        expectile, temperature, *others = PAPER[family]
+        if family == "antmaze":  # with less data than the paper
+            temperature = 3.0
+        assert [cfg.expectile, cfg.temperature, cfg.dropout, *rules] == [
+            expectile,
+            temperature,
+            *others,
+        ]
         assert cfg.dataset == collect.dataset_id(name)
         assert cfg.env is None
 
