@@ -60,6 +60,8 @@ STEPS_PER_CALL = 100
 
 def dataset_for(cfg: DictConfig) -> OfflineDataset:
     """The transitions to train on, made or downloaded if they are not there."""
+    if cfg.dataset is None:
+        raise ValueError("dataset=null: expected a Minari id, a folder or a D4RL file, or several")
     sources = list(cfg.dataset) if isinstance(cfg.dataset, ListConfig) else [cfg.dataset]
     return load_dataset(
         [collect.ensure(source) for source in sources],
@@ -74,6 +76,8 @@ def environment(env: DictConfig | str | None) -> EnvSpec | str | None:
     if not isinstance(env, DictConfig):
         return env
     arguments = OmegaConf.to_container(env, resolve=True)
+    if "id" not in arguments:
+        raise ValueError(f"env={arguments}: expected an id beside the arguments of gymnasium.make")
     spec = copy.deepcopy(gymnasium.spec(arguments.pop("id")))
     spec.max_episode_steps = arguments.pop("max_episode_steps", spec.max_episode_steps)
     spec.kwargs |= arguments
@@ -127,7 +131,14 @@ def architecture_for(cfg: DictConfig, dataset: OfflineDataset) -> Architecture:
         data = dataset.transitions["action"]
         bounds = {"space": (space.low.ravel().tolist(), space.high.ravel().tolist())}
         if len(data):
-            bounds["data"] = data.amin(0).tolist(), data.amax(0).tolist()
+            low, high = data.amin(0), data.amax(0)
+            if cfg.action_bounds == "data" and (constant := (low == high).nonzero()).numel():
+                column = int(constant[0])
+                raise ValueError(
+                    f"action_bounds=data: action {column} of {dataset.name} is always {low[column]}; "
+                    "give action_bounds=space"
+                )
+            bounds["data"] = low.tolist(), high.tolist()
         if cfg.action_bounds not in bounds:
             raise ValueError(
                 f"action_bounds must be one of {list(bounds)}, got {cfg.action_bounds!r}; 'data' needs "

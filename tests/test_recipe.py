@@ -220,6 +220,21 @@ def test_data_without_an_environment_are_refused(maze_id: str) -> None:
         offline.evaluator_for(config(), dataset)
 
 
+def test_what_does_not_say_enough_is_refused(maze_id: str) -> None:
+    with pytest.raises(ValueError, match="dataset=null: expected a Minari id"):
+        offline.dataset_for(config("dataset=null"))
+    with pytest.raises(ValueError, match=r"env=\{'max_episode_steps': 5\}: expected an id"):
+        offline.dataset_for(config(f"dataset={maze_id}", "env={max_episode_steps: 5}"))
+    cfg = config(f"dataset={maze_id}", "action_bounds=data")
+    dataset = offline.dataset_for(cfg)
+    dataset.transitions["action"] = dataset.transitions["action"].clone()
+    dataset.transitions["action"][:, 1] = 0.5
+    with pytest.raises(
+        ValueError, match=rf"action 1 of {maze_id} is always 0.5; give action_bounds"
+    ):
+        offline.architecture_for(cfg, dataset)
+
+
 @pytest.mark.parametrize(
     ("env", "sizes"),
     [
