@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -29,6 +28,9 @@ from omegaconf import DictConfig, OmegaConf
 from online_envs import LENGTH, diary
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, set_interaction_type
+from test_collect import PATIENCE, wait_for
+from test_collect import started as process_of
+from test_recipe import full_disk
 from test_training import PlainLoop, assert_close
 
 from torchrl_iql import IQLLoss, OfflineDataset, checkpoint, load_dataset, load_policy, models
@@ -324,7 +326,7 @@ def command_of(pid: int) -> str:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
@@ -658,13 +660,9 @@ def test_a_full_disk_is_an_error_that_leaves_the_last_checkpoint(tmp_path: Path)
     its = of_diary(tmp_path)
     its.train()
     saved = its.folder.last.read_bytes()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # as a disk, files cannot grow
-    try:
-        with pytest.raises(OSError, match=r"could not write the checkpoint .* MB are free"):
-            its._save()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    message = r"could not write the checkpoint .* MB are free"
+    with full_disk(), pytest.raises(OSError, match=message):
+        its._save()
     assert its.folder.last.read_bytes() == saved
     assert [path.name for path in tmp_path.glob(".*")] == []
 
@@ -679,7 +677,7 @@ def interrupted(signal_of: Callable[[subprocess.Popen], None], folder: Path) -> 
         "eval_episodes=0",
     ]
     overrides += ["env_steps=100000", "collector=multi_async", f"hydra.run.dir={folder}"]
-    with subprocess.Popen(
+    with process_of(
         [sys.executable, str(RECIPES / "online.py"), *overrides],
         cwd=folder.parent,
         stdout=subprocess.PIPE,
@@ -687,16 +685,12 @@ def interrupted(signal_of: Callable[[subprocess.Popen], None], folder: Path) -> 
         text=True,
         start_new_session=True,  # a group of its own, as a terminal starts it
     ) as process:
-        try:
-            wait_until(lambda: (folder / "last.ckpt").exists() or process.poll() is not None)
-            assert process.poll() is None, process.communicate()[1]
-            its_workers = workers(process.pid)
-            assert len(its_workers) == 2
-            signal_of(process)
-            wait_until(lambda: not any(map(command_of, its_workers)))
-            return process.communicate(timeout=60)
-        finally:
-            process.kill()
+        wait_for((folder / "last.ckpt").exists, process)
+        its_workers = workers(process.pid)
+        assert len(its_workers) == 2
+        signal_of(process)
+        wait_until(lambda: not any(map(command_of, its_workers)))
+        return process.communicate(timeout=60)
 
 
 def continued(folder: Path) -> online.Run:

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gymnasium
@@ -327,18 +329,24 @@ def test_what_cannot_be_resumed_is_named(tmp_path: Path) -> None:
     assert "config.yaml" in errors
 
 
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Files cannot grow beyond 1000 bytes."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
 def test_a_full_disk_keeps_the_metrics_that_are_there(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for step in range(200):
         folder.log(step, {"loss": 0.125})
     before = folder.metrics.read_text()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # as a disk, files cannot grow
-    try:
-        with pytest.raises(OSError):
-            folder.log(200, {"loss": 0.125, "score": 1.0})  # a new column
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with full_disk(), pytest.raises(OSError):
+        folder.log(200, {"loss": 0.125, "score": 1.0})  # a new column
     assert folder.metrics.read_text() == before
 
 

@@ -3,8 +3,9 @@
     python recipes/benchmark/collectors.py --env Hopper-v5 --frames 5000 --rounds 5
     python recipes/benchmark/collectors.py --collectors sync ray --workers 8 --device cuda
 
-Every collector of recipes/config/collector (Ray's, if it is installed) is measured alone, and with one gradient step per environment
-step, the updates of recipes/online.py. They take turns; ratios to the first are taken within a round.
+Every collector of recipes/config/collector (Ray's, if it is installed) is measured alone, and with one
+gradient step per environment step, the updates of recipes/online.py. They take turns; ratios to the first
+are taken within a round.
 """
 
 from __future__ import annotations
