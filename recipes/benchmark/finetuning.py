@@ -1,6 +1,6 @@
 """Online fine-tuning of what suite.py has trained offline: the table and the picture of the README.
 
-    python recipes/benchmark/finetuning.py --data pointmaze/medium antmaze/umaze hopper/medium-replay
+    python recipes/benchmark/finetuning.py --data pointmaze/medium halfcheetah/medium-replay
 
 The offline phase is suite.py's, in the same folder; finished runs are kept, interrupted ones continued.
 """
