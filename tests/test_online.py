@@ -162,6 +162,17 @@ def test_actions_are_clipped_as_those_of_a_data_set() -> None:
     assert np.array_equal(action_rows(space, executed.numpy()), executed.numpy())
 
 
+def test_actions_stay_within_the_bounds_of_the_policy() -> None:
+    space = Box(-1, 1, (2,))
+    bounds = ([-0.25, -2.0], [0.5, 0.25])  # -2: beyond the space
+    policy, _, _ = models.Architecture(
+        observation_size=3, action_size=2, action_bounds=bounds
+    ).build()
+    executed = acted(behavior(policy, space, noise=3.0), "random")
+    assert executed.amin(0).tolist() == [-0.25, action_support(space)[0][1]]
+    assert executed.amax(0).tolist() == [0.5, 0.25]
+
+
 def test_noise_that_a_policy_does_not_have_is_refused() -> None:
     categorical = models.categorical_policy(3, 4)
     with pytest.raises(ValueError, match=r"noise must be 0 or 1, got 0.5"):

@@ -28,6 +28,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torchrl.collectors import BaseCollector, Collector
 from torchrl.data import (
+    Bounded,
     ImmutableDatasetWriter,
     LazyTensorStorage,
     OfflineToOnlineReplayBuffer,
@@ -122,8 +123,8 @@ def behavior(
 
     Args:
         policy: Of :mod:`torchrl_iql.models`, on the CPU. Its parameters are shared.
-        action_space: ``Box`` or ``Discrete``. Into a ``Box``, actions are clipped, as the data set's
-            are, before they are executed.
+        action_space: ``Box`` or ``Discrete``. Into a ``Box``, actions are clipped before they are
+            executed, as the data set's are, and into the bounds that the policy was built with.
         noise: Factor on the standard deviation of the policy, at least 0. With 0, collect without
             exploration.
 
@@ -148,6 +149,8 @@ def behavior(
         ]
     if isinstance(action_space, Box):
         low, high = map(torch.from_numpy, action_support(action_space))
+        if isinstance(spec := policy.spec["action"], Bounded):  # pyright: ignore
+            low, high = low.maximum(spec.low), high.minimum(spec.high)
         clip = partial(torch.clamp, min=low, max=high)
         modules.append(TensorDictModule(clip, in_keys=["action"], out_keys=["action"]))
     return TensorDictSequential(*modules)
