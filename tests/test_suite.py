@@ -84,9 +84,9 @@ def test_fine_tuning_goes_on_from_the_offline_runs(tmp_path: Path, monkeypatch: 
         (1, 80, 40),
     ]
     heading, _, row, picture = done.stdout.splitlines()
-    assert "after 20 steps | after 40 steps" in heading
-    _, name, offline_last, before, _, after, _ = map(str.strip, row.split("|"))
-    assert (name, offline_last) == (NAME, before)
+    assert "after 20 steps | after 40 steps | mean of the last 1 evaluations" in heading
+    _, name, offline_last, before, _, after, half, _ = map(str.strip, row.split("|"))
+    assert (name, offline_last, half) == (NAME, before, after)
     ends = [run["after"]["score"] for run in runs]
     assert after == f"{sum(ends) / 2:.1f} ({ends[0]:.1f}, {ends[1]:.1f})"
     assert Path(picture).stat().st_size > 10_000

@@ -1,6 +1,6 @@
 """Online fine-tuning of what suite.py has trained offline: the table and the picture of the README.
 
-    python recipes/benchmark/finetuning.py --data pointmaze/medium halfcheetah/medium-replay
+    python recipes/benchmark/finetuning.py --data pointmaze/medium antmaze/umaze halfcheetah/medium-replay
 
 The offline phase is suite.py's, in the same folder; finished runs are kept, interrupted ones continued.
 """
@@ -46,19 +46,22 @@ def evaluations(metrics: Path) -> list[float]:
 
 
 def table(args: argparse.Namespace) -> str:
-    """Mean over the seeds, and each of them."""
-    first = args.env_steps // args.evaluations
+    """Mean over the seeds, and each of them.
+
+    A single evaluation of 50 episodes is uncertain by several points, the mean of the second half is less so.
+    """
+    first, half = args.env_steps // args.evaluations, (args.evaluations + 1) // 2
     lines = [
         "| data set (`mini/...`) | offline, last | online, before the first step | "
-        f"after {first:,} steps | after {args.env_steps:,} steps |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        f"after {first:,} steps | after {args.env_steps:,} steps | mean of the last {half} evaluations |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in args.data:
         columns = []
         for seed in args.seeds:
             offline = evaluations(offline_folder(name, seed, args) / "metrics.csv")
             online = evaluations(online_run(name, seed, args).folder / "metrics.csv")
-            columns.append((offline[-1], online[0], online[1], online[-1]))
+            columns.append((offline[-1], online[0], online[1], online[-1], mean(online[-half:])))
         cells = [
             f"{mean(scores):.1f} ({', '.join(f'{score:.1f}' for score in scores)})"
             for scores in zip(*columns, strict=True)
