@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import collect
@@ -20,6 +22,7 @@ RECIPES = Path(collect.__file__).parent
 sys.path.insert(0, str(RECIPES / "benchmark"))
 
 import cloning  # noqa: E402
+import finetuning  # noqa: E402
 
 NAME = "pointmaze/medium"
 SMALL = ["hidden_sizes=[8,8]", "batch_size=32", "compute.execution=eager"]
@@ -90,6 +93,25 @@ def test_fine_tuning_goes_on_from_the_offline_runs(tmp_path: Path, monkeypatch: 
     ends = [run["after"]["score"] for run in runs]
     assert after == f"{sum(ends) / 2:.1f} ({ends[0]:.1f}, {ends[1]:.1f})"
     assert Path(picture).stat().st_size > 10_000
+
+
+def test_the_table_has_the_last_score_and_the_mean_of_the_second_half(tmp_path: Path):
+    for seed in (0, 1):
+        for phase, scores in {"IQL": [5, 10], "online": [10, 7, 90, 20, 40, 60]}.items():
+            folder = tmp_path / "pointmaze-medium" / phase / f"seed={seed}"
+            folder.mkdir(parents=True)
+            with (folder / "metrics.csv").open("w", newline="") as file:
+                rows = csv.writer(file)
+                rows.writerow(["step", "eval/score"])
+                rows.writerows([(t, "") for t in range(3)])  # logged between the evaluations
+                rows.writerows([(t, score + 2 * seed) for t, score in enumerate(scores)])
+    args = {"env_steps": 5000, "evaluations": 5, "steps": 40, "episodes": 2}
+    args |= {"data": [NAME], "seeds": [0, 1], "folder": tmp_path, "online": [], "overrides": []}
+    heading, _, row = finetuning.table(Namespace(**args)).splitlines()
+    assert "after 1,000 steps | after 5,000 steps | mean of the last 3 evaluations" in heading
+    cells = ["11.0 (10.0, 12.0)", "11.0 (10.0, 12.0)", "8.0 (7.0, 9.0)"]
+    cells += ["61.0 (60.0, 62.0)", "41.0 (40.0, 42.0)"]
+    assert row == f"| {' | '.join([NAME, *cells])} |"
 
 
 def test_a_run_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
