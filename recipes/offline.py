@@ -47,6 +47,7 @@ from torchrl_iql import (
     load_dataset,
 )
 from torchrl_iql.models import Architecture
+from torchrl_iql.training import cosine_decay
 
 VARIABLE = ("expectile", "temperature", "learning_rate", "discount", "seed")
 """What may differ between the learners of a run."""
@@ -208,7 +209,8 @@ def learner_for(
         losses,
         learning_rate=[each["learning_rate"] for each in settings],
         target_rate=cfg.target_rate,
-        actor_decay_steps=cfg.steps if cfg.decay_actor else None,
+        schedule={"actor_network": cosine_decay(cfg.steps)} if cfg.decay_actor else {},
+        seeds=[each["seed"] for each in settings],
         execution=cfg.compute.execution,
     )
 
@@ -283,7 +285,7 @@ class Run:
 
     def _log(self, metrics: TensorDictBase, bar: tqdm, **common: float) -> None:
         values = {key: value.reshape(-1).tolist() for key, value in metrics.items()}
-        values["policy_lr"] = self.learner.policy_lr
+        values["policy_lr"] = self.learner.learning_rates()["actor_network"]
         for r, folder in enumerate(self.folders):
             own = {key: value[r] for key, value in values.items()}
             folder.log(self.learner.steps, common | own)

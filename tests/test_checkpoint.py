@@ -12,6 +12,7 @@ from test_training import transitions
 
 from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep, checkpoint, load_policy
 from torchrl_iql.models import Architecture
+from torchrl_iql.training import cosine_decay
 
 ARCHITECTURE = Architecture(
     observation_size=3,
@@ -28,7 +29,7 @@ def learner(architecture: Architecture = ARCHITECTURE) -> TrainStep:
     networks = architecture.build(STATISTICS)
     if architecture.discrete:
         return TrainStep(DiscreteIQLLoss(*networks, action_space="categorical"))
-    return TrainStep(IQLLoss(*networks), actor_decay_steps=10)
+    return TrainStep(IQLLoss(*networks), schedule={"actor_network": cosine_decay(10)})
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "squashed", "deterministic", "categorical"])

@@ -19,7 +19,7 @@ from torchrl import objectives
 from torchrl.data import Categorical, OneHot
 
 from torchrl_iql import DiscreteIQLLoss, IQLLoss, models
-from torchrl_iql.training import TrainStep
+from torchrl_iql.training import TrainStep, cosine_decay
 
 Array = NDArray[np.float64]
 Arrays = list[Array]
@@ -271,7 +271,7 @@ def test_consecutive_steps_equal_numpy(seed: int) -> None:
         loss,
         learning_rate=LEARNING_RATE,
         target_rate=TARGET_RATE,
-        actor_decay_steps=DECAY_STEPS,
+        schedule={"actor_network": cosine_decay(DECAY_STEPS)},
     )
     scatter(loss)
     trained_tensors(loss, "actor")[0].data.copy_(torch.tensor(LOG_STD))
@@ -285,7 +285,9 @@ def test_consecutive_steps_equal_numpy(seed: int) -> None:
         loss.zero_grad()
         losses = loss(td)
         (losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"]).backward()
-        assert step.policy_lr == [pytest.approx(reference.learning_rate("actor"), rel=RTOL)]
+        assert step.learning_rates()["actor_network"] == [
+            pytest.approx(reference.learning_rate("actor"), rel=RTOL)
+        ]
         expected = reference.step(batch)
         metrics = step(td)
 

@@ -458,7 +458,7 @@ def test_online_training_starts_from_exactly_the_checkpoint(
     policy = load_policy(path)
     assert all(map(torch.equal, its._network(0, "actor").parameters(), policy.parameters()))
     # The offline run has decayed the policy's learning rate to 0.
-    assert its.learner.policy_lr == [3e-4]
+    assert its.learner.learning_rates()["actor_network"] == [3e-4]
     assert its.frames == 0
 
 
@@ -710,7 +710,7 @@ def continued(folder: Path) -> online.Run:
     its = started(cfg, folder)  # pyright: ignore
     assert its.frames >= 30
     assert (its.switch, its.learner.steps) == (0, its.frames)
-    assert its.learner.policy_lr == [3e-4]
+    assert its.learner.learning_rates()["actor_network"] == [3e-4]
     written = [int(row["frames"]) for row in rows(folder) if row["frames"]]
     assert written == list(range(20, its.frames + 1, 20))
     return its

@@ -143,7 +143,7 @@ def test_the_configuration_reaches_the_learners(maze_id: str) -> None:
         assert loss.value_estimator.gamma == pytest.approx(0.9)
         mean, _ = dataset.observation_statistics()
         assert torch.equal(loss.value_network.module.normalize.mean, mean)
-    assert learner.policy_lr == [0.01, 0.01]
+    assert learner.learning_rates()["actor_network"] == [0.01, 0.01]
     assert learner.execution == "eager"
 
 

@@ -17,11 +17,13 @@ from torchrl.data import OneHot
 from torchrl.modules import ValueOperator
 from torchrl.objectives import BCLoss, SoftUpdate
 
-from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep, models, training
+from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep, models
 from torchrl_iql.data import Minibatches
+from torchrl_iql.data.minibatches import BLOCK
 from torchrl_iql.models import Architecture
-from torchrl_iql.objectives.stacked import StackedLosses
-from torchrl_iql.training import BLOCK, adam_
+from torchrl_iql.training import adam_, cosine_decay
+from torchrl_iql.training import execution as execution_room
+from torchrl_iql.training.stacked import StackedProgram
 
 LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
 
@@ -206,11 +208,11 @@ def test_adam_is_torchs() -> None:
 
 def test_the_policys_learning_rate_follows_a_cosine_to_zero_and_stays_there() -> None:
     loss = make_loss(0)
-    step = TrainStep(loss, learning_rate=0.1, actor_decay_steps=4)
+    step = TrainStep(loss, learning_rate=0.1, schedule={"actor_network": cosine_decay(4)})
     rates = []
     for t in range(6):
         before = deepcopy(loss)
-        rates += step.policy_lr
+        rates += step.learning_rates()["actor_network"]
         step(transitions(8))
         moved = {
             name: any(
@@ -270,8 +272,8 @@ def test_the_loss_stays_what_it_is_and_both_see_what_the_other_changes() -> None
 def test_a_restored_step_continues_as_if_nothing_had_happened() -> None:
     torch.manual_seed(0)
     batches = [transitions(32) for _ in range(6)]
-    uninterrupted = TrainStep(make_loss(), actor_decay_steps=6)
-    restored = TrainStep(make_loss(), actor_decay_steps=6)
+    uninterrupted = TrainStep(make_loss(), schedule={"actor_network": cosine_decay(6)})
+    restored = TrainStep(make_loss(), schedule={"actor_network": cosine_decay(6)})
     for batch in batches[:3]:
         uninterrupted(batch)
     restored.load_state_dict(uninterrupted.state_dict())
@@ -279,7 +281,10 @@ def test_a_restored_step_continues_as_if_nothing_had_happened() -> None:
         uninterrupted(batch)
         restored(batch)
     assert restored.steps == 6
-    assert restored.policy_lr == uninterrupted.policy_lr
+    assert (
+        restored.learning_rates()["actor_network"]
+        == uninterrupted.learning_rates()["actor_network"]
+    )
     assert equal(restored.losses[0], uninterrupted.losses[0])
 
 
@@ -308,8 +313,8 @@ def test_compiled_code_is_compiled_once_and_never_left() -> None:
     torch._dynamo.reset()
     minibatches = Minibatches(transitions(500), 16)
     loss, eager = make_loss(0), make_loss(0)
-    compiled = TrainStep(loss, actor_decay_steps=200, execution="compiled")
-    plain = TrainStep(eager, actor_decay_steps=200)
+    compiled = TrainStep(loss, schedule={"actor_network": cosine_decay(200)}, execution="compiled")
+    plain = TrainStep(eager, schedule={"actor_network": cosine_decay(200)})
     compiled.run(minibatches, 3)
     plain.run(minibatches, 3)
     counters.clear()
@@ -339,27 +344,30 @@ def test_a_replayed_graph_gets_every_index_and_schedule(
     """All that surrounds CUDA's recording, with a recording that runs its code again."""
     replays = []
 
-    def record(first: Callable, again: Callable) -> tuple:
-        result = first()
-        recorded = torch.full_like(result, math.nan)
+    def record(steps: Callable) -> tuple:
+        first = steps().clone()
+        recorded = first.apply(lambda x: torch.full_like(x, math.nan))
 
         def replay() -> None:
-            replays.append(recorded.copy_(again()))
+            replays.append(recorded.update_(steps()))
 
-        return result, replay, recorded
+        return first, replay, recorded
 
-    monkeypatch.setattr(training, "_record", record)
+    monkeypatch.setattr(execution_room, "record", record)
     torch.manual_seed(0)
     data = transitions(500)
-    plain = TrainStep([make_loss(0), make_loss(1)], actor_decay_steps=150)
+    plain = TrainStep([make_loss(0), make_loss(1)], schedule={"actor_network": cosine_decay(150)})
     expected = plain.run(Minibatches(data, 16, seeds=[0, 1]), 137)
-    replayed = TrainStep([make_loss(0), make_loss(1)], actor_decay_steps=150)
-    replayed.execution = "cudagraph"
+    replayed = TrainStep(
+        [make_loss(0), make_loss(1)], schedule={"actor_network": cosine_decay(150)}
+    )
+    replayed._executor.execution = "cudagraph"
     with Minibatches(data, 16, seeds=[0, 1], streaming=streaming) as minibatches:
         for steps in (1, 40, 63, 33):
             metrics = replayed.run(minibatches, steps)
-    # 4 of the 40, 5 of 59 to the end of the block, none of the 4 after it, 3 of the 33 left.
-    assert len(replays) == 4 + 5 + 3
+    # Of each learner 4 of the 40, the first of which is recorded, 5 of 59 to the end of the block, none
+    # of the 4 after it, 3 of the 33 left.
+    assert len(replays) == 2 * (4 + 5 + 3 - 1)
     for key in expected.keys():
         torch.testing.assert_close(metrics[key], expected[key], rtol=1e-3, atol=1e-5)
     for ours, theirs in zip(replayed.losses, plain.losses, strict=True):
@@ -380,17 +388,29 @@ RATES = [3e-4, 1e-3, 1e-2]
 def test_a_replica_equals_the_same_learner_trained_alone(execution: str) -> None:
     data, seeds = transitions(500), [5, 6, 5]
     losses = [make_loss(seed, **each) for seed, each in zip(seeds, SETTINGS, strict=True)]
-    together = TrainStep(losses, learning_rate=RATES, actor_decay_steps=150, execution=execution)
+    together = TrainStep(
+        losses,
+        learning_rate=RATES,
+        schedule={"actor_network": cosine_decay(150)},
+        execution=execution,
+    )
     metrics = together.run(Minibatches(data, 32, seeds=seeds), 100)
     for r, (seed, each) in enumerate(zip(seeds, SETTINGS, strict=True)):
-        alone = TrainStep(make_loss(seed, **each), learning_rate=RATES[r], actor_decay_steps=150)
+        alone = TrainStep(
+            make_loss(seed, **each),
+            learning_rate=RATES[r],
+            schedule={"actor_network": cosine_decay(150)},
+        )
         expected = alone.run(Minibatches(data, 32, seeds=[seed]), 100)
         if execution == "eager":  # bit for bit
             assert all(torch.equal(metrics[key][r], expected[key]) for key in expected.keys())
             assert equal(losses[r], alone.losses[0])
         else:
             assert_close(losses[r], alone.losses[0], 1e-4)
-        assert together.policy_lr[r] == alone.policy_lr[0]
+        assert (
+            together.learning_rates()["actor_network"][r]
+            == alone.learning_rates()["actor_network"][0]
+        )
 
 
 def test_a_batch_of_learners_is_computed_as_each_of_them() -> None:
@@ -403,15 +423,17 @@ def test_a_batch_of_learners_is_computed_as_each_of_them() -> None:
         totals.append(sum(outputs[key] for key in LOSSES))
         totals[-1].backward()
     gradients = [[p.grad.clone() for p in loss.parameters()] for loss in losses]
-    stacked = StackedLosses(losses)
-    columns = stacked.columns(batches.reshape(-1))
+    alone = TrainStep(losses)
+    program = StackedProgram(losses, alone._optimizations)
+    columns = program.columns(batches.reshape(-1))
     batch = {key: column.unflatten(0, (3, 32)) for key, column in columns.items()}
-    leaves = tuple(x.detach().requires_grad_() for x in stacked.online)
-    total, _ = stacked(leaves, stacked.frozen, stacked.coefficients, batch)
+    online, frozen, _, coefficients, _ = program.state
+    leaves = tuple(x.detach().requires_grad_() for x in online)
+    total, _ = program.shared(leaves, frozen, coefficients, batch)
     torch.testing.assert_close(total.detach(), sum(totals).detach())
     total.backward()
-    for online, leaf in zip(stacked.online, leaves, strict=True):
-        online.copy_(leaf.grad)  # the parameters, views of it, now show their gradients
+    for stack, leaf in zip(online, leaves, strict=True):
+        stack.copy_(leaf.grad)  # the parameters, views of it, now show their gradients
     for loss, expected in zip(losses, gradients, strict=True):
         for parameter, gradient in zip(loss.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.detach(), gradient, rtol=1e-4, atol=1e-6)
@@ -468,12 +490,20 @@ def test_batches_for_replicas_are_stacked() -> None:
         ("learning_rate", [1e-3, 1e-4]),
         ("target_rate", 0.0),
         ("target_rate", 1.5),
-        ("actor_decay_steps", 0),
+        ("target_every", 0),
+        ("weight_decay", -1.0),
+        ("max_grad_norm", 0.0),
+        ("every", {"actor_network": 0}),
+        ("every", {"actor": 2}),
+        ("learning_rate", {"policy": 1e-3}),
+        ("schedule", {"actor": None}),
+        ("entries", ()),
         ("execution", "fast"),
     ],
 )
 def test_bad_settings_are_named(setting: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{setting}.*{re.escape(str(value))}"):
+    shown = next(iter(value)) if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=f"{setting}.*{re.escape(str(shown))}"):
         TrainStep(make_loss(), **{setting: value})
 
 
@@ -503,21 +533,32 @@ def other_keys() -> IQLLoss:
 
 
 @pytest.mark.parametrize(
-    ("losses", "message"),
+    ("losses", "reason"),
     [
         (lambda: own_value_network(), "value_network is not a network of torchrl_iql.models"),
         (lambda: other_keys(), "default keys"),
         (lambda: make_loss(reduction="sum"), "reduction='mean'"),
         (lambda: make_loss().make_value_estimator("td1"), "TD0"),
         (lambda: make_loss().make_value_estimator(average_rewards=True), "average_rewards"),
-        (lambda: [], "at least one loss"),
-        (lambda: theirs(), "got IQLLoss of torchrl"),
+        (lambda: theirs(), "IQLLoss of torchrl.objectives.iql is not this project's IQL"),
         (
             lambda: uneven(value=(16, 8)),
-            r"same hidden_sizes.*\[256, 256\], \[16, 8\], \[256, 256\]",
+            r"different hidden_sizes, \[256, 256\], \[16, 8\], \[256, 256\]",
         ),
-        (lambda: uneven(statistics=(torch.ones(3), torch.ones(3))), "same observation_statistics"),
-        (lambda: [make_loss(), make_loss(weight_clip=5.0)], "same weight_clip, got 100.0 and 5.0"),
+        (lambda: uneven(statistics=(torch.ones(3), torch.ones(3))), "different observation_stat"),
+    ],
+)
+def test_losses_without_a_stack_are_trained_as_they_are(
+    losses: Callable[[], Any], reason: str
+) -> None:
+    step = TrainStep(losses())
+    assert re.search(f"^general: .*{reason}", step.path), step.path
+
+
+@pytest.mark.parametrize(
+    ("losses", "reason"),
+    [
+        (lambda: [make_loss(), make_loss(weight_clip=5.0)], "different weight_clip, 100.0 and 5.0"),
         (
             lambda: [
                 make_loss(),
@@ -527,13 +568,27 @@ def other_keys() -> IQLLoss:
                     models.value_network(3),
                 ),
             ],
-            "same sizes",
+            "different sizes",
         ),
     ],
 )
-def test_losses_that_cannot_be_trained_together_are_explained(
-    losses: Callable[[], Any], message: str
+def test_learners_that_differ_are_trained_one_after_the_other(
+    losses: Callable[[], Any], reason: str
 ) -> None:
+    assert re.search(
+        f"^stacked: .*one learner after the other: .*{reason}", TrainStep(losses()).path
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (lambda: [], "at least one loss"),
+        (lambda: torch.nn.Linear(2, 2), "LossModules of TorchRL, got Linear"),
+        (lambda: [make_loss()] * 2, "twice"),
+    ],
+)
+def test_what_is_no_loss_is_refused(losses: Callable[[], Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         TrainStep(losses())
 
@@ -544,8 +599,7 @@ def test_losses_that_cannot_be_trained_together_are_explained(
         (lambda batch: batch.exclude(("next", "reward")), r"\('next', 'reward'\)"),
         (lambda batch: batch.set("observation", batch["observation"].double()), "torch.float64"),
         (lambda batch: batch.set("action", torch.rand(8, 3)), r"'action' is \(8, 3\)"),
-        (lambda batch: batch.set("priority_weight", torch.rand(8)), "'priority_weight'"),
-        (lambda batch: batch.set(("collector", "mask"), torch.ones(8)), "'mask'"),
+        (lambda batch: batch.set("priority_weight", torch.rand(8, 2)), "'priority_weight'"),
         (lambda batch: batch.reshape(2, 4), r"shape \(2, 4\), expected \[B\]"),
     ],
 )
@@ -585,11 +639,13 @@ def test_a_gpu_trains_as_the_cpu(execution: str, replicas: int, streaming: bool)
     torch.manual_seed(0)
     data, seeds = transitions(500), range(replicas)
     data = data.apply(lambda x: x.double() if x.is_floating_point() else x)
-    on_cpu = TrainStep([make_loss(s).double() for s in seeds], actor_decay_steps=200)
+    on_cpu = TrainStep(
+        [make_loss(s).double() for s in seeds], schedule={"actor_network": cosine_decay(200)}
+    )
     expected = on_cpu.run(Minibatches(data, 32, seeds=seeds), 137)
     on_gpu = TrainStep(
         [make_loss(s).double().to("cuda") for s in seeds],
-        actor_decay_steps=200,
+        schedule={"actor_network": cosine_decay(200)},
         execution=execution,
     )
     with Minibatches(data, 32, seeds=seeds, device="cuda", streaming=streaming) as minibatches:

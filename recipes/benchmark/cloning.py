@@ -9,7 +9,6 @@ results up to rounding. Without values to learn, it is a fifth of the work. It r
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import offline
 
-from torchrl_iql import OfflineDataset
+from torchrl_iql import OfflineDataset, TrainStep
 from torchrl_iql.data.minibatches import BLOCK
-from torchrl_iql.training import resolve_execution
+from torchrl_iql.training import cosine_decay
 
 
 def policies(
@@ -43,26 +42,22 @@ def policies(
     torch.manual_seed(seed)
     architecture = offline.architecture_for(cfg, dataset)
     policy, _, _ = architecture.build(dataset.observation_statistics())
-    loss = BCLoss(policy)
-    execution = resolve_execution(cfg.compute.execution, torch.device("cpu"))
-    step = loss if execution == "eager" else torch.compile(loss)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.learning_rate, fused=True)
-    decay = 0.5 if cfg.decay_actor else 0.0
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: 1 - decay + decay * math.cos(math.pi * t / cfg.steps)
+    step = TrainStep(
+        BCLoss(policy),
+        learning_rate=cfg.learning_rate,
+        schedule={"actor_network": cosine_decay(cfg.steps)} if cfg.decay_actor else {},
+        seeds=seed,
+        execution=cfg.compute.execution,
     )
     minibatches = dataset.minibatches(cfg.batch_size, seeds=[seed])
-    for t in tqdm(range(cfg.steps), desc=f"BC, seed {seed}", unit="step"):
-        block, position = divmod(t, BLOCK)
-        source, indices = minibatches(block)
-        rows = indices[position, 0]
-        batch = source.select("observation", "action")[rows]
-        optimizer.zero_grad()
-        step(batch)["loss_bc"].backward()
-        optimizer.step()
-        schedule.step()
-        if (t + 1) % cfg.eval_interval == 0 or t + 1 == cfg.steps:
-            yield t + 1, policy
+    with tqdm(total=cfg.steps, desc=f"BC, seed {seed}", unit="step") as bar:
+        while step.steps < cfg.steps:
+            done = step.steps
+            left = min(cfg.eval_interval - done % cfg.eval_interval, cfg.steps - done)
+            step.run(minibatches, min(left, BLOCK))
+            bar.update(step.steps - done)
+            if step.steps % cfg.eval_interval == 0 or step.steps == cfg.steps:
+                yield step.steps, policy
 
 
 def run(cfg: DictConfig, path: Path) -> None:

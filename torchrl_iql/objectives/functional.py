@@ -9,7 +9,7 @@ captured, and batched over independent learners.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,11 @@ from torch import Tensor
 __all__ = [
     "DISTANCES",
     "Distance",
+    "Outputs",
     "actor_loss",
     "advantage_weight",
     "expectile_loss",
+    "losses",
     "min_q",
     "qvalue_loss",
     "td_target",
@@ -29,6 +31,65 @@ __all__ = [
 
 Distance = Literal["l2", "l1", "smooth_l1"]
 DISTANCES: tuple[str, ...] = get_args(Distance)
+
+
+class Outputs(NamedTuple):
+    """The network outputs that the losses of a batch ``[*B]`` are made of.
+
+    Attributes:
+        log_prob: log pi(a | s), or minus the squared error of a deterministic policy, ``[*B]``.
+        target_q: the target Q networks at the actions of the data, ``[N, *B]``, without gradients.
+        q: the Q networks there, ``[N, *B]``.
+        v: V(s), ``[*B]``.
+        td_target: r + gamma (1 - terminated) V(s'), ``[*B]``, without gradients.
+    """
+
+    log_prob: Tensor
+    target_q: Tensor
+    q: Tensor
+    v: Tensor
+    td_target: Tensor
+
+
+def losses(
+    outputs: Outputs,
+    *,
+    expectile: float | Tensor,
+    temperature: float | Tensor,
+    weight_clip: float,
+    distance: Distance,
+) -> dict[str, Tensor]:
+    """The algorithm: equations 5, 6 and 7 from the same parameters, and what is worth watching.
+
+    Args:
+        outputs: of the networks.
+        expectile: of :func:`value_loss`.
+        temperature: of :func:`advantage_weight`.
+        weight_clip: of :func:`advantage_weight`.
+        distance: of :func:`qvalue_loss`.
+
+    Returns:
+        one value per transition, ``[*B]``, of ``loss_actor``, ``loss_qvalue`` and ``loss_value``; and,
+        detached, ``td_error`` (squared, the largest of the ensemble), ``advantage``, ``value``,
+        ``qvalue``, ``clip_fraction`` (1 where the weight is clipped) and ``entropy`` (minus log pi).
+    """
+    log_prob, target_q, q, v, target = outputs
+    advantage = (min_q(target_q) - v).detach()
+    weight = advantage_weight(advantage, temperature, weight_clip)
+    watched = {
+        "td_error": (q - target).square().amax(dim=0),
+        "advantage": advantage,
+        "value": v,
+        "qvalue": q.mean(dim=0),
+        "clip_fraction": (weight >= weight_clip).to(weight.dtype),
+        "entropy": -log_prob,
+    }
+    return {
+        "loss_actor": actor_loss(log_prob, weight),
+        "loss_qvalue": qvalue_loss(q, target, distance),
+        "loss_value": value_loss(target_q, v, expectile),
+        **{name: value.detach() for name, value in watched.items()},
+    }
 
 
 def min_q(q: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from tensordict import (
@@ -47,24 +47,6 @@ __all__ = ["DiscreteIQLLoss", "IQLLoss"]
 
 Reduction = Literal["none", "mean", "sum"]
 ScalarOutputMode = Literal["exclude", "non_tensor"]
-
-
-class Outputs(NamedTuple):
-    """The network outputs that the losses of a batch ``[*B]`` are made of.
-
-    Attributes:
-        log_prob: log pi(a | s), or minus the squared error of a deterministic policy, ``[*B]``.
-        target_q: the target Q networks at the actions of the data, ``[N, *B]``, without gradients.
-        q: the Q networks there, ``[N, *B]``.
-        v: V(s), ``[*B]``.
-        td_target: r + gamma (1 - terminated) V(s'), ``[*B]``, without gradients.
-    """
-
-    log_prob: Tensor
-    target_q: Tensor
-    q: Tensor
-    v: Tensor
-    td_target: Tensor
 
 
 class IQLLoss(LossModule):
@@ -316,10 +298,10 @@ class IQLLoss(LossModule):
         """The three losses and the diagnostics, each network evaluated once per input."""
         return self.losses(tensordict, self.evaluate(tensordict))
 
-    def evaluate(self, tensordict: TensorDictBase) -> Outputs:
+    def evaluate(self, tensordict: TensorDictBase) -> iql.Outputs:
         """All that :meth:`losses` needs of the networks."""
         target_q = self._target_q(tensordict)  # first: it checks the shape of discrete actions
-        return Outputs(
+        return iql.Outputs(
             log_prob=self.log_likelihood(tensordict),
             target_q=target_q,
             q=self._q(tensordict),
@@ -327,34 +309,31 @@ class IQLLoss(LossModule):
             td_target=self.td_target(tensordict, self._next_v(tensordict)),
         )
 
-    def losses(self, tensordict: TensorDictBase, outputs: Outputs) -> TensorDictBase:
+    def losses(self, tensordict: TensorDictBase, outputs: iql.Outputs) -> TensorDictBase:
         """What :meth:`forward` returns, and the priority in the batch, from given network outputs."""
-        log_prob, target_q, q, v, td_target = outputs
-        loss_actor, weight = self._actor_loss(tensordict, log_prob, target_q, v)
-        loss_value = self._value_loss(tensordict, target_q, v)
-        loss_qvalue, td_error = self._qvalue_loss(tensordict, q, td_target)
-        if not tensordict.is_locked:
-            tensordict.set(self.tensor_keys.priority, td_error.max(dim=0).values)
-
-        out = TensorDict(
-            {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value},
-            batch_size=loss_actor.shape,
+        self._check_outputs(outputs)
+        values = iql.losses(
+            outputs,
+            expectile=self.expectile,
+            temperature=self.temperature.to(outputs.v.dtype),
+            weight_clip=self.weight_clip,
+            distance=self.loss_function,
         )
-        scalars = {
-            "advantage": iql.min_q(target_q) - v,
-            "value": v,
-            "qvalue": q.mean(dim=0),
-            "clip_fraction": (weight >= self.weight_clip).to(weight.dtype),
-        }
-        if not self._deterministic:
-            scalars["entropy"] = -log_prob
+        td_error = values.pop("td_error")
+        if not tensordict.is_locked:
+            tensordict.set(self.tensor_keys.priority, td_error)
+        names = [name for name in values if name.startswith("loss_")]
+        losses = {name: self._reduce(tensordict, values.pop(name)) for name in names}
+        out = TensorDict(losses, batch_size=losses["loss_actor"].shape)
+        if self._deterministic:
+            del values["entropy"]
         if self._writes_scalars:
-            for key, per_transition in scalars.items():
-                scalar = self._reduce_loss(per_transition.detach(), tensordict, reduction="mean")
+            for name, value in values.items():
+                scalar = self._reduce_loss(value, tensordict, reduction="mean")
                 if self.reduction == "none":
-                    out.set_non_tensor(key, scalar)
+                    out.set_non_tensor(name, scalar)
                 else:
-                    out.set(key, scalar)
+                    out.set(name, scalar)
         self._release(tensordict, out)
         return out
 
@@ -366,7 +345,12 @@ class IQLLoss(LossModule):
         """
         target_q, v = self._target_q(tensordict), self._v(tensordict)
         log_prob = self.log_likelihood(tensordict)
-        loss, _ = self._actor_loss(tensordict, log_prob, target_q, v)
+        _check_shape("V(s)", v, target_q.shape[1:])
+        _check_shape("log-probability of the action", log_prob, v.shape)
+        advantage = iql.min_q(target_q) - v
+        temperature = self.temperature.to(v.dtype)
+        weight = iql.advantage_weight(advantage, temperature, self.weight_clip)
+        loss = self._reduce(tensordict, iql.actor_loss(log_prob, weight))
         self._release(tensordict)
         return loss, {}
 
@@ -376,7 +360,9 @@ class IQLLoss(LossModule):
         Returns:
             the loss, and an empty dictionary.
         """
-        loss = self._value_loss(tensordict, self._target_q(tensordict), self._v(tensordict))
+        target_q, v = self._target_q(tensordict), self._v(tensordict)
+        _check_shape("V(s)", v, target_q.shape[1:])
+        loss = self._reduce(tensordict, iql.value_loss(target_q, v, self.expectile))
         self._release(tensordict)
         return loss, {}
 
@@ -386,31 +372,18 @@ class IQLLoss(LossModule):
         Returns:
             the loss, and a dictionary with the squared ``td_error``, ``[N, *B]``, detached.
         """
-        loss, td_error = self._qvalue_loss(
-            tensordict,
-            self._q(tensordict),
-            self.td_target(tensordict, self._next_v(tensordict)),
-        )
-        self._release(tensordict)
-        return loss, {"td_error": td_error}
-
-    def _actor_loss(
-        self, td: TensorDictBase, log_prob: Tensor, target_q: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        _check_shape("V(s)", v, target_q.shape[1:])
-        _check_shape("log-probability of the action", log_prob, v.shape)
-        advantage = (iql.min_q(target_q) - v).detach()
-        weight = iql.advantage_weight(advantage, self.temperature.to(v.dtype), self.weight_clip)
-        return self._reduce(td, iql.actor_loss(log_prob, weight)), weight
-
-    def _value_loss(self, td: TensorDictBase, target_q: Tensor, v: Tensor) -> Tensor:
-        _check_shape("V(s)", v, target_q.shape[1:])
-        return self._reduce(td, iql.value_loss(target_q, v, self.expectile))
-
-    def _qvalue_loss(self, td: TensorDictBase, q: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        q = self._q(tensordict)
+        target = self.td_target(tensordict, self._next_v(tensordict))
         _check_shape("Q(s, a)", q[0], target.shape)
-        loss = iql.qvalue_loss(q, target, self.loss_function)
-        return self._reduce(td, loss), (q - target).square().detach()
+        loss = self._reduce(tensordict, iql.qvalue_loss(q, target, self.loss_function))
+        self._release(tensordict)
+        return loss, {"td_error": (q - target).square().detach()}
+
+    @staticmethod
+    def _check_outputs(outputs: iql.Outputs) -> None:
+        _check_shape("V(s)", outputs.v, outputs.target_q.shape[1:])
+        _check_shape("log-probability of the action", outputs.log_prob, outputs.v.shape)
+        _check_shape("Q(s, a)", outputs.q[0], outputs.td_target.shape)
 
     # --- The networks, evaluated --------------------------------------------------------------------
 

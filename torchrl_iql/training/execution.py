@@ -1,0 +1,329 @@
+"""How steps are executed: eagerly, compiled, or compiled and replayed from CUDA graphs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from types import FunctionType
+from typing import Any, Literal, get_args
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from torchrl_iql.training.program import Program
+
+__all__ = ["Execution", "Executor", "RandomStream"]
+
+Execution = Literal["auto", "eager", "compiled", "cudagraph"]
+Due = frozenset[str]
+
+STEPS_PER_GRAPH = 10
+"""Gradient steps in one CUDA graph: enough that the time between two graphs does not count."""
+
+
+class Executor:
+    """Takes the steps of programs.
+
+    Args:
+        wanted: what was asked for.
+        device: of the programs.
+
+    Attributes:
+        execution: how steps are executed. With ``"auto"`` that may change at the first step, if it
+            turns out that a program can not be compiled.
+        reason: why so.
+
+    Raises:
+        ValueError: ``wanted`` is unknown, or the device can not do it.
+    """
+
+    def __init__(self, wanted: Execution, device: torch.device) -> None:
+        if wanted not in get_args(Execution):
+            raise ValueError(f"execution must be one of {get_args(Execution)}, got {wanted!r}")
+        if wanted == "cudagraph" and device.type != "cuda":
+            raise ValueError(
+                f"execution='cudagraph' needs a CUDA device, the losses are on {device}"
+            )
+        self._may_fall_back = wanted == "auto"
+        self.execution: Execution = wanted
+        self.reason = f"execution={wanted!r} was asked for"
+        if wanted == "auto":
+            self.execution, self.reason = _fastest(device)
+        # By what a step computes with, and the networks that are due.
+        self._compiled: dict[tuple[Any, Due], Callable] = {}
+        self._graphs: dict[tuple[Program, tuple[Due, ...], bool], _Graph] = {}
+
+    def take(
+        self,
+        program: Program,
+        source: TensorDictBase,
+        indices: Tensor | None,
+        rates: Tensor,
+        due: Sequence[Due],
+    ) -> TensorDictBase:
+        """Takes some steps.
+
+        Args:
+            program: whose steps they are.
+            source: transitions ``[n]``.
+            indices: of the minibatches, ``[steps, ...]``; None for one step on all transitions.
+            rates: ``[steps, ...]``.
+            due: for each step, what is updated.
+
+        Returns:
+            the results of the last step.
+        """
+        if self.execution == "eager":
+            return self._one_by_one(
+                program.update, program, program.columns(source), indices, rates, due
+            )
+        ready = [(program.shared, kind) in self._compiled for kind in due]
+        # Gradients are taken within the compiled code, which Dynamo traces only when told to.
+        tracing = torch._dynamo.config.patch(trace_autograd_ops=True)
+        try:
+            if not all(ready):
+                program.rehearse(program.columns(source), None if indices is None else indices[0])
+            with nullcontext() if all(ready) else tracing:
+                if self.execution == "cudagraph":
+                    return self._replay(program, source, indices, rates, due)
+                columns = program.columns(source)
+                step = self._compile(program)
+                return self._one_by_one(step, program, columns, indices, rates, due)
+        except _COMPILATION_ERRORS as error:
+            if not self._may_fall_back or all(ready):
+                raise
+            self.execution, self.reason = "eager", f"compiling failed: {_first_line(error)}"
+            warnings.warn(f"training is not compiled, and slower: {self.reason}", stacklevel=4)
+            return self.take(program, source, indices, rates, due)
+
+    def _one_by_one(
+        self,
+        step: Callable[..., TensorDictBase],
+        program: Program,
+        columns: Any,
+        indices: Tensor | None,
+        rates: Tensor,
+        due: Sequence[Due],
+    ) -> TensorDictBase:
+        results, seen = None, set()
+        for at, rate, kind in zip([None] if indices is None else indices, rates, due, strict=True):
+            # The first call checks that the compiled code fits these tensors, then it does.
+            unchecked = kind in seen and self.execution != "eager"
+            with torch.compiler.set_stance(skip_guard_eval_unsafe=unchecked):
+                results = step(program.state, columns, at, rate, kind)
+            seen.add(kind)
+        assert results is not None
+        return results
+
+    def _compile(self, program: Program) -> Callable[..., TensorDictBase]:
+        """The program's step, of which each kind is compiled at its first call."""
+
+        def step(state: Any, columns: Any, at: Any, rate: Tensor, kind: Due) -> TensorDictBase:
+            key = program.shared, kind
+            if key not in self._compiled:
+                update = program.shared.update
+
+                def whole(state: Any, columns: Any, at: Any, rate: Tensor) -> TensorDictBase:
+                    return update(state, columns, at, rate, kind)
+
+                self._compiled[key] = torch.compile(_copy(whole), fullgraph=True, dynamic=False)
+            return self._compiled[key](state, columns, at, rate)
+
+        return step
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, also by copy.deepcopy, compiles anew: this code trains the losses that it was made of.
+        return {**vars(self), "_compiled": {}, "_graphs": {}}
+
+    # --- CUDA graphs ---------------------------------------------------------------------------------
+
+    def _replay(
+        self,
+        program: Program,
+        source: TensorDictBase,
+        indices: Tensor | None,
+        rates: Tensor,
+        due: Sequence[Due],
+    ) -> TensorDictBase:
+        if indices is None:
+            return self._graph(program, source, None, rates, due)
+        results = None
+        whole = len(indices) - len(indices) % STEPS_PER_GRAPH
+        for first in range(0, whole, STEPS_PER_GRAPH):
+            part = slice(first, first + STEPS_PER_GRAPH)
+            results = self._graph(program, source, indices[part], rates[part], due[part])
+        if whole < len(indices):
+            columns = program.columns(source)
+            rest = indices[whole:], rates[whole:], due[whole:]
+            results = self._one_by_one(self._compile(program), program, columns, *rest)
+        assert results is not None
+        return results
+
+    def _graph(
+        self,
+        program: Program,
+        source: TensorDictBase,
+        indices: Tensor | None,
+        rates: Tensor,
+        due: Sequence[Due],
+    ) -> TensorDictBase:
+        key = program, tuple(due), indices is None
+        graph = self._graphs.get(key)
+        if graph is None or not graph.fits(program, source):
+            take = partial(self._one_by_one, self._compile(program), program)
+            # Before it is recorded, the code must have run: these steps count as any others.
+            self._graphs[key] = graph = _Graph(take, program, source, indices, rates, due)
+            return graph.first
+        return graph.replay(source, indices, rates)
+
+
+class _Graph:
+    """Some steps, recorded once and replayed with other minibatches and rates.
+
+    Args:
+        take: takes steps, given columns, indices, rates and what is due.
+        program: whose steps they are.
+        source: transitions; with ``indices`` those that are always there, else one batch of many.
+        indices: of the steps to take before recording.
+        rates: their rates.
+        due: what is updated in each.
+
+    Attributes:
+        first: the results of these steps.
+    """
+
+    def __init__(
+        self,
+        take: Callable[..., TensorDictBase],
+        program: Program,
+        source: TensorDictBase,
+        indices: Tensor | None,
+        rates: Tensor,
+        due: Sequence[Due],
+    ) -> None:
+        self.batch = source.clone() if indices is None else None
+        self.indices = None if indices is None else indices.clone()
+        self.rates = rates.clone()
+        fixed = source if self.batch is None else self.batch
+        again = partial(take, program.columns(fixed), self.indices, self.rates, due)
+        self.first, self._again, self._recorded = record(again)
+        self._addresses = self._where(program, fixed)
+
+    def fits(self, program: Program, source: TensorDictBase) -> bool:
+        """Whether everything is still where it was when the graph was recorded."""
+        if self.batch is None:
+            return self._addresses == self._where(program, source)
+        same = source.shape == self.batch.shape and _layout(source) == _layout(self.batch)
+        return same and self._addresses == self._where(program, self.batch)
+
+    @staticmethod
+    def _where(program: Program, source: TensorDictBase) -> tuple:
+        columns = source.items(True, True)
+        return program.addresses(), tuple((k, c.data_ptr(), c.shape) for k, c in columns)
+
+    def replay(
+        self, source: TensorDictBase, indices: Tensor | None, rates: Tensor
+    ) -> TensorDictBase:
+        """Takes the steps with these, and returns the results of the last one."""
+        if self.batch is not None:
+            self.batch.update_(source, non_blocking=True)
+        elif self.indices is not None:
+            self.indices.copy_(indices)  # pyright: ignore
+        self.rates.copy_(rates)
+        self._again()
+        return self._recorded.clone()
+
+
+def _layout(source: TensorDictBase) -> list:
+    return [(key, column.shape, column.dtype) for key, column in source.items(True, True)]
+
+
+def record(
+    steps: Callable[[], TensorDictBase],
+) -> tuple[TensorDictBase, Callable[[], None], TensorDictBase]:
+    """Takes steps, in which everything is compiled and set up, and records the same unexecuted.
+
+    Returns:
+        the results of those steps, what replays the record, and the tensors with its results.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        first = steps().clone()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        recorded = steps()
+    return first, graph.replay, recorded
+
+
+class RandomStream:
+    """The random numbers of one learner: global generators that continue where it last stopped.
+
+    Args:
+        seed: where the stream begins.
+        device: on which numbers are drawn.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._device = device
+        outer = self._get()
+        torch.manual_seed(seed)
+        self.state = self._get()
+        self._set(outer)
+
+    def __enter__(self) -> None:
+        self._outer = self._get()
+        self._set(self.state)
+
+    def __exit__(self, *_: object) -> None:
+        self.state = self._get()
+        self._set(self._outer)
+
+    def _get(self) -> list[Tensor]:
+        on_gpu = self._device.type == "cuda"
+        return [torch.get_rng_state()] + (
+            [torch.cuda.get_rng_state(self._device)] if on_gpu else []
+        )
+
+    def _set(self, state: list[Tensor]) -> None:
+        torch.set_rng_state(state[0].cpu())
+        if self._device.type == "cuda" and len(state) > 1:
+            torch.cuda.set_rng_state(state[1].cpu(), self._device)
+
+
+def _fastest(device: torch.device) -> tuple[Execution, str]:
+    if device.type == "cuda":
+        return "cudagraph", "a GPU replays recorded steps without waiting for the CPU"
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except Exception as error:  # no compiler, no Python headers, a device without code generation
+        reason = f"nothing can be compiled here: {_first_line(error)}"
+        warnings.warn(f"training is not compiled, and slower: {reason}", stacklevel=5)
+        return "eager", reason
+    return "compiled", f"there is a compiler for {device.type}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _copy(function: FunctionType) -> FunctionType:
+    """The same function, of other code: PyTorch limits how often one code is compiled in a process."""
+    copy = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return copy
+
+
+_COMPILATION_ERRORS = (
+    torch._dynamo.exc.TorchDynamoException,
+    torch._inductor.exc.InductorError,
+)

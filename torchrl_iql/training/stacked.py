@@ -1,0 +1,561 @@
+"""IQL on the networks of :mod:`torchrl_iql.models`, stacked so that each layer is one batched product.
+
+These networks differ in their inputs and outputs and in nothing between. Here they are the rows of one
+matrix, padded to common widths that processors like: policy, V and the Q networks of every learner go
+through a layer together, and so do those that receive no gradient, V at s' and the target Q networks. What
+is computed of their outputs is :func:`torchrl_iql.objectives.functional.losses`, as in the loss itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torchrl.objectives import ValueEstimators
+from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS, LossModule
+
+from torchrl_iql.models import GaussianParameters, Torso
+from torchrl_iql.objectives import functional as iql
+from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss, at_least_float32
+from torchrl_iql.training.adam import Rates, adam_
+from torchrl_iql.training.optimization import Optimization
+from torchrl_iql.training.program import Moments
+
+__all__ = ["StackedLosses", "StackedProgram", "refusal"]
+
+Stack = tuple[Tensor, ...]
+"""K networks of R learners: the weights of each layer, ``[R, K, in, out]``, and in one last tensor
+``[R, K, S]`` all biases, one layer after the other, and the policy's log deviations."""
+
+WIDTH = 16
+"""Rows and columns of weights are padded to multiples of this: thin products are slow."""
+
+POLICY, VALUE, QVALUES = 0, 1, slice(2, None)
+"""The places of the networks in a stack that learns."""
+
+
+def refusal(losses: Sequence[LossModule], optimizations: Sequence[Optimization]) -> str | None:
+    """Why these losses can not be trained as one stack, or None if they can."""
+    for loss, optimization in zip(losses, optimizations, strict=True):
+        reason = _unstackable(loss, optimization)
+        if reason is not None:
+            return reason
+    first, *others = losses
+    networks = _Networks(first)  # pyright: ignore
+    return next(filter(None, (_unlike(first, networks, loss) for loss in others)), None)
+
+
+class StackedProgram:
+    """A step of R learners, whose networks are two stacks.
+
+    From now on the parameters and targets of the given losses are views of the stacks, and their
+    coefficients of ``coefficients``: whoever changes one changes the other. Where a loss has parted from
+    them, by a cast, a move or assigned parameters, :meth:`adopt` joins them again, with its values.
+
+    Args:
+        losses: R losses, of which :func:`refusal` says None.
+        optimizations: one per loss.
+        shared: of another program with such losses, to share compiled code.
+
+    Attributes:
+        losses: the losses.
+        state: the stack that learns (policy, V, N Q networks), the one that follows (V, N target Q
+            networks), the moments of the first, expectile, temperature and discount ``[3, R]`` float64,
+            and the rates of the targets.
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[IQLLoss],
+        optimizations: Sequence[Optimization],
+        shared: StackedLosses | None = None,
+    ) -> None:
+        self.losses: list[LossModule] = list(losses)
+        self.shared = shared or StackedLosses(losses[0], optimizations[0])
+        self.draws = self.shared.dropout > 0
+        replicas, number = len(losses), self.shared.num_qvalue_nets
+        like = next(losses[0].parameters()).detach()
+        self._online = self.shared.empty(like, replicas, 2 + number)
+        self._frozen = self.shared.empty(like, replicas, 1 + number)
+        self._moments = tuple(
+            (torch.zeros_like(stack), torch.zeros_like(stack)) for stack in self._online
+        )
+        self._coefficients = torch.zeros(3, replicas, dtype=torch.float64, device=like.device)
+        rate = optimizations[0].target_rate["qvalue_network"]
+        # V in the frozen stack is V itself.
+        rates = torch.tensor([1.0] + [rate] * number, dtype=like.dtype).to(like.device)
+        self.state = (self._online, self._frozen, self._moments, self._coefficients, rates)
+        self._views = [self._views_of(r) for r in range(replicas)]
+        self.adopt()
+
+    def adopt(self) -> None:
+        for r, loss in enumerate(self.losses):
+            held = dict(_tensors(loss))
+            for name, view in self._views[r].items():
+                tensor = held[name]
+                if tensor.data_ptr() == view.data_ptr():
+                    continue
+                for what in ("shape", "dtype", "device"):
+                    if getattr(tensor, what) != getattr(view, what):
+                        raise ValueError(
+                            f"{name} was {view.dtype} {tuple(view.shape)} on {view.device} and is now "
+                            f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}: build a new "
+                            "training step"
+                        )
+                view.copy_(tensor.detach())
+                tensor.data = view
+            for row, (owner, name) in enumerate(_coefficients(loss)):
+                coefficient = self._coefficients[row, r]
+                if owner._buffers[name].data_ptr() != coefficient.data_ptr():  # pyright: ignore
+                    coefficient.copy_(owner._buffers[name])  # pyright: ignore
+                    owner._buffers[name] = coefficient
+        for frozen, online in zip(self._frozen, self._online, strict=True):
+            frozen[:, 0] = online[:, VALUE]  # somebody may have loaded other parameters
+
+    def columns(self, source: TensorDictBase) -> dict[str, Tensor]:
+        return self.shared.columns(source)
+
+    def addresses(self) -> tuple:
+        return ()  # what is read are the stacks, which stay
+
+    def rehearse(self, columns: Any, indices: Tensor | None) -> None:
+        """Nothing: :meth:`columns` has checked all there is."""
+
+    def update(self, *step: Any) -> TensorDictBase:
+        return self.shared.update(*step)
+
+    def moments(self, learner: int) -> Moments:
+        first, second = zip(*self._moments, strict=True)
+        firsts, seconds = (
+            dict(self.shared.slices(self.losses[learner], _of(stack, learner)))
+            for stack in (first, second)
+        )
+        return {name: (firsts[name], seconds[name]) for name in firsts}
+
+    def moments_of_format_1(self, learner: int, saved: Sequence[Sequence[Tensor]]) -> Moments:
+        """Moments by name, from those of stacks that were padded to the widest network alone."""
+        first, second = zip(*saved, strict=True)
+        loss = self.losses[learner]
+        firsts, seconds = (dict(self.shared.slices(loss, stack)) for stack in (first, second))
+        return {name: (firsts[name], seconds[name]) for name in firsts}
+
+    def _views_of(self, replica: int) -> dict[str, Tensor]:
+        loss, slices = self.losses[replica], self.shared.slices
+        online = slices(loss, _of(self._online, replica))
+        return {**dict(online), **dict(slices(loss, _of(self._frozen, replica), frozen=True))}
+
+
+class StackedLosses:
+    """The losses of R learners as a pure function of their stacked networks.
+
+    Args:
+        loss: one of them; the others are alike.
+        optimization: its.
+    """
+
+    def __init__(self, loss: IQLLoss, optimization: Optimization) -> None:
+        networks = _Networks(loss)
+        self.num_qvalue_nets = loss.num_qvalue_nets
+        self.loss_function: iql.Distance = loss.loss_function
+        self.weight_clip = loss.weight_clip
+        self.discrete = isinstance(loss, DiscreteIQLLoss)
+        self.one_hot = self.discrete and loss.action_space == "one_hot"
+        names = optimization.networks
+        self.rows = [names.index(f"{name}_network") for name in ("actor", "value")]
+        self.rows += [names.index("qvalue_network")] * self.num_qvalue_nets
+        self.policy_size, _, self.qvalue_size = (t.layers[-1].out_features for t in networks.torsos)
+        self.dtype = networks.value.layers[0].weight.dtype
+        self.state_size = networks.value.layers[0].in_features
+        hidden = [layer.out_features for layer in networks.value.layers[:-1]]
+        widths = [networks.qvalue.layers[0].in_features, *hidden]
+        widths.append(max(self.policy_size, self.qvalue_size))
+        self.widths = [-(-width // WIDTH) * WIDTH for width in widths]
+        self.action_size = 0 if networks.log_std is None else len(networks.log_std)
+        self.dropout = networks.policy.dropout
+        self.normalize = networks.value.normalize
+        self.scale_action = deepcopy(networks.qvalue.scale_action)
+        for name, buffer in networks.qvalue.scale_action.named_buffers():
+            # Every Q network has the same.
+            setattr(self.scale_action, name, buffer.reshape(-1, self.policy_size)[0])
+        self.head: Any = networks.head
+        self.distribution = networks.distribution
+
+    def empty(self, like: Tensor, replicas: int, networks: int) -> Stack:
+        shapes = [*pairwise(self.widths), (sum(self.widths[1:]) + self.action_size,)]
+        return tuple(like.new_zeros(replicas, networks, *shape) for shape in shapes)
+
+    def slices(
+        self, loss: LossModule, stack: Sequence[Tensor], *, frozen: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The parts of one learner's stack that are tensors of its loss, by their names there.
+
+        Args:
+            loss: the learner's.
+            stack: its networks, ``[K, in, out]`` and so on, in any padding.
+            frozen: the stack is that of the targets, whose first network, V, is left out.
+        """
+        names = {id(tensor): name for name, tensor in _tensors(loss)}
+        networks = _Networks(loss)  # pyright: ignore
+        *weights, vectors = stack
+        sizes = [weight.shape[-1] for weight in weights]
+        *biases, log_std = vectors.split([*sizes, vectors.shape[-1] - sum(sizes)], dim=-1)
+        several = self.num_qvalue_nets > 1
+        if frozen:
+            places = [(networks.target_qvalue, slice(1, None) if several else 1)]
+        else:
+            qvalues = QVALUES if several else 2
+            places = [(networks.policy, POLICY), (networks.value, VALUE)]
+            places.append((networks.qvalue, qvalues))
+        for torso, rows in places:
+            for layer, weight, bias in zip(torso.layers, weights, biases, strict=True):
+                out, into = layer.weight.shape[-2:]
+                yield names[id(layer.weight)], weight[rows].mT[..., :out, :into]
+                yield names[id(layer.bias)], bias[rows, ..., :out]
+        if networks.log_std is not None and not frozen:
+            yield names[id(networks.log_std)], log_std[POLICY]
+
+    def columns(self, source: TensorDictBase) -> dict[str, Tensor]:
+        """What the losses read of transitions ``[n]``, numbers and flags without their last 1.
+
+        Raises:
+            KeyError, ValueError: an entry is missing or does not fit.
+        """
+        n, dtype = len(source), self.dtype
+        if source.ndim != 1:
+            raise ValueError(f"the batch has shape {tuple(source.shape)}, expected [B]")
+        state, action = ((n, self.state_size), dtype), ((n, self.policy_size), dtype)
+        if self.discrete:
+            action = ((n, self.policy_size) if self.one_hot else (n,), torch.int64)
+        expected: dict[str, tuple[NestedKey, tuple[tuple[int, ...], torch.dtype]]] = {
+            "observation": ("observation", state),
+            "action": ("action", action),
+            "next_observation": (("next", "observation"), state),
+            "reward": (("next", "reward"), ((n, 1), dtype)),
+            "terminated": (("next", "terminated"), ((n, 1), torch.bool)),
+        }
+        columns = {}
+        for name, (key, (shape, kind)) in expected.items():
+            column = source.get(key, default=None)
+            if column is None:
+                held = list(source.keys(True, True))
+                raise KeyError(f"a step needs the entry {key!r}, and the batch holds {held}")
+            if column.shape != shape or column.dtype != kind:
+                found = f"{tuple(column.shape)} of {column.dtype}"
+                raise ValueError(f"{key!r} is {found}, expected {shape} of {kind}")
+            columns[name] = column
+        for key in ("steps_to_next_obs", "priority_weight", *AUTO_LOSS_MASK_KEYS):
+            column = source.get(key, default=None)
+            if column is None:
+                continue
+            if column.numel() != n:
+                raise ValueError(
+                    f"{key!r} is {tuple(column.shape)}, expected one value per transition"
+                )
+            column = column.reshape(n)
+            if key in AUTO_LOSS_MASK_KEYS:
+                columns["mask"] = column & columns["mask"] if "mask" in columns else column
+            else:
+                columns[key] = column
+        for name in ("reward", "terminated"):
+            columns[name] = columns[name].squeeze(-1)
+        return columns
+
+    # --- A step --------------------------------------------------------------------------------------
+
+    def update(
+        self,
+        state: tuple,
+        columns: Mapping[str, Tensor],
+        indices: Tensor | None,
+        rates: Tensor,
+        due: frozenset[str],
+    ) -> TensorDictBase:
+        online, frozen, moments, coefficients, target_rates = state
+        replicas = len(online[0])
+        if indices is None:
+            batch = {key: column.unflatten(0, (replicas, -1)) for key, column in columns.items()}
+        else:
+            batch = {key: column[indices.view(replicas, -1)] for key, column in columns.items()}
+        gradients, (metrics, td_error) = _gradients(self, online, frozen, coefficients, batch)
+        rates = rates.to(online[0].dtype).view(replicas, -1, rates.shape[-1])[:, self.rows]
+        its = Rates(*rates.unbind(-1)[: len(Rates._fields)])
+        for parameters, slow, gradient, (first, second) in zip(
+            online, frozen, gradients, moments, strict=True
+        ):
+            step_size, epsilon = (_like(x, gradient) for x in (its.step_size, its.epsilon))
+            adam_(parameters, gradient, first, second, step_size, epsilon)
+            slow.lerp_(parameters[:, 1:], _like(target_rates, slow[0]))
+        results = dict(zip(self.metrics, metrics, strict=True))
+        if indices is None:
+            results["priority"] = td_error.flatten()
+        return TensorDict(results)
+
+    @property
+    def metrics(self) -> list[str]:
+        """What is measured, in the names of the output of :class:`~torchrl_iql.IQLLoss`."""
+        names = ["loss_actor", "loss_qvalue", "loss_value"]
+        names += ["advantage", "value", "qvalue", "clip_fraction"]
+        return names + (["entropy"] if self.distribution is not None else [])
+
+    def __call__(
+        self, online: Stack, frozen: Stack, coefficients: Tensor, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The three losses of every learner, a pure function.
+
+        Args:
+            online: the stack that gradients flow to.
+            frozen: the stack without gradients.
+            coefficients: ``[3, R]``.
+            batch: ``observation`` and ``next_observation`` ``[R, B, D]``, ``action`` ``[R, B, A]`` (or
+                ``[R, B]``), ``reward`` ``[R, B]``, ``terminated`` bool ``[R, B]``; and where there are
+                such, ``steps_to_next_obs``, ``priority_weight`` and ``mask`` ``[R, B]``.
+
+        Returns:
+            the sum of all losses of all learners, a scalar; and, detached, the ``metrics``,
+            ``[len(metrics), R]``, and the squared TD errors ``[R, B]``.
+        """
+        action = batch["action"]
+        state = self._state_input(batch["observation"])
+        next_state = self._state_input(batch["next_observation"])
+        qvalue = state if self.discrete else self._action_input(batch["observation"], action)
+        networks = self.num_qvalue_nets
+        outputs, log_std = self._forward(online, [state, state] + [qvalue] * networks, self.dropout)
+        frozen_outputs, _ = self._forward(frozen, [next_state] + [qvalue] * networks)
+
+        v = outputs[:, VALUE, :, 0]
+        expectile, temperature, discount = coefficients.to(v.dtype).unsqueeze(-1)
+        if "steps_to_next_obs" in batch:
+            discount = discount ** batch["steps_to_next_obs"]
+        next_v = frozen_outputs[:, 0, :, 0]
+        values = iql.losses(
+            iql.Outputs(
+                self._log_likelihood(outputs[:, POLICY], log_std[:, POLICY], action),
+                self._at_action(frozen_outputs[:, 1:], action),
+                self._at_action(outputs[:, QVALUES], action),
+                v,
+                iql.td_target(batch["reward"], next_v, batch["terminated"], discount),
+            ),
+            expectile=expectile,
+            temperature=temperature,
+            weight_clip=self.weight_clip,
+            distance=self.loss_function,
+        )
+        means = {
+            name: _mean(values[name], batch, weighted=name.startswith("loss_"))
+            for name in self.metrics
+        }
+        total = (means["loss_actor"] + means["loss_qvalue"] + means["loss_value"]).sum()
+        return total, (torch.stack(list(means.values())).detach(), values["td_error"])
+
+    def _forward(
+        self, stack: Stack, inputs: list[Tensor], dropout: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """The outputs of every network, ``[R, K, B, out]``, and the log deviations, ``[R, K, A]``."""
+        *weights, vectors = stack
+        *biases, log_std = vectors.split([*self.widths[1:], self.action_size], dim=-1)
+        x = torch.stack(inputs, dim=1)
+        lead, x = x.shape[:2], x.flatten(0, 1)
+        for depth, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            if depth:
+                x = x.relu_()
+                if dropout:  # of the policies, the first of each replica's networks
+                    x = x.unflatten(0, lead)
+                    x = torch.cat([F.dropout(x[:, :1], dropout), x[:, 1:]], dim=1).flatten(0, 1)
+            x = torch.bmm(x, weight.flatten(0, 1)).add_(bias.flatten(0, 1).unsqueeze(-2))
+        return at_least_float32(x).unflatten(0, lead), log_std
+
+    def _state_input(self, observation: Tensor) -> Tensor:
+        return self._pad(self.normalize(observation))
+
+    def _action_input(self, observation: Tensor, action: Tensor) -> Tensor:
+        return self._pad(
+            torch.cat([self.normalize(observation), self.scale_action(action)], dim=-1)
+        )
+
+    def _pad(self, inputs: Tensor) -> Tensor:
+        return F.pad(inputs, (0, self.widths[0] - inputs.shape[-1]))
+
+    def _at_action(self, q: Tensor, action: Tensor) -> Tensor:
+        """Q at the actions of the data, ``[N, R, B]``, from the outputs, ``[R, N, B, out]``."""
+        q = q.transpose(0, 1)
+        if not self.discrete:
+            return q[..., 0]
+        q = q[..., : self.qvalue_size]
+        if self.one_hot:
+            return (q * action.to(q.dtype)).sum(-1)
+        return q.gather(-1, action.unsqueeze(-1).expand(*q.shape[:-1], 1)).squeeze(-1)
+
+    def _log_likelihood(self, output: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
+        """log pi(a | s), or minus the squared error of a deterministic policy, ``[R, B]``."""
+        output = output[..., : self.policy_size]
+        if self.distribution is None:
+            return -(self.head(output) - action).square().sum(-1)
+        parameters = self.head.moments(output, log_std) if self.action_size else (output,)
+        names, kind, settings = self.distribution
+        return kind(**dict(zip(names, parameters, strict=True)), **settings).log_prob(action)
+
+
+def _gradients(
+    losses: StackedLosses, online: Stack, *others: Any
+) -> tuple[Stack, tuple[Tensor, Tensor]]:
+    """The gradients of the losses with respect to ``online``, and what they return beside the sum."""
+    if torch.compiler.is_compiling():
+        return torch.func.grad(losses, has_aux=True)(online, *others)
+    # The same, without the layers of torch.func around every operation.
+    leaves = tuple(parameters.detach().requires_grad_() for parameters in online)
+    with torch.enable_grad():
+        loss, beside = losses(leaves, *others)
+    return torch.autograd.grad(loss, leaves), beside
+
+
+def _mean(values: Tensor, batch: Mapping[str, Tensor], *, weighted: bool) -> Tensor:
+    """Over the transitions, ``[R, B] -> [R]``, as TorchRL reduces with masks and importance weights."""
+    mask, weight = batch.get("mask"), batch.get("priority_weight") if weighted else None
+    if mask is None and weight is None:
+        return values.mean(-1)
+    if mask is not None:  # what is masked may be NaN
+        values = torch.where(mask, values, torch.zeros_like(values))
+        if weight is None:
+            return values.sum(-1) / mask.sum(-1).clamp_min(1)
+        weight = weight * mask
+    assert weight is not None
+    return (values * weight).sum(-1) / weight.sum(-1)
+
+
+def _of(stack: Sequence[Tensor], replica: int) -> Stack:
+    return tuple(tensor[replica] for tensor in stack)
+
+
+def _like(numbers: Tensor, tensor: Tensor) -> Tensor:
+    """Numbers for the leading dimensions of a tensor, broadcast over the others."""
+    return numbers.reshape(*numbers.shape, *(1,) * (tensor.ndim - numbers.ndim))
+
+
+def _tensors(loss: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from loss.named_parameters()
+    yield from loss.named_buffers()
+
+
+def _coefficients(loss: LossModule) -> list[tuple[nn.Module, str]]:
+    return [(loss, "expectile"), (loss, "temperature"), (loss.value_estimator, "gamma")]
+
+
+class _Networks:
+    """The modules that hold the tensors of one loss."""
+
+    def __init__(self, loss: IQLLoss) -> None:
+        policy = loss.get_stateful_net("actor_network")
+        self.policy, self.head = _torso_and_head(policy)
+        self.log_std = self.head.log_std if isinstance(self.head, GaussianParameters) else None
+        self.distribution: tuple[list[str], Callable[..., Distribution], dict[str, Any]] | None = (
+            None
+        )
+        if isinstance(policy, ProbabilisticTensorDictSequential):
+            last: Any = policy[-1]
+            kind, settings = last.distribution_class, dict(last.distribution_kwargs)
+            self.distribution = (list(last.dist_keys), kind, settings)
+        self.value: Torso = loss.get_stateful_net("value_network").module
+        self.qvalue: Torso = loss.get_stateful_net("qvalue_network").module
+        target: Any = deepcopy(loss.qvalue_network)
+        loss.target_qvalue_network_params.to_module(target, preserve_module_state=False)
+        self.target_qvalue: Torso = target.module
+
+    @property
+    def torsos(self) -> tuple[Torso, Torso, Torso]:
+        return self.policy, self.value, self.qvalue
+
+
+def _torso_and_head(policy: TensorDictModuleBase) -> tuple[Any, nn.Module]:
+    """The layers of a policy, and what turns their outputs into an action or its distribution."""
+    first: Any = policy[0] if isinstance(policy, ProbabilisticTensorDictSequential) else policy
+    module = getattr(first, "module", None)
+    if isinstance(module, GaussianParameters):
+        return module.torso, module
+    if isinstance(module, nn.Sequential) and len(module) == 2:  # deterministic
+        return module[0], module[1]
+    return module, nn.Identity()
+
+
+def _unstackable(loss: LossModule, optimization: Optimization) -> str | None:
+    """Why the networks of this loss have no stack."""
+    if type(loss) not in (IQLLoss, DiscreteIQLLoss):
+        return f"{type(loss).__name__} of {type(loss).__module__} is not this project's IQL"
+    assert isinstance(loss, IQLLoss)
+    for name, torso in (
+        ("actor_network", _torso_and_head(loss.actor_network)[0]),
+        ("qvalue_network", getattr(loss.qvalue_network, "module", None)),
+        ("value_network", getattr(loss.value_network, "module", None)),
+    ):
+        if not isinstance(torso, Torso):
+            return f"{name} is not a network of torchrl_iql.models, whose layers can be stacked"
+    inputs = ["observation"] if isinstance(loss, DiscreteIQLLoss) else ["observation", "action"]
+    if loss.qvalue_network.in_keys != inputs or loss.tensor_keys != loss.default_keys():
+        return "the networks and the loss do not read and write the default keys"
+    if loss.reduction != "mean" or loss.value_type is not ValueEstimators.TD0:
+        return "the loss does not have reduction='mean' and the value estimator TD0"
+    if loss.value_estimator.average_rewards:  # pyright: ignore
+        return "the value estimator has average_rewards"
+    if loss.loss_mask_key != "auto" or loss.use_prioritized_weights not in (True, "auto"):
+        return "the loss has its own rules for masks or importance weights"
+    plain = (
+        set(optimization.networks) == {"actor_network", "value_network", "qvalue_network"}
+        and set(optimization.entries) == {"loss_actor", "loss_qvalue", "loss_value"}
+        and not any(optimization.weight_decay.values())
+        and optimization.max_grad_norm is None
+        and set(optimization.every.values()) == {1}
+        and optimization.target_every == 1
+    )
+    if not plain:
+        return "not all networks are descended by Adam alone at every step"
+    networks = _Networks(loss)
+    hidden = [[layer.out_features for layer in torso.layers[:-1]] for torso in networks.torsos]
+    if hidden[0] != hidden[1] or hidden[0] != hidden[2]:
+        return f"policy, V and Q have different hidden_sizes, {', '.join(map(str, hidden))}"
+    if any(torso.dropout for torso in (networks.value, networks.qvalue)):
+        return "V or Q has dropout"
+    for torso in networks.torsos:
+        if not _same(torso.normalize, networks.value.normalize):
+            return "policy, V and Q have different observation_statistics"
+    return None
+
+
+def _unlike(first: LossModule, its: _Networks, loss: LossModule) -> str | None:
+    """Why a loss does not fit into the stack of the first one."""
+    for name in ("num_qvalue_nets", "loss_function", "weight_clip"):
+        one, other = getattr(first, name), getattr(loss, name)
+        if one != other:
+            return f"the losses have different {name}, {one!r} and {other!r}"
+    if type(first) is not type(loss) or getattr(first, "action_space", None) != getattr(
+        loss, "action_space", None
+    ):
+        return "the losses read different actions"
+    others = _Networks(loss)  # pyright: ignore
+    for module, other in [*zip(its.torsos, others.torsos, strict=True), (its.head, others.head)]:
+        if not _same(module, other):
+            return "the networks of the losses have different sizes, statistics or action bounds"
+    one, other = next(first.parameters()), next(loss.parameters())
+    if (one.dtype, one.device) != (other.dtype, other.device):
+        return f"the losses are {one.dtype} on {one.device} and {other.dtype} on {other.device}"
+    return None
+
+
+def _same(module: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules differ in nothing but the values of their parameters."""
+    buffers, others = list(module.buffers()), list(other.buffers())
+    return (
+        str(module) == str(other)
+        and len(buffers) == len(others)
+        and all(
+            a.shape == b.shape and bool((a == b).all())
+            for a, b in zip(buffers, others, strict=True)
+        )
+    )

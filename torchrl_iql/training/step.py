@@ -1,0 +1,349 @@
+"""One gradient step of any loss, of one learner or of many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torchrl.objectives.common import LossModule
+
+from torchrl_iql.data.minibatches import BLOCK, Minibatches
+from torchrl_iql.training.execution import Execution, Executor, RandomStream
+from torchrl_iql.training.optimization import Optimization, Schedule
+from torchrl_iql.training.program import LossProgram, Program
+from torchrl_iql.training.stacked import StackedProgram, refusal
+
+__all__ = ["FORMAT", "TrainStep"]
+
+FORMAT = 2
+"""Of :meth:`TrainStep.state_dict`. Before it had a number, moments were those of padded stacks."""
+
+T = TypeVar("T")
+
+
+class TrainStep:
+    r"""Losses, gradients, Adam, learning rates and target networks of any LossModule, as one callable.
+
+    The descended entries of the output are summed and descended in one Adam step, all from the same
+    parameters; then the targets follow, :math:`\hat\theta \leftarrow (1 - \alpha) \hat\theta + \alpha
+    \theta`. It is what the plain loop does (the loss, a buffer, Adam, SoftUpdate), number for number.
+    Nothing waits for the device: what is returned stays there until somebody reads it.
+
+    :class:`~torchrl_iql.IQLLoss` and :class:`~torchrl_iql.DiscreteIQLLoss` on networks of
+    :mod:`torchrl_iql.models` are stacked: all networks go through each layer as one product. Every other
+    loss is called as it is. :attr:`path` says which, and why.
+
+    Given R losses, it trains R independent learners, each with its own parameters, minibatches,
+    optimiser, random numbers and learning rate. Stacks are trained together on a GPU; all others one
+    after the other, up to 100 steps each. ``losses[r]`` remains an ordinary loss, whose networks are those
+    in training: if they are replaced (``load_state_dict(assign=True)``, a cast and back), the next step
+    trains the new ones; if they have another dtype or device it refuses.
+
+    Args:
+        losses: a LossModule on the device to train on, or several. ``loss.temperature = 1.0`` and other
+            changes take effect at the next step.
+
+    Keyword Args:
+        entries: what is descended of the output; known for the losses of this project and for TorchRL's
+            BC, DQN, IQL, SAC, TD3BC, CQL and DT, to be given for others.
+        learning_rate: of Adam; or by network, as ``{"actor_network": 1e-4, "qvalue_network": 3e-4}``,
+            where those that are not named are not trained; or a sequence of either, one per loss. A
+            parameter that belongs to no network is named as it is called, ``"log_alpha"``.
+        schedule: by network, the factor of its learning rate after so many steps, as
+            :func:`~torchrl_iql.training.cosine_decay`.
+        weight_decay: decoupled, as :class:`torch.optim.AdamW`; a number, or by network.
+        max_grad_norm: the largest norm of the gradient, of all networks together or by network.
+        every: by network, the steps from one update to the next: ``{"actor_network": 2}`` is TD3's
+            delayed policy. Its moments and its gradient rest meanwhile.
+        target_rate: :math:`\alpha` in (0, 1], for all networks with targets or by network; those that
+            are not named stay as they are.
+        target_every: the steps from one update of the targets to the next.
+        seeds: where the random numbers of each learner begin, of losses that draw some (dropout, SAC):
+            one per loss, or one for all.
+        execution: ``"eager"``; ``"compiled"`` by :func:`torch.compile`, which takes up to a minute at
+            the first step; ``"cudagraph"``, compiled and replayed by the GPU without the CPU; or
+            ``"auto"``, the fastest of these that the machine and the loss allow.
+
+    Attributes:
+        losses: the losses.
+        path: ``"stacked"`` or ``"general"``, and why.
+        steps: the number of gradient steps taken.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, or names what the loss does not have.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.modules import ValueOperator
+        >>> from torchrl.objectives import BCLoss
+        >>> from torchrl_iql import TrainStep, models
+        >>> loss = BCLoss(models.gaussian_policy(3, 2))
+        >>> step = TrainStep(loss, learning_rate=1e-3)
+        >>> batch = {"observation": torch.randn(8, 3), "action": torch.rand(8, 2)}
+        >>> step(TensorDict(batch, [8])).keys()
+        _StringKeys(dict_keys(['loss_bc']))
+    """
+
+    def __init__(
+        self,
+        losses: LossModule | Sequence[LossModule],
+        *,
+        entries: Sequence[str] | None = None,
+        learning_rate: float | Mapping[str, float] | Sequence[float | Mapping[str, float]] = 3e-4,
+        schedule: Mapping[str, Schedule] = MappingProxyType({}),
+        weight_decay: float | Mapping[str, float] = 0.0,
+        max_grad_norm: float | Mapping[str, float] | None = None,
+        every: Mapping[str, int] = MappingProxyType({}),
+        target_rate: float | Mapping[str, float] = 0.005,
+        target_every: int = 1,
+        seeds: int | Sequence[int] = 0,
+        execution: Execution = "eager",
+    ) -> None:
+        self.losses = [losses] if isinstance(losses, nn.Module) else list(losses)
+        if not self.losses:
+            raise ValueError("losses must hold at least one loss")
+        for loss in self.losses:
+            if not isinstance(loss, LossModule):
+                raise TypeError(
+                    f"losses must be LossModules of TorchRL, got {type(loss).__qualname__} of "
+                    f"{type(loss).__module__}"
+                )
+        if len(set(map(id, self.losses))) < len(self.losses):
+            raise ValueError("losses must be different objects: one of them is there twice")
+        learners = len(self.losses)
+        rates = _per_learner("learning_rate", learning_rate, learners)
+        self._optimizations = [
+            Optimization.of(
+                loss,
+                entries=entries,
+                learning_rate=rate,
+                schedule=schedule,
+                weight_decay=weight_decay,
+                max_grad_norm=max_grad_norm,
+                every=every,
+                target_rate=target_rate,
+                target_every=target_every,
+            )
+            for loss, rate in zip(self.losses, rates, strict=True)
+        ]
+        self.steps = 0
+        self._executor = Executor(execution, self.device)
+        self._programs, self.path = self._programs_for()
+        self._streams = [
+            RandomStream(seed, self.device) for seed in _per_learner("seeds", seeds, learners)
+        ]
+
+    def _programs_for(self) -> tuple[list[tuple[Program, slice]], str]:
+        """What takes the steps, and of which learners."""
+        losses, optimizations = self.losses, self._optimizations
+        alone = [refusal([x], [o]) for x, o in zip(losses, optimizations, strict=True)]
+        reason = next(filter(None, alone), None)
+        if reason is not None:
+            programs = map(LossProgram, losses, optimizations)
+            return [(p, slice(r, r + 1)) for r, p in enumerate(programs)], f"general: {reason}"
+        unlike = refusal(losses, optimizations)
+        first = StackedProgram(losses[:1], optimizations[:1])  # pyright: ignore
+        if unlike is None and self.device.type != "cpu" and not first.draws:
+            joint = StackedProgram(losses, optimizations, first.shared)  # pyright: ignore
+            return [(joint, slice(0, len(losses)))], "stacked: all learners in one computation"
+        shared = first.shared if unlike is None else None
+        programs = (
+            [first]
+            + [
+                StackedProgram([loss], [optimization], shared)  # pyright: ignore
+                for loss, optimization in zip(losses[1:], optimizations[1:], strict=True)
+            ]
+        )
+        why = unlike or ("each draws its own dropout" if first.draws else "one fits a CPU's caches")
+        several = f", one learner after the other: {why}" if len(losses) > 1 else ""
+        placed = [(program, slice(r, r + 1)) for r, program in enumerate(programs)]
+        return placed, f"stacked: IQL on networks of torchrl_iql.models{several}"
+
+    @property
+    def execution(self) -> Execution:
+        """How steps are executed."""
+        return self._executor.execution
+
+    @property
+    def reason(self) -> str:
+        """Why steps are executed so."""
+        return self._executor.reason
+
+    @property
+    def device(self) -> torch.device:
+        """Where the learners are trained."""
+        return next(self.losses[0].parameters()).device
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self.losses)} x {type(self.losses[0]).__name__}, {self.path}; "
+            f"{self.execution}: {self.reason}; {self.steps} steps)"
+        )
+
+    # --- Steps ---------------------------------------------------------------------------------------
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+        """Take one gradient step.
+
+        Args:
+            batch: what the loss reads, on its device; for R losses with R in front. If the loss writes
+                priorities, they are there afterwards, unless the batch is locked.
+
+        Returns:
+            the scalars of the loss before the step; for several losses ``[R]``.
+
+        Raises:
+            KeyError, ValueError: an entry of the batch is missing or does not fit.
+        """
+        learners = len(self.losses)
+        if learners > 1 and (batch.ndim < 2 or len(batch) != learners):
+            shape = tuple(batch.shape)
+            raise ValueError(f"the batch has shape {shape}, expected [{learners}, B]")
+        batches = batch.unsqueeze(0) if learners == 1 else batch
+        sources = [
+            batches[rows].flatten(0, 1) if rows.stop - rows.start > 1 else batches[rows.start]
+            for _, rows in self._programs
+        ]
+        results = self._advance(sources, None)
+        priorities = [its.pop("priority") for its in results if "priority" in its.keys()]
+        if priorities and not batch.is_locked:
+            key = self.losses[0].tensor_keys.priority
+            batch.set(key, torch.cat(priorities).view(batch.shape))
+        return self._joined(results)
+
+    def run(self, minibatches: Minibatches, steps: int) -> TensorDictBase:
+        """Take gradient steps on minibatches drawn from a data set, on the device.
+
+        Args:
+            minibatches: for as many seeds as there are losses.
+            steps: at least 1.
+
+        Returns:
+            the scalars of the losses before the last of these steps; for several losses ``[R]``.
+        """
+        if len(minibatches.seeds) != len(self.losses):
+            raise ValueError(
+                f"minibatches are for {len(minibatches.seeds)} learners, but there are "
+                f"{len(self.losses)} losses"
+            )
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps!r}")
+        end, results = self.steps + steps, []
+        while self.steps < end:
+            block, done = divmod(self.steps, BLOCK)
+            source, indices = minibatches(block)
+            remaining = indices[done : done + end - self.steps]
+            results = self._advance([source] * len(self._programs), remaining)
+        return self._joined(results)
+
+    def _advance(
+        self, sources: Sequence[TensorDictBase], indices: Tensor | None
+    ) -> list[TensorDictBase]:
+        """As many steps as there are ``indices``, ``[steps, R, B]``, or one; the last results."""
+        steps = 1 if indices is None else len(indices)
+        due = [self._optimizations[0].due(self.steps + t) for t in range(steps)]
+        results = []
+        for (program, rows), source in zip(self._programs, sources, strict=True):
+            program.adopt()
+            program.columns(source)  # raises what does not fit, before anything has changed
+            at, rates = None, self._rates(rows, steps)
+            if indices is not None:
+                at = indices[:, rows.start] if len(program.losses) == 1 else indices[:, rows]
+            with self._streams[rows.start] if program.draws else nullcontext():
+                results.append(self._executor.take(program, source, at, rates, due))
+        self.steps += steps
+        return results
+
+    def _rates(self, rows: slice, steps: int) -> Tensor:
+        its = [optimization.rates(self.steps, steps) for optimization in self._optimizations[rows]]
+        table = torch.from_numpy(np.stack(its, axis=1) if len(its) > 1 else its[0])
+        return table.to(self.device, non_blocking=True)
+
+    def _joined(self, results: list[TensorDictBase]) -> TensorDictBase:
+        """The results of all programs, ``[R]``, or scalars of a single learner."""
+        learners = len(self.losses)
+        joined = {
+            key: torch.cat([its[key].reshape(-1) for its in results]) for key in results[0].keys()
+        }
+        if learners == 1:
+            return TensorDict({key: value.squeeze(0) for key, value in joined.items()})
+        return TensorDict(joined, batch_size=[learners])
+
+    # --- State -----------------------------------------------------------------------------------------
+
+    def learning_rates(self) -> dict[str, list[float]]:
+        """The present learning rate of each network, schedule included, one per learner."""
+        networks = self._optimizations[0].networks
+        return {
+            network: [o.rate(network, self.steps) for o in self._optimizations]
+            for network in networks
+        }
+
+    def state_dict(self, replica: int = 0) -> dict[str, Any]:
+        """Networks, targets, optimiser, random numbers and counter of one learner, copied.
+
+        It is the same however the learner is trained: alone or among others, stacked or not.
+        """
+        program, rows = self._program_of(replica)
+        moments = program.moments(replica - rows.start)
+        return {
+            "format": FORMAT,
+            "loss": {
+                key: value.clone() for key, value in self.losses[replica].state_dict().items()
+            },
+            "moments": {key: tuple(m.clone() for m in pair) for key, pair in moments.items()},
+            "random": [state.clone() for state in self._streams[replica].state],
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], replica: int = 0) -> None:
+        """Continue where :meth:`state_dict` was taken; the others must have taken as many steps.
+
+        Raises:
+            ValueError: the state is of a later format, or of other networks.
+        """
+        saved_format = state.get("format", 1)
+        if saved_format > FORMAT:
+            raise ValueError(
+                f"the state has format {saved_format}, this version reads up to {FORMAT}: update "
+                "torchrl-iql"
+            )
+        program, rows = self._program_of(replica)
+        program.adopt()
+        own, saved = program.moments(replica - rows.start), state["moments"]
+        if saved_format == 1:
+            if not isinstance(program, StackedProgram):
+                raise ValueError(
+                    f"a state of format 1 is of stacked networks, these are {self.path}"
+                )
+            saved = program.moments_of_format_1(replica - rows.start, saved)
+        found = {key: tuple(pair[0].shape) for key, pair in saved.items()}
+        expected = {key: tuple(pair[0].shape) for key, pair in own.items()}
+        if found != expected:
+            raise ValueError(f"the state is of parameters {found}, expected {expected}")
+        self.losses[replica].load_state_dict(state["loss"])
+        program.adopt()
+        for key, pair in own.items():
+            for moment, its in zip(pair, saved[key], strict=True):
+                moment.copy_(its)
+        if "random" in state:
+            self._streams[replica].state = [random.cpu() for random in state["random"]]
+        self.steps = state["steps"]
+
+    def _program_of(self, replica: int) -> tuple[Program, slice]:
+        return next(each for each in self._programs if each[1].start <= replica < each[1].stop)
+
+
+def _per_learner(name: str, given: T | Sequence[T], learners: int) -> list[T]:
+    if isinstance(given, Mapping) or not isinstance(given, Sequence):
+        return [given] * learners  # pyright: ignore
+    if len(given) != learners:
+        raise ValueError(f"{name} must be one value or {learners}, got {given!r}")
+    return list(given)
