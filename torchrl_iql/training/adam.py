@@ -83,7 +83,7 @@ def adam_all_(
     # The fused kernel walks through memory, so that it takes a transposed tensor for another one.
     dense = not torch.compiler.is_compiling() and all(p.is_contiguous() for p in parameters)
     if dense:
-        torch._fused_adamw_(
+        torch._fused_adamw_(  # pyright: ignore
             list(parameters),
             [gradient.contiguous() for gradient in gradients],
             list(first_moments),
@@ -119,4 +119,4 @@ def clip_(gradients: Sequence[Tensor], max_norm: float) -> None:
 def follow_(targets: Sequence[Tensor], parameters: Sequence[Tensor], rate: float) -> None:
     r"""Polyak averaging, :math:`\hat\theta \leftarrow (1 - \alpha) \hat\theta + \alpha \theta`."""
     if targets:
-        torch._foreach_lerp_(list(targets), list(parameters), rate)
+        torch._foreach_lerp_(list(targets), list(parameters), rate)  # pyright: ignore

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from types import FunctionType
 from typing import Any, Literal, get_args
@@ -12,6 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
 
 from torchrl_iql.training.program import Program
 
@@ -81,12 +82,13 @@ class Executor:
                 program.update, program, program.columns(source), indices, rates, due
             )
         ready = [(program.shared, kind) in self._compiled for kind in due]
-        # Gradients are taken within the compiled code, which Dynamo traces only when told to.
+        # Gradients are taken within the compiled code, which Dynamo traces only when told to, and runs
+        # only while it is told so.
         tracing = torch._dynamo.config.patch(trace_autograd_ops=True)
         try:
             if not all(ready):
                 program.rehearse(program.columns(source), None if indices is None else indices[0])
-            with nullcontext() if all(ready) else tracing:
+            with tracing:
                 if self.execution == "cudagraph":
                     return self._replay(program, source, indices, rates, due)
                 columns = program.columns(source)
@@ -323,7 +325,4 @@ def _copy(function: FunctionType) -> FunctionType:
     return copy
 
 
-_COMPILATION_ERRORS = (
-    torch._dynamo.exc.TorchDynamoException,
-    torch._inductor.exc.InductorError,
-)
+_COMPILATION_ERRORS = (TorchDynamoException, InductorError)

@@ -174,14 +174,15 @@ class Optimization:
             first_correction, second_correction = (1 - beta**count for beta in BETAS)
             root = np.sqrt(second_correction)
             rate = np.array([self.rate(network, int(t)) for t in step])
-            columns = Rates(
-                step_size=rate * root / first_correction,  # pyright: ignore
-                epsilon=EPSILON * root,
-                decay=1 - rate * self.weight_decay[network],  # pyright: ignore
-                learning_rate=rate,  # pyright: ignore
-                count=count,  # pyright: ignore
-            )
-            table[:, k, : len(columns)] = np.stack(columns, axis=-1)
+            columns = {
+                "step_size": rate * root / first_correction,
+                "epsilon": EPSILON * root,
+                "decay": 1 - rate * self.weight_decay[network],
+                "learning_rate": rate,
+                "count": count,
+            }
+            for name, column in columns.items():
+                table[:, k, Rates._fields.index(name)] = column
         return table
 
 

@@ -97,14 +97,17 @@ class LossProgram:
         self.losses = [loss]
         self.loss = loss
         self.optimization = optimization
-        # TorchRL warns of targets that nobody updates.
-        loss._has_update_associated = dict.fromkeys(loss._has_update_associated, True)
         if loss.default_value_estimator is not None and loss._value_estimator is None:
             loss.make_value_estimator()  # else the first step would, and change the state dict
         self._moments: Moments = {}
+        self._held: list[tuple[int, int]] = []
         self.adopt()
 
     def adopt(self) -> None:
+        held = [(id(x), x.data_ptr()) for x in (*self.loss.parameters(), *self.loss.buffers())]
+        if held == self._held:
+            return
+        self._held = held
         parameters = dict(self.loss.named_parameters())
         for name, parameter in parameters.items():
             if network_of(name) not in self.optimization.networks:

@@ -69,8 +69,8 @@ class StackedProgram:
     Attributes:
         losses: the losses.
         state: the stack that learns (policy, V, N Q networks), the one that follows (V, N target Q
-            networks), the moments of the first, expectile, temperature and discount ``[3, R]`` float64,
-            and the rates of the targets.
+            networks), the moments of the first, and expectile, temperature and discount ``[3, R]``,
+            float64.
     """
 
     def __init__(
@@ -90,19 +90,15 @@ class StackedProgram:
             (torch.zeros_like(stack), torch.zeros_like(stack)) for stack in self._online
         )
         self._coefficients = torch.zeros(3, replicas, dtype=torch.float64, device=like.device)
-        rate = optimizations[0].target_rate["qvalue_network"]
-        # V in the frozen stack is V itself.
-        rates = torch.tensor([1.0] + [rate] * number, dtype=like.dtype).to(like.device)
-        self.state = (self._online, self._frozen, self._moments, self._coefficients, rates)
+        self.state = (self._online, self._frozen, self._moments, self._coefficients)
         self._views = [self._views_of(r) for r in range(replicas)]
         self.adopt()
 
     def adopt(self) -> None:
-        for r, loss in enumerate(self.losses):
-            held = dict(_tensors(loss))
-            for name, view in self._views[r].items():
-                tensor = held[name]
-                if tensor.data_ptr() == view.data_ptr():
+        for r, (loss, views) in enumerate(zip(self.losses, self._views, strict=True)):
+            # In the order of their names: looking those up would take longer than all the rest.
+            for tensor, (name, view) in zip(_tensors(loss), views.items(), strict=True):
+                if view is None or tensor.data_ptr() == view.data_ptr():
                     continue
                 for what in ("shape", "dtype", "device"):
                     if getattr(tensor, what) != getattr(view, what):
@@ -118,8 +114,6 @@ class StackedProgram:
                 if owner._buffers[name].data_ptr() != coefficient.data_ptr():  # pyright: ignore
                     coefficient.copy_(owner._buffers[name])  # pyright: ignore
                     owner._buffers[name] = coefficient
-        for frozen, online in zip(self._frozen, self._online, strict=True):
-            frozen[:, 0] = online[:, VALUE]  # somebody may have loaded other parameters
 
     def columns(self, source: TensorDictBase) -> dict[str, Tensor]:
         return self.shared.columns(source)
@@ -130,8 +124,15 @@ class StackedProgram:
     def rehearse(self, columns: Any, indices: Tensor | None) -> None:
         """Nothing: :meth:`columns` has checked all there is."""
 
-    def update(self, *step: Any) -> TensorDictBase:
-        return self.shared.update(*step)
+    def update(
+        self,
+        state: tuple,
+        columns: dict[str, Tensor],
+        indices: Tensor | None,
+        rates: Tensor,
+        due: frozenset[str],
+    ) -> TensorDictBase:
+        return self.shared.update(state, columns, indices, rates, due)
 
     def moments(self, learner: int) -> Moments:
         first, second = zip(*self._moments, strict=True)
@@ -148,10 +149,12 @@ class StackedProgram:
         firsts, seconds = (dict(self.shared.slices(loss, stack)) for stack in (first, second))
         return {name: (firsts[name], seconds[name]) for name in firsts}
 
-    def _views_of(self, replica: int) -> dict[str, Tensor]:
+    def _views_of(self, replica: int) -> dict[str, Tensor | None]:
+        """The part of the stacks that holds each tensor of a loss, if one does, by name."""
         loss, slices = self.losses[replica], self.shared.slices
-        online = slices(loss, _of(self._online, replica))
-        return {**dict(online), **dict(slices(loss, _of(self._frozen, replica), frozen=True))}
+        views = dict(slices(loss, _of(self._online, replica)))
+        views |= slices(loss, _of(self._frozen, replica), frozen=True)
+        return {name: views.get(name) for name in _names(loss)}
 
 
 class StackedLosses:
@@ -169,6 +172,7 @@ class StackedLosses:
         self.weight_clip = loss.weight_clip
         self.discrete = isinstance(loss, DiscreteIQLLoss)
         self.one_hot = self.discrete and loss.action_space == "one_hot"
+        self.target_rate = optimization.target_rate["qvalue_network"]
         names = optimization.networks
         self.rows = [names.index(f"{name}_network") for name in ("actor", "value")]
         self.rows += [names.index("qvalue_network")] * self.num_qvalue_nets
@@ -203,7 +207,7 @@ class StackedLosses:
             stack: its networks, ``[K, in, out]`` and so on, in any padding.
             frozen: the stack is that of the targets, whose first network, V, is left out.
         """
-        names = {id(tensor): name for name, tensor in _tensors(loss)}
+        names = dict(zip(map(id, _tensors(loss)), _names(loss), strict=True))
         networks = _Networks(loss)  # pyright: ignore
         *weights, vectors = stack
         sizes = [weight.shape[-1] for weight in weights]
@@ -279,8 +283,10 @@ class StackedLosses:
         rates: Tensor,
         due: frozenset[str],
     ) -> TensorDictBase:
-        online, frozen, moments, coefficients, target_rates = state
+        online, frozen, moments, coefficients = state
         replicas = len(online[0])
+        for slow, parameters in zip(frozen, online, strict=True):
+            slow[:, 0] = parameters[:, VALUE]
         if indices is None:
             batch = {key: column.unflatten(0, (replicas, -1)) for key, column in columns.items()}
         else:
@@ -293,7 +299,7 @@ class StackedLosses:
         ):
             step_size, epsilon = (_like(x, gradient) for x in (its.step_size, its.epsilon))
             adam_(parameters, gradient, first, second, step_size, epsilon)
-            slow.lerp_(parameters[:, 1:], _like(target_rates, slow[0]))
+            slow[:, 1:].lerp_(parameters[:, QVALUES], self.target_rate)
         results = dict(zip(self.metrics, metrics, strict=True))
         if indices is None:
             results["priority"] = td_error.flatten()
@@ -440,9 +446,12 @@ def _like(numbers: Tensor, tensor: Tensor) -> Tensor:
     return numbers.reshape(*numbers.shape, *(1,) * (tensor.ndim - numbers.ndim))
 
 
-def _tensors(loss: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from loss.named_parameters()
-    yield from loss.named_buffers()
+def _tensors(loss: nn.Module) -> list[Tensor]:
+    return [*loss.parameters(), *loss.buffers()]
+
+
+def _names(loss: nn.Module) -> list[str]:
+    return [name for name, _ in (*loss.named_parameters(), *loss.named_buffers())]
 
 
 def _coefficients(loss: LossModule) -> list[tuple[nn.Module, str]]:
@@ -513,6 +522,7 @@ def _unstackable(loss: LossModule, optimization: Optimization) -> str | None:
         and optimization.max_grad_norm is None
         and set(optimization.every.values()) == {1}
         and optimization.target_every == 1
+        and set(optimization.target_rate) == {"qvalue_network"}
     )
     if not plain:
         return "not all networks are descended by Adam alone at every step"
@@ -555,7 +565,7 @@ def _same(module: nn.Module, other: nn.Module) -> bool:
         str(module) == str(other)
         and len(buffers) == len(others)
         and all(
-            a.shape == b.shape and bool((a == b).all())
+            a.shape[-1] == b.shape[-1] and bool((a == b).all())
             for a, b in zip(buffers, others, strict=True)
         )
     )

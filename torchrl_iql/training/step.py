@@ -117,6 +117,8 @@ class TrainStep:
                 )
         if len(set(map(id, self.losses))) < len(self.losses):
             raise ValueError("losses must be different objects: one of them is there twice")
+        for loss in self.losses:  # TorchRL warns of targets that nobody updates
+            loss._has_update_associated = dict.fromkeys(loss._has_update_associated, True)
         learners = len(self.losses)
         rates = _per_learner("learning_rate", learning_rate, learners)
         self._optimizations = [
@@ -134,14 +136,15 @@ class TrainStep:
             for loss, rate in zip(self.losses, rates, strict=True)
         ]
         self.steps = 0
+        self._tables: dict[tuple[int, int], Tensor] = {}
         self._executor = Executor(execution, self.device)
         self._programs, self.path = self._programs_for()
         self._streams = [
             RandomStream(seed, self.device) for seed in _per_learner("seeds", seeds, learners)
         ]
 
-    def _programs_for(self) -> tuple[list[tuple[Program, slice]], str]:
-        """What takes the steps, and of which learners."""
+    def _programs_for(self) -> tuple[Sequence[tuple[Program, slice]], str]:
+        """What takes the steps, of which learners, and why it does."""
         losses, optimizations = self.losses, self._optimizations
         alone = [refusal([x], [o]) for x, o in zip(losses, optimizations, strict=True)]
         reason = next(filter(None, alone), None)
@@ -214,7 +217,7 @@ class TrainStep:
         results = self._advance(sources, None)
         priorities = [its.pop("priority") for its in results if "priority" in its.keys()]
         if priorities and not batch.is_locked:
-            key = self.losses[0].tensor_keys.priority
+            key = self.losses[0].tensor_keys.priority  # pyright: ignore
             batch.set(key, torch.cat(priorities).view(batch.shape))
         return self._joined(results)
 
@@ -262,9 +265,15 @@ class TrainStep:
         return results
 
     def _rates(self, rows: slice, steps: int) -> Tensor:
-        its = [optimization.rates(self.steps, steps) for optimization in self._optimizations[rows]]
-        table = torch.from_numpy(np.stack(its, axis=1) if len(its) > 1 else its[0])
-        return table.to(self.device, non_blocking=True)
+        """Those of the next steps, of some learners: ``[steps, R, networks, 6]``, without R for one."""
+        block, done = divmod(self.steps, BLOCK)
+        if (block, rows.start) not in self._tables:
+            first, its = block * BLOCK, self._optimizations[rows]
+            tables = np.stack([each.rates(first, BLOCK) for each in its], axis=1)
+            table = torch.from_numpy(tables).to(self.device, non_blocking=True)
+            self._tables = {key: kept for key, kept in self._tables.items() if key[0] == block}
+            self._tables[block, rows.start] = table.squeeze(1) if len(its) == 1 else table
+        return self._tables[block, rows.start][done : done + steps]
 
     def _joined(self, results: list[TensorDictBase]) -> TensorDictBase:
         """The results of all programs, ``[R]``, or scalars of a single learner."""
