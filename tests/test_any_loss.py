@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from torchrl.objectives.common import LossModule
 
 from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep
 from torchrl_iql.data import Minibatches
+from torchrl_iql.models import Architecture
 from torchrl_iql.training import cosine_decay, warm_up
 from torchrl_iql.training.stacked import StackedProgram
 
@@ -595,3 +597,23 @@ def test_a_later_format_is_refused() -> None:
     state = {**step.state_dict(), "format": 99}
     with pytest.raises(ValueError, match="format 99, this version reads up to 2"):
         step.load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "categorical"])
+def test_a_state_of_format_1_continues(kind: str) -> None:
+    """Written by the version that stored the moments of padded stacks, which then took two more steps."""
+    saved = torch.load(Path(__file__).with_name("format-1.pt"), weights_only=True)[kind]
+    architecture = Architecture(observation_size=3, action_size=2, hidden_sizes=(4, 5), policy=kind)
+    torch.manual_seed(1)
+    networks = architecture.build()
+    loss = IQLLoss(*networks)
+    if architecture.discrete:
+        loss = DiscreteIQLLoss(*networks, action_space="categorical")
+    schedule = {"actor_network": cosine_decay(10)}
+    step = TrainStep(loss.double(), learning_rate=1e-2, schedule=schedule)
+    step.load_state_dict(saved["state"])
+    assert step.steps == 3
+    for batch in saved["batches"]:
+        step(TensorDict(batch, [16]))
+    for key, tensor in saved["after"].items():
+        torch.testing.assert_close(loss.state_dict()[key], tensor, rtol=1e-9, atol=1e-9, msg=key)

@@ -6,19 +6,25 @@ import re
 from pathlib import Path
 
 import pytest
+from test_distributed import torchrun
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+TRAINING = (ROOT / "torchrl_iql/training/README.md").read_text()
 
 
-def run(name: str, *replacements: tuple[str, str]) -> None:
-    code = re.search(rf"<!-- tested: {name} -->\n```python\n(.*?)```", README, re.S)
+def program(name: str, *replacements: tuple[str, str], page: str = README) -> str:
+    code = re.search(rf"<!-- tested: {name} -->\n```python\n(.*?)```", page, re.S)
     assert code is not None
-    program = code[1]
+    text = code[1]
     for written, small in replacements:
-        assert written in program
-        program = program.replace(written, small)
-    exec(compile(program, "README.md", "exec"), {})
+        assert written in text
+        text = text.replace(written, small)
+    return text
+
+
+def run(name: str, *replacements: tuple[str, str], page: str = README) -> None:
+    exec(compile(program(name, *replacements, page=page), "README.md", "exec"), {})
 
 
 def test_the_custom_loop_trains(maze_id: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +49,46 @@ def test_the_training_step_trains(maze_id: str, capsys: pytest.CaptureFixture[st
         ("range(100)", "range(2)"),
     )
     assert capsys.readouterr().out.startswith("2 tensor([")
+
+
+def test_the_step_trains_a_loss_of_torchrl(
+    maze_id: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(
+        "any loss",
+        ("mujoco/hopper/medium-v0", maze_id),
+        ('"auto"', '"eager"'),
+        ("1000)", "2)"),
+        ("range(100)", "range(2)"),
+        page=TRAINING,
+    )
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 tensor(")
+    assert "general: TD3BCLoss" in printed
+
+
+def test_the_step_trains_on_a_prioritized_buffer(maze_id: str) -> None:
+    run(
+        "prioritized",
+        ("mujoco/hopper/medium-v0", maze_id),
+        ('reward="return_range"', 'reward="minus_one"'),
+        ("100_000", "3"),
+        page=TRAINING,
+    )
+
+
+def test_several_processes_train(maze_id: str, tmp_path: Path) -> None:
+    text = program(
+        "several processes",
+        ("mujoco/hopper/medium-v0", maze_id),
+        ('reward="return_range"', 'reward="minus_one"'),
+        ("100_000", "2"),
+        page=TRAINING,
+    )
+    script = tmp_path / "train.py"
+    script.write_text(text + "\nprint(sum(x.double().sum().item() for x in loss.parameters()))\n")
+    sums = re.findall(r"^-?\d+\.\d+$", torchrun(script, 2), re.M)
+    assert len(sums) == 2 and len(set(sums)) == 1  # the same networks in both
 
 
 def test_the_test_command_is_what_ci_runs() -> None:
