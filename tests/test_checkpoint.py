@@ -150,3 +150,14 @@ def test_other_components_are_saved_and_restored(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*missing\.ckpt"):
         load_policy(tmp_path / "missing.ckpt")
+
+
+def test_a_checkpoint_of_a_later_format_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint, "FORMAT", 99)
+        path = checkpoint.save(tmp_path / "a.ckpt", learner(), ARCHITECTURE)
+    for load in (load_policy, lambda path: checkpoint.load_learner(path, learner())):
+        with pytest.raises(ValueError, match=r"a.ckpt has format 99, this version reads up to 2"):
+            load(path)

@@ -2,8 +2,9 @@
 
 A checkpoint is a TorchRL :class:`~torchrl.checkpoint.Checkpoint` archive with the components
 ``policy`` (the network alone), ``learner`` (networks, targets, optimiser, counter) and ``rng`` (every
-global random number generator), others that the run adds, and in its metadata the architecture of the networks and whatever the
-run adds. It holds one learner, also of several that are trained together.
+global random number generator), others that the run adds, and in its metadata a format number, the
+architecture of the networks and whatever the run adds. It holds one learner, also of several that are
+trained together.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torchrl.checkpoint import Checkpoint, GlobalRNGState, StateDictCheckpointAd
 
 from torchrl_iql.models import Architecture
 from torchrl_iql.training import TrainStep
+from torchrl_iql.training.step import FORMAT
 
 __all__ = ["load_architecture", "load_learner", "load_metadata", "load_policy", "save"]
 
@@ -59,7 +61,8 @@ def save(
         # By default the tensors are mapped files, whose process dies of SIGBUS when the disk is full.
         checkpoint.register(name, component, adapter=StateDictCheckpointAdapter("torch"))
     try:
-        return checkpoint.save(path, metadata={**metadata, "architecture": asdict(architecture)})
+        known = {"format": FORMAT, "architecture": asdict(architecture)}
+        return checkpoint.save(path, metadata={**metadata, **known})
     except (OSError, RuntimeError) as error:  # torch says nothing of a full disk
         free = shutil.disk_usage(Path(path).parent).free / 1e6
         raise OSError(
@@ -115,7 +118,13 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata given to :func:`save`, without anything else."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
-    return Checkpoint.manifest(path)["metadata"]
+    metadata = Checkpoint.manifest(path)["metadata"]
+    if metadata.get("format", 1) > FORMAT:
+        raise ValueError(
+            f"{path} has format {metadata['format']}, this version reads up to {FORMAT}: update "
+            "torchrl-iql"
+        )
+    return metadata
 
 
 @dataclass
