@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,10 +14,12 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from torchrl_iql.training.program import Program
 
-__all__ = ["Execution", "Executor", "RandomStream"]
+__all__ = ["Execution", "Executor", "RandomStream", "compiled_function", "compiled_graph"]
 
 Execution = Literal["auto", "eager", "compiled", "cudagraph"]
 Due = frozenset[str]
@@ -110,29 +113,28 @@ class Executor:
         rates: Tensor,
         due: Sequence[Due],
     ) -> TensorDictBase:
-        results, seen = None, set()
-        for at, rate, kind in zip([None] if indices is None else indices, rates, due, strict=True):
-            # The first call checks that the compiled code fits these tensors, then it does.
-            unchecked = kind in seen and self.execution != "eager"
-            with torch.compiler.set_stance(skip_guard_eval_unsafe=unchecked):
+        results: Any = None
+        unchecked: set[Due] | None = set(due)
+        places = [None] if indices is None else indices.unbind()
+        with ExitStack() as stack:
+            for at, rate, kind in zip(places, rates.unbind(), due, strict=True):
+                if unchecked == set() and self.execution != "eager":
+                    # The first calls have checked that the compiled code fits these tensors.
+                    stack.enter_context(torch.compiler.set_stance(skip_guard_eval_unsafe=True))
+                    unchecked = None
                 results = step(program.state, columns, at, rate, kind)
-            seen.add(kind)
-        assert results is not None
-        return results
+                if unchecked:
+                    unchecked.discard(kind)
+        return program.shared.results(results)
 
     def _compile(self, program: Program) -> Callable[..., TensorDictBase]:
         """The program's step, of which each kind is compiled at its first call."""
 
-        def step(state: Any, columns: Any, at: Any, rate: Tensor, kind: Due) -> TensorDictBase:
+        def step(_: Any, columns: Any, at: Any, rate: Tensor, kind: Due) -> TensorDictBase:
             key = program.shared, kind
             if key not in self._compiled:
-                update = program.shared.update
-
-                def whole(state: Any, columns: Any, at: Any, rate: Tensor) -> TensorDictBase:
-                    return update(state, columns, at, rate, kind)
-
-                self._compiled[key] = torch.compile(_copy(whole), fullgraph=True, dynamic=False)
-            return self._compiled[key](state, columns, at, rate)
+                self._compiled[key] = program.shared.compiled(kind, compiled_function)
+            return self._compiled[key](program, columns, at, rate)
 
         return step
 
@@ -313,16 +315,41 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _copy(function: FunctionType) -> FunctionType:
-    """The same function, of other code: PyTorch limits how often one code is compiled in a process."""
-    copy = FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
+def compiled_function(function: FunctionType | MethodType) -> Callable:
+    """Compiles a function as one graph, for fixed shapes.
+
+    Of a copy of its code: PyTorch limits how often one code is compiled in a process.
+    """
+    its = function.__func__ if isinstance(function, MethodType) else function
+    copy: Any = FunctionType(
+        its.__code__.replace(), its.__globals__, its.__name__, its.__defaults__, its.__closure__
     )
-    return copy
+    if isinstance(function, MethodType):
+        copy = MethodType(copy, function.__self__)
+    return torch.compile(copy, fullgraph=True, dynamic=False)
+
+
+def compiled_graph(function: Callable, *example: Any) -> Callable:
+    """Compiles a function of tensors for tensors exactly like the given ones, which nobody checks.
+
+    Without Dynamo, whose look-up of the code takes longer than many a small function.
+
+    Args:
+        function: of tensors, and of dictionaries and tuples of them.
+        example: what it will be called with. It is called with them once.
+    """
+    flat, structure = tree_flatten(example)
+    returned: list[TreeSpec] = []
+
+    def on_tensors(*tensors: Tensor) -> list[Tensor]:
+        results, its = tree_flatten(function(*tree_unflatten(list(tensors), structure)))
+        returned.append(its)
+        return results
+
+    with torch.no_grad():
+        graph = make_fx(on_tensors)(*flat)
+        compiled: Any = torch._inductor.compile(graph, flat)
+    return lambda *args: tree_unflatten(compiled(*tree_leaves(args)), returned[0])
 
 
 _COMPILATION_ERRORS = (TorchDynamoException, InductorError)

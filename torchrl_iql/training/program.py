@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from torchrl.objectives.common import LossModule
 from torchrl_iql.training.adam import Rates, adam_all_, clip_, follow_
 from torchrl_iql.training.optimization import Optimization, network_of
 
-__all__ = ["LossProgram", "Moments", "Program"]
+__all__ = ["LossProgram", "Moments", "Program", "Step", "compiled_whole"]
 
 Moments = dict[str, tuple[Tensor, Tensor]]
 """Adam's first and second moment of each parameter, by its name in the loss, in its shape."""
@@ -27,13 +27,15 @@ class Program(Protocol):
         losses: of the learners.
         draws: whether the step draws random numbers.
         state: what a step changes, beside what ``shared`` holds itself.
-        shared: has the method ``update``; programs with the same one share compiled code.
+        shared: has a method ``compiled``, and programs with the same one share what that returns.
     """
 
     losses: list[LossModule]
     draws: bool
     state: tuple
-    shared: Any
+
+    @property
+    def shared(self) -> Shared: ...
 
     def adopt(self) -> None:
         """Finds out what became of the losses since the last step, and trains what they hold now."""
@@ -58,7 +60,7 @@ class Program(Protocol):
         indices: Tensor | None,
         rates: Tensor,
         due: frozenset[str],
-    ) -> TensorDictBase:
+    ) -> Any:
         """Takes the step.
 
         Args:
@@ -69,13 +71,47 @@ class Program(Protocol):
             due: the networks that are updated, and ``"targets"``.
 
         Returns:
-            the scalars of the loss before the step, and the priority if the rows are all.
+            the scalars of the loss before the step, and the priority if the rows are all; in a form
+            that ``shared.results`` knows.
         """
         ...
 
     def moments(self, learner: int) -> Moments:
         """Those of one learner, in place."""
         ...
+
+
+Step = Callable[[Program, Any, Tensor | None, Tensor], Any]
+"""Takes a step of a program, given columns, indices and rates."""
+
+
+class Shared(Protocol):
+    """What programs that differ in nothing but their tensors compute with."""
+
+    def compiled(self, due: frozenset[str], compiler: Callable[[Callable], Callable]) -> Step:
+        """The step, made of compiled functions.
+
+        Args:
+            due: what is updated.
+            compiler: compiles a function of tensors, as one graph.
+        """
+        ...
+
+    def results(self, of_step: Any) -> TensorDictBase:
+        """What :meth:`update` or a compiled step returned, by name."""
+        ...
+
+
+def compiled_whole(
+    update: Callable, due: frozenset[str], compiler: Callable[[Callable], Callable]
+) -> Step:
+    """A step that is one graph."""
+
+    def whole(state: Any, columns: Any, indices: Any, rates: Tensor) -> Any:
+        return update(state, columns, indices, rates, due)
+
+    graph = compiler(whole)
+    return lambda program, *step: graph(program.state, *step)
 
 
 class LossProgram:
@@ -93,7 +129,7 @@ class LossProgram:
     state = ()
 
     def __init__(self, loss: LossModule, optimization: Optimization) -> None:
-        self.shared = self
+        self.shared: Shared = self
         self.losses = [loss]
         self.loss = loss
         self.optimization = optimization
@@ -160,6 +196,12 @@ class LossProgram:
         due = frozenset(self.optimization.networks)
         with torch.random.fork_rng(devices=_cuda(self._device)):
             self._gradients(self._batch(columns, indices), due)
+
+    def compiled(self, due: frozenset[str], compiler: Callable[[Callable], Callable]) -> Step:
+        return compiled_whole(self.update, due, compiler)
+
+    def results(self, of_step: TensorDictBase) -> TensorDictBase:
+        return of_step
 
     def update(
         self,

@@ -20,6 +20,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.utils._pytree import tree_map
 from torchrl.objectives import ValueEstimators
 from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS, LossModule
 
@@ -27,8 +28,10 @@ from torchrl_iql.models import GaussianParameters, Torso
 from torchrl_iql.objectives import functional as iql
 from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss, at_least_float32
 from torchrl_iql.training.adam import Rates, adam_
+from torchrl_iql.training.execution import compiled_graph
+from torchrl_iql.training.native import Layers, Learner, Networks, columns
 from torchrl_iql.training.optimization import Optimization
-from torchrl_iql.training.program import Moments
+from torchrl_iql.training.program import Moments, Step, compiled_whole
 
 __all__ = ["StackedLosses", "StackedProgram", "refusal"]
 
@@ -41,6 +44,8 @@ WIDTH = 16
 
 POLICY, VALUE, QVALUES = 0, 1, slice(2, None)
 """The places of the networks in a stack that learns."""
+
+STEP_SIZE, EPSILON = Rates._fields.index("step_size"), Rates._fields.index("epsilon")
 
 
 def refusal(losses: Sequence[LossModule], optimizations: Sequence[Optimization]) -> str | None:
@@ -65,6 +70,7 @@ class StackedProgram:
         losses: R losses, of which :func:`refusal` says None.
         optimizations: one per loss.
         shared: of another program with such losses, to share compiled code.
+        native: whether a compiled step is to use the kernels of :mod:`torchrl_iql.training.native`.
 
     Attributes:
         losses: the losses.
@@ -78,9 +84,11 @@ class StackedProgram:
         losses: Sequence[IQLLoss],
         optimizations: Sequence[Optimization],
         shared: StackedLosses | None = None,
+        native: bool = False,
     ) -> None:
         self.losses: list[LossModule] = list(losses)
-        self.shared = shared or StackedLosses(losses[0], optimizations[0])
+        self.shared = shared or StackedLosses(losses[0], optimizations[0], native)
+        self._kernels: dict[int, Networks] = {}
         self.draws = self.shared.dropout > 0
         replicas, number = len(losses), self.shared.num_qvalue_nets
         like = next(losses[0].parameters()).detach()
@@ -91,6 +99,10 @@ class StackedProgram:
         )
         self._coefficients = torch.zeros(3, replicas, dtype=torch.float64, device=like.device)
         self.state = (self._online, self._frozen, self._moments, self._coefficients)
+        # What is in no layer: the policies' log deviations, their moments, and the coefficients.
+        outside = slice(sum(self.shared.widths[1:]), None)
+        vectors = self._online[-1], *self._moments[-1]
+        self.heads = (*(x[:, POLICY, outside] for x in vectors), self._coefficients)
         self._views = [self._views_of(r) for r in range(replicas)]
         self.adopt()
 
@@ -131,8 +143,17 @@ class StackedProgram:
         indices: Tensor | None,
         rates: Tensor,
         due: frozenset[str],
-    ) -> TensorDictBase:
+    ) -> tuple[Tensor, Tensor | None]:
         return self.shared.update(state, columns, indices, rates, due)
+
+    def kernels(self, batch_size: int) -> Networks:
+        """The networks of the only learner, for so many transitions, with the memory that it takes."""
+        if batch_size not in self._kernels:
+            self._kernels = {batch_size: self.shared.kernels(self.state, batch_size)}
+        return self._kernels[batch_size]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_kernels": {}}  # they know these tensors by their addresses
 
     def moments(self, learner: int) -> Moments:
         first, second = zip(*self._moments, strict=True)
@@ -163,26 +184,29 @@ class StackedLosses:
     Args:
         loss: one of them; the others are alike.
         optimization: its.
+        native: as in :class:`StackedProgram`.
     """
 
-    def __init__(self, loss: IQLLoss, optimization: Optimization) -> None:
+    def __init__(self, loss: IQLLoss, optimization: Optimization, native: bool = False) -> None:
+        self.native = native
         networks = _Networks(loss)
         self.num_qvalue_nets = loss.num_qvalue_nets
         self.loss_function: iql.Distance = loss.loss_function
         self.weight_clip = loss.weight_clip
         self.discrete = isinstance(loss, DiscreteIQLLoss)
         self.one_hot = self.discrete and loss.action_space == "one_hot"
+        self.dtype = networks.value.layers[0].weight.dtype
         self.target_rate = optimization.target_rate["qvalue_network"]
         names = optimization.networks
         self.rows = [names.index(f"{name}_network") for name in ("actor", "value")]
         self.rows += [names.index("qvalue_network")] * self.num_qvalue_nets
         self.policy_size, _, self.qvalue_size = (t.layers[-1].out_features for t in networks.torsos)
-        self.dtype = networks.value.layers[0].weight.dtype
         self.state_size = networks.value.layers[0].in_features
         hidden = [layer.out_features for layer in networks.value.layers[:-1]]
         widths = [networks.qvalue.layers[0].in_features, *hidden]
         widths.append(max(self.policy_size, self.qvalue_size))
-        self.widths = [-(-width // WIDTH) * WIDTH for width in widths]
+        unit = max(WIDTH, columns(self.dtype) if native else 1)
+        self.widths = [-(-width // unit) * unit for width in widths]
         self.action_size = 0 if networks.log_std is None else len(networks.log_std)
         self.dropout = networks.policy.dropout
         self.normalize = networks.value.normalize
@@ -282,7 +306,7 @@ class StackedLosses:
         indices: Tensor | None,
         rates: Tensor,
         due: frozenset[str],
-    ) -> TensorDictBase:
+    ) -> tuple[Tensor, Tensor | None]:
         online, frozen, moments, coefficients = state
         replicas = len(online[0])
         for slow, parameters in zip(frozen, online, strict=True):
@@ -300,8 +324,12 @@ class StackedLosses:
             step_size, epsilon = (_like(x, gradient) for x in (its.step_size, its.epsilon))
             adam_(parameters, gradient, first, second, step_size, epsilon)
             slow[:, 1:].lerp_(parameters[:, QVALUES], self.target_rate)
+        return metrics, td_error if indices is None else None
+
+    def results(self, of_step: tuple[Tensor, Tensor | None]) -> TensorDictBase:
+        metrics, td_error = of_step
         results = dict(zip(self.metrics, metrics, strict=True))
-        if indices is None:
+        if td_error is not None:
             results["priority"] = td_error.flatten()
         return TensorDict(results)
 
@@ -329,22 +357,29 @@ class StackedLosses:
             the sum of all losses of all learners, a scalar; and, detached, the ``metrics``,
             ``[len(metrics), R]``, and the squared TD errors ``[R, B]``.
         """
-        action = batch["action"]
-        state = self._state_input(batch["observation"])
-        next_state = self._state_input(batch["next_observation"])
-        qvalue = state if self.discrete else self._action_input(batch["observation"], action)
         networks = self.num_qvalue_nets
+        state, next_state, qvalue = self._inputs(batch)
         outputs, log_std = self._forward(online, [state, state] + [qvalue] * networks, self.dropout)
         frozen_outputs, _ = self._forward(frozen, [next_state] + [qvalue] * networks)
+        return self._losses(outputs, log_std[:, POLICY], frozen_outputs, coefficients, batch)
 
-        v = outputs[:, VALUE, :, 0]
+    def _losses(
+        self,
+        outputs: Tensor,
+        log_std: Tensor,
+        frozen_outputs: Tensor,
+        coefficients: Tensor,
+        batch: Mapping[str, Tensor],
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The same from the outputs of the networks, ``[R, K, B, out]``, and the policy's deviations."""
+        action, v = batch["action"], outputs[:, VALUE, :, 0]
         expectile, temperature, discount = coefficients.to(v.dtype).unsqueeze(-1)
         if "steps_to_next_obs" in batch:
             discount = discount ** batch["steps_to_next_obs"]
         next_v = frozen_outputs[:, 0, :, 0]
         values = iql.losses(
             iql.Outputs(
-                self._log_likelihood(outputs[:, POLICY], log_std[:, POLICY], action),
+                self._log_likelihood(outputs[:, POLICY], log_std, action),
                 self._at_action(frozen_outputs[:, 1:], action),
                 self._at_action(outputs[:, QVALUES], action),
                 v,
@@ -362,6 +397,103 @@ class StackedLosses:
         total = (means["loss_actor"] + means["loss_qvalue"] + means["loss_value"]).sum()
         return total, (torch.stack(list(means.values())).detach(), values["td_error"])
 
+    # --- A step by kernels of this project -----------------------------------------------------------
+
+    def compiled(self, due: frozenset[str], compiler: Callable[[Callable], Callable]) -> Step:
+        if not self.native:
+            return compiled_whole(self.update, due, compiler)
+        graphs: dict[tuple, tuple[Callable, Callable]] = {}
+
+        def step(
+            program: StackedProgram,
+            columns: dict[str, Tensor],
+            indices: Tensor | None,
+            rates: Tensor,
+        ) -> tuple[Tensor, Tensor | None]:
+            size = len(columns["reward"]) if indices is None else indices.numel()
+            kernels = program.kernels(size)
+            read_from = columns, indices, kernels.inputs
+            layout = size, *((k, c.shape, c.stride(), c.dtype) for k, c in columns.items())
+            if layout not in graphs:
+                batch = self._read(*read_from)
+                kernels.forward()
+                example = program.heads, kernels.outputs, kernels.gradients, batch, rates
+                graphs[layout] = (
+                    compiled_graph(self._read, *read_from),
+                    compiled_graph(self._descend, *tree_map(torch.clone, example)),
+                )
+            read, descend = graphs[layout]
+            batch = read(*read_from)
+            kernels.forward()
+            metrics, td_error = descend(
+                program.heads, kernels.outputs, kernels.gradients, batch, rates
+            )
+            table = rates.tolist()
+            sizes = [table[row][STEP_SIZE] for row in self.rows]
+            kernels.backward(sizes, table[0][EPSILON], self.target_rate)
+            return metrics, td_error if indices is None else None
+
+        return step  # pyright: ignore
+
+    def kernels(self, state: tuple, batch_size: int) -> Networks:
+        """The networks of the only learner of a state."""
+        online, frozen, moments, _ = state
+        first, second = zip(*moments, strict=True)
+
+        def layers(stack: Stack, place: int) -> Layers:
+            *weights, vectors = (tensor[0, place] for tensor in stack)
+            biases = vectors.split([*self.widths[1:], self.action_size])[:-1]
+            return Layers(weights, biases)
+
+        number = self.num_qvalue_nets
+        learning = [
+            Learner(
+                *(layers(stack, place) for stack in (online, first, second)),
+                target=layers(frozen, place - 1) if place > VALUE else None,
+            )
+            for place in range(2 + number)
+        ]
+        # V at s' has the parameters of V, and an input of its own.
+        others = [layers(online, VALUE), *(layers(frozen, 1 + n) for n in range(number))]
+        state_action = 0 if self.discrete else 2
+        reads = [0, 0, *[state_action] * number, 1, *[state_action] * number]
+        return Networks(learning, others, reads, batch_size)
+
+    def _read(
+        self, columns: Mapping[str, Tensor], indices: Tensor | None, inputs: Tensor
+    ) -> dict[str, Tensor]:
+        """Gathers a minibatch, and what the networks read of it, ``[N, B, in]``."""
+        if indices is None:
+            batch = {key: column.unsqueeze(0) for key, column in columns.items()}
+        else:
+            batch = {key: column[indices.view(1, -1)] for key, column in columns.items()}
+        for place, its in zip(inputs, self._inputs(batch), strict=False):
+            place.copy_(its[0])
+        return {key: column for key, column in batch.items() if not key.endswith("observation")}
+
+    def _descend(
+        self,
+        heads: tuple[Tensor, ...],
+        outputs: Tensor,
+        gradients: Tensor,
+        batch: Mapping[str, Tensor],
+        rates: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of the losses by the outputs; the step of what is in no layer."""
+        log_std, first, second, coefficients = heads
+        learning = 2 + self.num_qvalue_nets
+
+        def losses(outputs: Tensor, log_std: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            return self._losses(outputs, log_std, others, coefficients, batch)
+
+        others = outputs[None, learning:]
+        take = torch.func.grad(losses, argnums=(0, 1), has_aux=True)
+        (by_outputs, by_log_std), (metrics, td_error) = take(outputs[None, :learning], log_std)
+        gradients.copy_(by_outputs[0])
+        its = Rates(*rates[self.rows[POLICY]].to(log_std.dtype).unbind()[: len(Rates._fields)])
+        adam_(log_std, by_log_std, first, second, its.step_size, its.epsilon)
+        return metrics, td_error
+
     def _forward(
         self, stack: Stack, inputs: list[Tensor], dropout: float = 0.0
     ) -> tuple[Tensor, Tensor]:
@@ -378,6 +510,14 @@ class StackedLosses:
                     x = torch.cat([F.dropout(x[:, :1], dropout), x[:, 1:]], dim=1).flatten(0, 1)
             x = torch.bmm(x, weight.flatten(0, 1)).add_(bias.flatten(0, 1).unsqueeze(-2))
         return at_least_float32(x).unflatten(0, lead), log_std
+
+    def _inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What V and the policy read at s and at s', and what the Q networks read."""
+        state = self._state_input(batch["observation"])
+        next_state = self._state_input(batch["next_observation"])
+        if self.discrete:
+            return state, next_state, state
+        return state, next_state, self._action_input(batch["observation"], batch["action"])
 
     def _state_input(self, observation: Tensor) -> Tensor:
         return self._pad(self.normalize(observation))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
 from torchrl_iql.data.minibatches import BLOCK, Minibatches
+from torchrl_iql.training import native
 from torchrl_iql.training.execution import Execution, Executor, RandomStream
 from torchrl_iql.training.optimization import Optimization, Schedule
 from torchrl_iql.training.program import LossProgram, Program
@@ -149,25 +150,37 @@ class TrainStep:
         alone = [refusal([x], [o]) for x, o in zip(losses, optimizations, strict=True)]
         reason = next(filter(None, alone), None)
         if reason is not None:
-            programs = map(LossProgram, losses, optimizations)
-            return [(p, slice(r, r + 1)) for r, p in enumerate(programs)], f"general: {reason}"
+            general: list[Program] = list(map(LossProgram, losses, optimizations))
+            return [(p, slice(r, r + 1)) for r, p in enumerate(general)], f"general: {reason}"
         unlike = refusal(losses, optimizations)
-        first = StackedProgram(losses[:1], optimizations[:1])  # pyright: ignore
+        kernels = self._has_kernels()
+        first = StackedProgram(losses[:1], optimizations[:1], native=kernels)  # pyright: ignore
+        path = "stacked: IQL on networks of torchrl_iql.models"
+        path += ", by kernels of their own" if kernels else ""
         if unlike is None and self.device.type != "cpu" and not first.draws:
-            joint = StackedProgram(losses, optimizations, first.shared)  # pyright: ignore
-            return [(joint, slice(0, len(losses)))], "stacked: all learners in one computation"
+            joint: Program = StackedProgram(losses, optimizations, first.shared)  # pyright: ignore
+            return [(joint, slice(0, len(losses)))], f"{path}, all learners in one computation"
+        programs: list[Program] = [first]
         shared = first.shared if unlike is None else None
-        programs = (
-            [first]
-            + [
-                StackedProgram([loss], [optimization], shared)  # pyright: ignore
-                for loss, optimization in zip(losses[1:], optimizations[1:], strict=True)
-            ]
-        )
+        for loss, optimization in zip(losses[1:], optimizations[1:], strict=True):
+            program = StackedProgram([loss], [optimization], shared, kernels)  # pyright: ignore
+            programs.append(program)
         why = unlike or ("each draws its own dropout" if first.draws else "one fits a CPU's caches")
-        several = f", one learner after the other: {why}" if len(losses) > 1 else ""
-        placed = [(program, slice(r, r + 1)) for r, program in enumerate(programs)]
-        return placed, f"stacked: IQL on networks of torchrl_iql.models{several}"
+        path += f", one learner after the other: {why}" if len(losses) > 1 else ""
+        return [(program, slice(r, r + 1)) for r, program in enumerate(programs)], path
+
+    def _has_kernels(self) -> bool:
+        """Whether the kernels of this project can compute the stacks."""
+        loss = self.losses[0]
+        dtype = next(loss.parameters()).dtype
+        dropout = any(isinstance(m, nn.Dropout) for m in loss.actor_network.modules())  # pyright: ignore
+        return (
+            self.execution == "compiled"
+            and self.device.type == "cpu"
+            and dtype in (torch.float32, torch.float64)
+            and not dropout
+            and native.unavailable() is None
+        )
 
     @property
     def execution(self) -> Execution:
