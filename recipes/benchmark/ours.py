@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from tensordict import TensorDict
 from timing import Contender, synchronize
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorStorage
 from torchrl.objectives import SoftUpdate
@@ -15,7 +16,7 @@ from torchrl_iql import IQLLoss, TrainStep, models
 from torchrl_iql.data import Minibatches
 from torchrl_iql.training import Execution
 
-__all__ = ["Loop", "Step", "contenders"]
+__all__ = ["Calls", "Loop", "Step", "contenders", "replay_buffer"]
 
 
 def contenders(work: Work, replicas: Sequence[int] = ()) -> dict[str, Callable[[], Contender]]:
@@ -38,6 +39,7 @@ def contenders(work: Work, replicas: Sequence[int] = ()) -> dict[str, Callable[[
             )
             for way, number, streaming in steps
         },
+        calls_name(ways[-1]): partial(Calls, work, ways[-1]),
     }
 
 
@@ -45,6 +47,20 @@ def step_name(execution: Execution, replicas: int, streaming: bool) -> str:
     name = f"torchrl-iql, {execution}"
     name += f", {replicas} learners" if replicas > 1 else ""
     return name + (", streaming" if streaming else "")
+
+
+def calls_name(execution: Execution) -> str:
+    return f"{step_name(execution, 1, False)}, step(batch)"
+
+
+def replay_buffer(work: Work, data: TensorDict) -> ReplayBuffer:
+    """All transitions on the device, to be sampled there uniformly with replacement."""
+    return ReplayBuffer(
+        storage=TensorStorage(data.to(work.device), device=work.device),
+        sampler=RandomSampler(),
+        writer=ImmutableDatasetWriter(),
+        batch_size=work.batch_size,
+    )
 
 
 def loss_for(work: Work, seed: int) -> IQLLoss:
@@ -101,6 +117,37 @@ class Step:
         synchronize(self.step.device.type)
 
 
+class Calls:
+    """The training step called with batches of a replay buffer, one after the other.
+
+    Args:
+        work: what to do in a step.
+        execution: how.
+
+    Attributes:
+        name: of the contender.
+        replicas: 1.
+    """
+
+    replicas = 1
+
+    def __init__(self, work: Work, execution: Execution) -> None:
+        self.name = calls_name(execution)
+        self.step = TrainStep(
+            loss_for(work, work.seed),
+            learning_rate=work.learning_rate,
+            target_rate=work.target_rate,
+            execution=execution,
+        )
+        self.buffer = replay_buffer(work, work.data())
+
+    def run(self, steps: int) -> None:
+        """Take gradient steps, and wait for them."""
+        for _ in range(steps):
+            self.step(self.buffer.sample())
+        synchronize(self.step.device.type)
+
+
 class Loop:
     """The loop of the README: the loss, a replay buffer, Adam, and TorchRL's target updater.
 
@@ -120,12 +167,7 @@ class Loop:
         self.loss = loss_for(work, work.seed)
         self.target = SoftUpdate(self.loss, tau=work.target_rate)
         self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=work.learning_rate, fused=True)
-        self.buffer = ReplayBuffer(
-            storage=TensorStorage(work.data().to(work.device), device=work.device),
-            sampler=RandomSampler(),
-            writer=ImmutableDatasetWriter(),
-            batch_size=work.batch_size,
-        )
+        self.buffer = replay_buffer(work, work.data())
 
     def run(self, steps: int) -> None:
         """Take gradient steps, and wait for them."""

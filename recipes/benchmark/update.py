@@ -3,15 +3,17 @@
 All contenders do the same work (``work.py``), in turns, on one machine: ours are in ``ours.py``, the others
 in ``peers.py`` and ``jax_iql.py``, and ``timing.py`` measures. Prints one table; ``--json`` keeps the
 numbers. What something costs is seen by giving it several values, one run each: ``--batch-size``,
-``--hidden``, ``--num-qvalue-nets``, ``--transitions``, ``--replicas``.
+``--hidden``, ``--num-qvalue-nets``, ``--transitions``, ``--replicas``. ``--quick`` takes seconds and shows
+that the eager contenders work. The exit status is 1 if a contender of this project fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import ours
@@ -20,6 +22,7 @@ import torch
 from timing import (
     Contender,
     Isolated,
+    Result,
     flops_per_step,
     gemm_rate,
     hardware,
@@ -32,30 +35,105 @@ from timing import (
 from work import Work
 
 BASELINE = "TorchRL, eager"
+QUICK = {
+    "hidden": (32, 32),
+    "batch_size": 64,
+    "transitions": 1000,
+    "replicas": (),
+    "rounds": 2,
+    "seconds": 0.1,
+    "only": ("eager",),
+}
+"""What ``--quick`` stands for: that everything runs, not how fast."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured, and on what.
+
+    Attributes:
+        work: that all contenders did.
+        results: of :func:`timing.measure`.
+        failed: the contenders of this project that could not be built or did not run.
+        memory: the peak of each process, in GiB.
+        rate: the floating-point operations per second of matrix products alone.
+        floor: seconds of :func:`timing.launch_floor`, None on a CPU.
+        machine: :func:`timing.hardware`.
+    """
+
+    work: Work
+    results: list[Result]
+    failed: list[str]
+    memory: dict[str, float]
+    rate: float
+    floor: float | None
+    machine: dict[str, str | int]
+
+    @property
+    def flops(self) -> int:
+        """Those of the matrix products of a step."""
+        work = self.work
+        sizes = work.observation_size, work.action_size, work.hidden_sizes
+        return flops_per_step(*sizes, work.num_qvalue_nets, work.batch_size)
+
+    def markdown(self) -> str:
+        """The table, and a paragraph on machine, limits and memory."""
+        flops, rate = self.flops, self.rate
+        lines = [
+            table(self.results, limit=rate / flops),
+            "",
+            ", ".join(f"{name} {value}" for name, value in self.machine.items()),
+            f"Matrix products: {flops / 1e6:.0f} MFLOP a step, {rate / 1e9:.0f} GFLOP/s alone, which "
+            f"would be {rate / flops:,.0f} updates/s.",
+        ]
+        if self.floor is not None:
+            lines.append(f"A kernel in a replayed graph: {self.floor * 1e6:.2f} microseconds.")
+        peaks = ", ".join(f"{name} {peak:.2f}" for name, peak in self.memory.items())
+        lines.append(f"Peak memory of each process, in GiB: {peaks}.")
+        return "\n".join(lines)
+
+    def write_json(self, path: str) -> None:
+        context = {
+            "work": asdict(self.work),
+            "hardware": self.machine,
+            "flops_per_step": self.flops,
+            "gemm_rate": self.rate,
+            "launch_floor": self.floor,
+            "peak_memory": self.memory,
+        }
+        write_json(path, self.results, **context)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures and prints.
+
+    Returns:
+        the exit status: 1 if a contender of this project failed.
+    """
+    options = parse(parser(__doc__), arguments)
+    comparison = compare(work_of(options), options)
+    print(comparison.markdown())
+    if options.json:
+        comparison.write_json(options.json)
+    if comparison.failed:
+        print(f"Failed: {', '.join(comparison.failed)}.")
+    return 1 if comparison.failed else 0
+
+
+def compare(work: Work, options: argparse.Namespace) -> Comparison:
+    """Measures all contenders that ``options`` leave.
+
+    Args:
+        work: what to do in a step.
+        options: of :func:`parser`.
+    """
     configure = partial(_configure, options.threads, options.precision)
     configure()
-    work = Work(
-        hidden_sizes=tuple(options.hidden),
-        num_qvalue_nets=options.num_qvalue_nets,
-        transitions=options.transitions,
-        batch_size=options.batch_size,
-        device=options.device,
-    )
     replicas = tuple(options.replicas)
-    builders = {**peers.contenders(work, replicas), **ours.contenders(work, replicas)}
+    own = ours.contenders(work, replicas)
+    builders = {**peers.contenders(work, replicas), **own}
     contenders = _build(builders, options.only, configure)
     names = [contender.name for contender in contenders]
-    flops = flops_per_step(
-        work.observation_size,
-        work.action_size,
-        work.hidden_sizes,
-        work.num_qvalue_nets,
-        work.batch_size,
-    )
     rate, floor = gemm_rate(work.device), launch_floor(work.device)
     results = measure(
         contenders,
@@ -64,35 +142,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
         baseline=BASELINE if BASELINE in names else None,
     )
     measured = {result.name for result in results}
+    wanted = [name for name in own if _chosen(name, options.only)]
+    failed = [name for name in wanted if name not in measured]
     memory = {c.name: c.close() for c in contenders if c.name in measured}
-    machine = hardware()
-    print(table(results, limit=rate / flops))
-    print()
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    print(
-        f"Matrix products: {flops / 1e6:.0f} MFLOP a step, {rate / 1e9:.0f} GFLOP/s alone, which "
-        f"would be {rate / flops:,.0f} updates/s."
+    return Comparison(work, results, failed, memory, rate, floor, hardware())
+
+
+def work_of(options: argparse.Namespace) -> Work:
+    return Work(
+        hidden_sizes=tuple(options.hidden),
+        num_qvalue_nets=options.num_qvalue_nets,
+        transitions=options.transitions,
+        batch_size=options.batch_size,
+        device=options.device,
     )
-    if floor is not None:
-        print(f"A kernel in a replayed graph: {floor * 1e6:.2f} microseconds.")
-    peaks = ", ".join(f"{name} {peak:.2f}" for name, peak in memory.items())
-    print(f"Peak memory of each process, in GiB: {peaks}.")
-    if options.json:
-        context = {
-            "work": asdict(work),
-            "hardware": machine,
-            "flops_per_step": flops,
-            "gemm_rate": rate,
-            "launch_floor": floor,
-            "peak_memory": memory,
-        }
-        write_json(options.json, results, **context)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Parses; with ``--quick``, what is not given is as in :data:`QUICK`."""
+    if parser.parse_args(arguments).quick:
+        parser.set_defaults(**QUICK)
+    return parser.parse_args(arguments)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that :func:`compare` reads."""
     work = Work()
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small networks, few rounds, what is not compiled: seconds, to see that it works",
+    )
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--threads", type=int, default=physical_cores())
@@ -129,7 +213,7 @@ def _build(
     """The contenders whose name contains one of ``only``, if any are given, and that can be built."""
     contenders = []
     for name, build in builders.items():
-        if only and not any(part.lower() in name.lower() for part in only):
+        if not _chosen(name, only):
             continue
         try:
             contenders.append(Isolated(name, build, configure))
@@ -138,5 +222,9 @@ def _build(
     return contenders
 
 
+def _chosen(name: str, only: Sequence[str]) -> bool:
+    return not only or any(part.lower() in name.lower() for part in only)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

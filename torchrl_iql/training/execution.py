@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from torchrl_iql.training.program import Program
 
@@ -329,27 +329,31 @@ def compiled_function(function: FunctionType | MethodType) -> Callable:
     return torch.compile(copy, fullgraph=True, dynamic=False)
 
 
-def compiled_graph(function: Callable, *example: Any) -> Callable:
-    """Compiles a function of tensors for tensors exactly like the given ones, which nobody checks.
+def compiled_graph(function: Callable, *example: Any) -> Callable[..., list[Tensor]]:
+    """Compiles a small function for tensors exactly like the given ones, which nobody checks.
 
-    Without Dynamo, whose look-up of the code takes longer than many a small function.
+    Without Dynamo, whose look-up of the code takes longer than the function, and for one thread.
 
     Args:
         function: of tensors, and of dictionaries and tuples of them.
         example: what it will be called with. It is called with them once.
+
+    Returns:
+        a function of all the tensors in ``example``, in their order, that returns all those in the
+        result, in theirs.
     """
-    flat, structure = tree_flatten(example)
-    returned: list[TreeSpec] = []
+    leaves, structure = tree_flatten(example)
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def on_tensors(*tensors: Tensor) -> list[Tensor]:
-        results, its = tree_flatten(function(*tree_unflatten(list(tensors), structure)))
-        returned.append(its)
-        return results
+        for place, tensor in zip(places, tensors, strict=True):
+            leaves[place] = tensor
+        return tree_leaves(function(*tree_unflatten(leaves, structure)))
 
+    tensors = [leaves[place] for place in places]
     with torch.no_grad():
-        graph = make_fx(on_tensors)(*flat)
-        compiled: Any = torch._inductor.compile(graph, flat)
-    return lambda *args: tree_unflatten(compiled(*tree_leaves(args)), returned[0])
+        graph = make_fx(on_tensors)(*tensors)
+        return torch._inductor.compile(graph, tensors, options={"cpp.threads": 1})  # pyright: ignore
 
 
 _COMPILATION_ERRORS = (TorchDynamoException, InductorError)

@@ -403,6 +403,25 @@ class StackedLosses:
         if not self.native:
             return compiled_whole(self.update, due, compiler)
         graphs: dict[tuple, tuple[Callable, Callable]] = {}
+        latest: list[Any] = [None, None, None]  # columns, and the graphs for them
+
+        def graphs_for(
+            program: StackedProgram,
+            columns: dict[str, Tensor],
+            indices: Tensor | None,
+            rates: Tensor,
+        ) -> tuple[Callable, Callable]:
+            kernels = program.kernels(_size(columns, indices))
+            layouts = [(k, c.shape, c.stride(), c.dtype) for k, c in columns.items()]
+            key = (*layouts, indices is None, kernels.inputs.shape)
+            if key not in graphs:
+                batch = self._read(columns, indices, kernels.inputs)
+                example = program.heads, kernels.outputs, kernels.gradients, batch, rates
+                graphs[key] = (
+                    compiled_graph(self._read, columns, indices, kernels.inputs),
+                    compiled_graph(self._descend, *tree_map(torch.clone, example)),
+                )
+            return graphs[key]
 
         def step(
             program: StackedProgram,
@@ -410,24 +429,15 @@ class StackedLosses:
             indices: Tensor | None,
             rates: Tensor,
         ) -> tuple[Tensor, Tensor | None]:
-            size = len(columns["reward"]) if indices is None else indices.numel()
-            kernels = program.kernels(size)
-            read_from = columns, indices, kernels.inputs
-            layout = size, *((k, c.shape, c.stride(), c.dtype) for k, c in columns.items())
-            if layout not in graphs:
-                batch = self._read(*read_from)
-                kernels.forward()
-                example = program.heads, kernels.outputs, kernels.gradients, batch, rates
-                graphs[layout] = (
-                    compiled_graph(self._read, *read_from),
-                    compiled_graph(self._descend, *tree_map(torch.clone, example)),
-                )
-            read, descend = graphs[layout]
-            batch = read(*read_from)
+            kernels = program.kernels(_size(columns, indices))
+            if columns is not latest[0]:
+                latest[:] = columns, *graphs_for(program, columns, indices, rates)
+            _, read, descend = latest
+            rows = () if indices is None else (indices,)
+            batch = read(*columns.values(), *rows, kernels.inputs)
             kernels.forward()
-            metrics, td_error = descend(
-                program.heads, kernels.outputs, kernels.gradients, batch, rates
-            )
+            outputs, gradients = kernels.outputs, kernels.gradients
+            metrics, td_error = descend(*program.heads, outputs, gradients, *batch, rates)
             table = rates.tolist()
             sizes = [table[row][STEP_SIZE] for row in self.rows]
             kernels.backward(sizes, table[0][EPSILON], self.target_rate)
@@ -575,6 +585,10 @@ def _mean(values: Tensor, batch: Mapping[str, Tensor], *, weighted: bool) -> Ten
         weight = weight * mask
     assert weight is not None
     return (values * weight).sum(-1) / weight.sum(-1)
+
+
+def _size(columns: Mapping[str, Tensor], indices: Tensor | None) -> int:
+    return len(columns["reward"]) if indices is None else indices.numel()
 
 
 def _of(stack: Sequence[Tensor], replica: int) -> Stack:
