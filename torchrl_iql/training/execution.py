@@ -17,7 +17,7 @@ from torch._inductor.exc import InductorError
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from torchrl_iql.training.program import Program
+from torchrl_iql.training.program import Program, Step, rows
 
 __all__ = ["Execution", "Executor", "RandomStream", "compiled_function", "compiled_graph"]
 
@@ -26,6 +26,9 @@ Due = frozenset[str]
 
 STEPS_PER_GRAPH = 10
 """Gradient steps in one CUDA graph: enough that the time between two graphs does not count."""
+
+STEPS_AT_ONCE = 10
+"""Minibatches that are gathered together, where that is done before the step."""
 
 
 class Executor:
@@ -57,7 +60,7 @@ class Executor:
         if wanted == "auto":
             self.execution, self.reason = _fastest(device)
         # By what a step computes with, and the networks that are due.
-        self._compiled: dict[tuple[Any, Due], Callable] = {}
+        self._compiled: dict[tuple[Any, Due], Step] = {}
         self._graphs: dict[tuple[Program, tuple[Due, ...], bool], _Graph] = {}
 
     def take(
@@ -82,7 +85,7 @@ class Executor:
         """
         if self.execution == "eager":
             return self._one_by_one(
-                program.update, program, program.columns(source), indices, rates, due
+                self._eager, program, program.columns(source), indices, rates, due
             )
         ready = [(program.shared, kind) in self._compiled for kind in due]
         # Gradients are taken within the compiled code, which Dynamo traces only when told to, and runs
@@ -95,7 +98,7 @@ class Executor:
                 if self.execution == "cudagraph":
                     return self._replay(program, source, indices, rates, due)
                 columns = program.columns(source)
-                step = self._compile(program)
+                step = self._compiled_step
                 return self._one_by_one(step, program, columns, indices, rates, due)
         except _COMPILATION_ERRORS as error:
             if not self._may_fall_back or all(ready):
@@ -106,7 +109,7 @@ class Executor:
 
     def _one_by_one(
         self,
-        step: Callable[..., TensorDictBase],
+        step: Callable[[Program, Due], Step],
         program: Program,
         columns: Any,
         indices: Tensor | None,
@@ -115,28 +118,33 @@ class Executor:
     ) -> TensorDictBase:
         results: Any = None
         unchecked: set[Due] | None = set(due)
-        places = [None] if indices is None else indices.unbind()
         with ExitStack() as stack:
-            for at, rate, kind in zip(places, rates.unbind(), due, strict=True):
-                if unchecked == set() and self.execution != "eager":
+            for t, (rate, kind) in enumerate(zip(rates.unbind(), due, strict=True)):
+                if not unchecked and unchecked is not None and self.execution != "eager":
                     # The first calls have checked that the compiled code fits these tensors.
                     stack.enter_context(torch.compiler.set_stance(skip_guard_eval_unsafe=True))
                     unchecked = None
-                results = step(program.state, columns, at, rate, kind)
+                its = step(program, kind)
+                if t % STEPS_AT_ONCE == 0:
+                    part = None if indices is None else indices[t : t + STEPS_AT_ONCE]
+                    prepared = its.prepare(program, columns, part)
+                results = its.take(program, columns, prepared[t % STEPS_AT_ONCE], rate)
                 if unchecked:
                     unchecked.discard(kind)
         return program.shared.results(results)
 
-    def _compile(self, program: Program) -> Callable[..., TensorDictBase]:
-        """The program's step, of which each kind is compiled at its first call."""
+    def _eager(self, program: Program, kind: Due) -> Step:
+        def take(its: Program, columns: Any, at: Tensor | None, rate: Tensor) -> Any:
+            return its.update(its.state, columns, at, rate, kind)
 
-        def step(_: Any, columns: Any, at: Any, rate: Tensor, kind: Due) -> TensorDictBase:
-            key = program.shared, kind
-            if key not in self._compiled:
-                self._compiled[key] = program.shared.compiled(kind, compiled_function)
-            return self._compiled[key](program, columns, at, rate)
+        return Step(take, rows)
 
-        return step
+    def _compiled_step(self, program: Program, kind: Due) -> Step:
+        """Compiled at its first call."""
+        key = program.shared, kind
+        if key not in self._compiled:
+            self._compiled[key] = program.shared.compiled(kind, compiled_function)
+        return self._compiled[key]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, also by copy.deepcopy, compiles anew: this code trains the losses that it was made of.
@@ -162,7 +170,7 @@ class Executor:
         if whole < len(indices):
             columns = program.columns(source)
             rest = indices[whole:], rates[whole:], due[whole:]
-            results = self._one_by_one(self._compile(program), program, columns, *rest)
+            results = self._one_by_one(self._compiled_step, program, columns, *rest)
         assert results is not None
         return results
 
@@ -177,7 +185,7 @@ class Executor:
         key = program, tuple(due), indices is None
         graph = self._graphs.get(key)
         if graph is None or not graph.fits(program, source):
-            take = partial(self._one_by_one, self._compile(program), program)
+            take = partial(self._one_by_one, self._compiled_step, program)
             # Before it is recorded, the code must have run: these steps count as any others.
             self._graphs[key] = graph = _Graph(take, program, source, indices, rates, due)
             return graph.first

@@ -69,9 +69,10 @@ class Networks:
         frozen: the others.
         inputs_of: which of the N inputs each network reads, those that learn first, ``[K + F]``.
         batch_size: B, at least 1.
+        batches: S, how many batches ``inputs`` holds.
 
     Attributes:
-        inputs: ``[N, B, in]``, to be filled before :meth:`forward`.
+        inputs: ``[S, N, B, in]``, to be filled before :meth:`forward`.
         outputs: ``[K + F, B, out]``, what :meth:`forward` computes.
         gradients: ``[K, B, out]``, of the loss with respect to the outputs of the networks that learn, to
             be filled before :meth:`backward`.
@@ -87,6 +88,7 @@ class Networks:
         frozen: Sequence[Layers],
         inputs_of: Sequence[int],
         batch_size: int,
+        batches: int = 1,
     ) -> None:
         roles = [(x.network, x.first_moments, x.second_moments, x.target) for x in learning]
         roles += [(network, None, None, None) for network in frozen]
@@ -105,13 +107,13 @@ class Networks:
             if layers is not None:
                 _check(layers, widths, first.dtype)
 
-        self.inputs = first.new_zeros(max(inputs_of) + 1, batch_size, widths[0])
+        self.inputs = first.new_zeros(batches, max(inputs_of) + 1, batch_size, widths[0])
         self.outputs = first.new_zeros(len(roles), batch_size, widths[-1])
         self.gradients = first.new_zeros(len(learning), batch_size, widths[-1])
         table, self._tensors = [], [roles]
         for k, its in enumerate(roles):
             hidden = [first.new_zeros(width // panel, batch_size, panel) for width in widths[1:-1]]
-            activations = [self.inputs[inputs_of[k]], *hidden, self.outputs[k]]
+            activations = [self.inputs[0, inputs_of[k]], *hidden, self.outputs[k]]
             gradients = [None] * (len(widths) - 1)
             if k < len(learning):
                 gradients = [*map(torch.zeros_like, hidden), self.gradients[k]]
@@ -122,14 +124,20 @@ class Networks:
                 matrices = [_matrix(x) for x in (*activations[layer : layer + 2], gradient)]
                 table.append(_Layer(*widths[layer : layer + 2], *matrices, weights, biases))
         self._layers = (_Layer * len(table))(*table)
+        self._depth, self._batch = len(widths) - 1, 0
         sizes = (len(learning), len(roles), len(widths) - 1, batch_size)
         self._networks = ctypes.byref(_Networks(*sizes, ctypes.addressof(self._layers)))
         self._rates = (ctypes.c_double * (len(learning) + 2))()
         self._forward = _function("forward", first.dtype)
         self._backward = _function("backward", first.dtype)
 
-    def forward(self) -> None:
-        """Computes ``outputs``."""
+    def forward(self, batch: int = 0) -> None:
+        """Computes ``outputs``, from a batch of ``inputs`` that the next backward pass is of too."""
+        if batch != self._batch:
+            skipped = (batch - self._batch) * self.inputs[0].nbytes
+            for layer in self._layers[:: self._depth]:
+                layer.inputs.data += skipped
+            self._batch = batch
         self._forward(self._networks, torch.get_num_threads())
 
     def backward(self, step_sizes: Sequence[float], epsilon: float, target_rate: float) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torchrl.objectives.common import LossModule
 from torchrl_iql.training.adam import Rates, adam_all_, clip_, follow_
 from torchrl_iql.training.optimization import Optimization, network_of
 
-__all__ = ["LossProgram", "Moments", "Program", "Step", "compiled_whole"]
+__all__ = ["LossProgram", "Moments", "Program", "Step", "compiled_whole", "rows"]
 
 Moments = dict[str, tuple[Tensor, Tensor]]
 """Adam's first and second moment of each parameter, by its name in the loss, in its shape."""
@@ -81,8 +82,22 @@ class Program(Protocol):
         ...
 
 
-Step = Callable[[Program, Any, Tensor | None, Tensor], Any]
-"""Takes a step of a program, given columns, indices and rates."""
+@dataclass(frozen=True)
+class Step:
+    """A compiled step.
+
+    Attributes:
+        take: takes it, given a program, columns, what ``prepare`` gave for it, and rates.
+        prepare: given a program, columns, and indices ``[steps, ...]`` or None, what each step reads.
+    """
+
+    take: Callable[[Program, Any, Any, Tensor], Any]
+    prepare: Callable[[Program, Any, Tensor | None], Sequence[Any]]
+
+
+def rows(program: Program, columns: Any, indices: Tensor | None) -> Sequence[Tensor | None]:
+    """What a step reads that gathers its minibatch itself."""
+    return [None] if indices is None else indices.unbind()
 
 
 class Shared(Protocol):
@@ -111,7 +126,7 @@ def compiled_whole(
         return update(state, columns, indices, rates, due)
 
     graph = compiler(whole)
-    return lambda program, *step: graph(program.state, *step)
+    return Step(lambda program, *step: graph(program.state, *step), rows)
 
 
 class LossProgram:

@@ -28,7 +28,7 @@ from torchrl_iql.models import GaussianParameters, Torso
 from torchrl_iql.objectives import functional as iql
 from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss, at_least_float32
 from torchrl_iql.training.adam import Rates, adam_
-from torchrl_iql.training.execution import compiled_graph
+from torchrl_iql.training.execution import STEPS_AT_ONCE, compiled_graph
 from torchrl_iql.training.native import Layers, Learner, Networks, columns
 from torchrl_iql.training.optimization import Optimization
 from torchrl_iql.training.program import Moments, Step, compiled_whole
@@ -88,7 +88,7 @@ class StackedProgram:
     ) -> None:
         self.losses: list[LossModule] = list(losses)
         self.shared = shared or StackedLosses(losses[0], optimizations[0], native)
-        self._kernels: dict[int, Networks] = {}
+        self._kernels: dict[tuple[int, int], Networks] = {}
         self.draws = self.shared.dropout > 0
         replicas, number = len(losses), self.shared.num_qvalue_nets
         like = next(losses[0].parameters()).detach()
@@ -146,11 +146,12 @@ class StackedProgram:
     ) -> tuple[Tensor, Tensor | None]:
         return self.shared.update(state, columns, indices, rates, due)
 
-    def kernels(self, batch_size: int) -> Networks:
-        """The networks of the only learner, for so many transitions, with the memory that it takes."""
-        if batch_size not in self._kernels:
-            self._kernels = {batch_size: self.shared.kernels(self.state, batch_size)}
-        return self._kernels[batch_size]
+    def kernels(self, batch_size: int, batches: int) -> Networks:
+        """The networks of the only learner for batches of a size, with the memory that it takes."""
+        key = batch_size, batches
+        if key not in self._kernels:
+            self._kernels = {key: self.shared.kernels(self.state, *key)}
+        return self._kernels[key]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_kernels": {}}  # they know these tensors by their addresses
@@ -200,6 +201,7 @@ class StackedLosses:
         names = optimization.networks
         self.rows = [names.index(f"{name}_network") for name in ("actor", "value")]
         self.rows += [names.index("qvalue_network")] * self.num_qvalue_nets
+        self.no_rates = torch.ones(len(names), len(Rates._fields) + 1, dtype=torch.float64)
         self.policy_size, _, self.qvalue_size = (t.layers[-1].out_features for t in networks.torsos)
         self.state_size = networks.value.layers[0].in_features
         hidden = [layer.out_features for layer in networks.value.layers[:-1]]
@@ -402,50 +404,54 @@ class StackedLosses:
     def compiled(self, due: frozenset[str], compiler: Callable[[Callable], Callable]) -> Step:
         if not self.native:
             return compiled_whole(self.update, due, compiler)
-        graphs: dict[tuple, tuple[Callable, Callable]] = {}
-        latest: list[Any] = [None, None, None]  # columns, and the graphs for them
+        graphs: dict[tuple, Callable[..., list[Tensor]]] = {}
 
-        def graphs_for(
-            program: StackedProgram,
-            columns: dict[str, Tensor],
-            indices: Tensor | None,
-            rates: Tensor,
-        ) -> tuple[Callable, Callable]:
-            kernels = program.kernels(_size(columns, indices))
-            layouts = [(k, c.shape, c.stride(), c.dtype) for k, c in columns.items()]
-            key = (*layouts, indices is None, kernels.inputs.shape)
-            if key not in graphs:
+        def prepare(
+            program: StackedProgram, columns: dict[str, Tensor], indices: Tensor | None
+        ) -> list[tuple[int, Callable[..., list[Tensor]], list[Tensor]]]:
+            """Gathers the minibatches of some steps: for each its place, the losses, what they read."""
+            steps = 1 if indices is None else len(indices)
+            if indices is not None:
+                # Always as many, since code is compiled for a number.
+                missing = indices[-1:].expand(STEPS_AT_ONCE - steps, *indices.shape[1:])
+                indices = torch.cat([indices, missing]).flatten(1)
+            size = len(columns["reward"]) if indices is None else indices.shape[1]
+            kernels = program.kernels(size, 1 if indices is None else STEPS_AT_ONCE)
+            layout = [(k, c.shape, c.stride(), c.dtype) for k, c in columns.items()]
+            key = (*layout, kernels.inputs.shape)
+            if ("read", key) not in graphs:
                 batch = self._read(columns, indices, kernels.inputs)
-                example = program.heads, kernels.outputs, kernels.gradients, batch, rates
-                graphs[key] = (
-                    compiled_graph(self._read, columns, indices, kernels.inputs),
-                    compiled_graph(self._descend, *tree_map(torch.clone, example)),
+                one = {name: column[:1] for name, column in batch.items()}
+                example = program.heads, kernels.outputs, kernels.gradients, one, self.no_rates
+                graphs["losses", key] = compiled_graph(
+                    self._descend, *tree_map(torch.clone, example)
                 )
-            return graphs[key]
+                graphs["read", key] = compiled_graph(self._read, columns, indices, kernels.inputs)
+            rows = () if indices is None else (indices,)
+            batch = graphs["read", key](*columns.values(), *rows, kernels.inputs)
+            losses = graphs["losses", key]
+            return [(t, losses, [column[t : t + 1] for column in batch]) for t in range(steps)]
 
-        def step(
+        def take(
             program: StackedProgram,
             columns: dict[str, Tensor],
-            indices: Tensor | None,
+            prepared: tuple[int, Callable[..., list[Tensor]], list[Tensor]],
             rates: Tensor,
         ) -> tuple[Tensor, Tensor | None]:
-            kernels = program.kernels(_size(columns, indices))
-            if columns is not latest[0]:
-                latest[:] = columns, *graphs_for(program, columns, indices, rates)
-            _, read, descend = latest
-            rows = () if indices is None else (indices,)
-            batch = read(*columns.values(), *rows, kernels.inputs)
-            kernels.forward()
-            outputs, gradients = kernels.outputs, kernels.gradients
-            metrics, td_error = descend(*program.heads, outputs, gradients, *batch, rates)
+            (kernels,) = program._kernels.values()
+            place, losses, batch = prepared
+            kernels.forward(place)
+            metrics, td_error = losses(
+                *program.heads, kernels.outputs, kernels.gradients, *batch, rates
+            )
             table = rates.tolist()
             sizes = [table[row][STEP_SIZE] for row in self.rows]
             kernels.backward(sizes, table[0][EPSILON], self.target_rate)
-            return metrics, td_error if indices is None else None
+            return metrics, td_error if len(kernels.inputs) == 1 else None
 
-        return step  # pyright: ignore
+        return Step(take, prepare)  # pyright: ignore
 
-    def kernels(self, state: tuple, batch_size: int) -> Networks:
+    def kernels(self, state: tuple, batch_size: int, batches: int) -> Networks:
         """The networks of the only learner of a state."""
         online, frozen, moments, _ = state
         first, second = zip(*moments, strict=True)
@@ -467,18 +473,18 @@ class StackedLosses:
         others = [layers(online, VALUE), *(layers(frozen, 1 + n) for n in range(number))]
         state_action = 0 if self.discrete else 2
         reads = [0, 0, *[state_action] * number, 1, *[state_action] * number]
-        return Networks(learning, others, reads, batch_size)
+        return Networks(learning, others, reads, batch_size, batches)
 
     def _read(
         self, columns: Mapping[str, Tensor], indices: Tensor | None, inputs: Tensor
     ) -> dict[str, Tensor]:
-        """Gathers a minibatch, and what the networks read of it, ``[N, B, in]``."""
+        """Gathers minibatches, ``[S, B, ...]``, and what the networks read of them, ``[S, N, B, in]``."""
         if indices is None:
             batch = {key: column.unsqueeze(0) for key, column in columns.items()}
         else:
-            batch = {key: column[indices.view(1, -1)] for key, column in columns.items()}
-        for place, its in zip(inputs, self._inputs(batch), strict=False):
-            place.copy_(its[0])
+            batch = {key: column[indices] for key, column in columns.items()}
+        for place, its in zip(inputs.unbind(1), self._inputs(batch), strict=False):
+            place.copy_(its)
         return {key: column for key, column in batch.items() if not key.endswith("observation")}
 
     def _descend(
@@ -585,10 +591,6 @@ def _mean(values: Tensor, batch: Mapping[str, Tensor], *, weighted: bool) -> Ten
         weight = weight * mask
     assert weight is not None
     return (values * weight).sum(-1) / weight.sum(-1)
-
-
-def _size(columns: Mapping[str, Tensor], indices: Tensor | None) -> int:
-    return len(columns["reward"]) if indices is None else indices.numel()
 
 
 def _of(stack: Sequence[Tensor], replica: int) -> Stack:
