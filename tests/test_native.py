@@ -119,7 +119,7 @@ def test_outputs_and_a_step_are_those_of_numpy(multiples: tuple[int, ...], batch
     activations = []
     for k, its in enumerate([*(x.network for x in learning), *frozen]):
         numbers = [x.numpy() for x in its.weights], [x.numpy() for x in its.biases]
-        activations.append(forward(*numbers, networks.inputs[INPUTS_OF[k]].numpy()))
+        activations.append(forward(*numbers, networks.inputs[0][INPUTS_OF[k]].numpy()))
         np.testing.assert_allclose(networks.outputs[k], activations[k][-1], rtol=1e-11, atol=1e-11)
 
     networks.backward(STEP_SIZES, EPSILON, TARGET_RATE)
@@ -164,10 +164,10 @@ def test_many_steps_are_those_of_autograd_and_adam() -> None:
         return first + (value - goal.detach()).abs().mean() + (quality * value).tanh().sum()
 
     for step in range(1, 21):
-        networks.inputs.copy_(torch.randn(networks.inputs.shape, generator=random))
+        networks.inputs[0].copy_(torch.randn(networks.inputs[0].shape, generator=random))
         parameters = [*others, others[1], target]
         outputs = torch.stack(
-            [call(its, networks.inputs[n]) for its, n in zip(parameters, INPUTS_OF, strict=True)]
+            [call(its, networks.inputs[0][n]) for its, n in zip(parameters, INPUTS_OF, strict=True)]
         )
         optimizer.zero_grad()
         loss(outputs).backward()
@@ -213,7 +213,7 @@ def test_single_precision_is_that_of_pytorch() -> None:
     networks.forward()
 
     def call(dtype: torch.dtype) -> Tensor:
-        x = networks.inputs[0].to(dtype)
+        x = networks.inputs[0][0].to(dtype)
         its = converted(learning[0].network, dtype)
         for weight, bias in zip(its.weights[:-1], its.biases[:-1], strict=True):
             x = F.relu(x @ weight + bias)
@@ -226,8 +226,8 @@ def test_single_precision_is_that_of_pytorch() -> None:
 
 def test_nan_and_infinity_are_not_lost() -> None:
     networks, learning, _ = make([COLUMNS, 2 * COLUMNS, COLUMNS], 7)
-    networks.inputs[0, 3, 0] = math.nan
-    networks.inputs[1, 2, 0] = math.inf
+    networks.inputs[0][0, 3, 0] = math.nan
+    networks.inputs[0][1, 2, 0] = math.inf
     networks.forward()
     assert networks.outputs[0, 3].isnan().all()
     assert networks.outputs[0, [0, 1, 2, 4, 5, 6]].isfinite().all()
@@ -268,7 +268,7 @@ def test_padding_stays_zero() -> None:
         its.weights[0][3:] = 0
         its.weights[1][:, 1:] = 0
         its.biases[1][1:] = 0
-    networks.inputs[0, :, 3:] = 0
+    networks.inputs[0][0, :, 3:] = 0
     networks.gradients[0, :, 1:] = 0
     for _ in range(3):
         networks.forward()
@@ -303,6 +303,20 @@ def test_views_are_changed_in_place() -> None:
         its.backward(STEP_SIZES, EPSILON, TARGET_RATE)
     assert torch.equal(networks.outputs, again.outputs)
     assert torch.equal(storage[1:], torch.cat([x.flatten() for x in tensors(others)]))
+
+
+def test_one_of_several_batches_is_computed_as_if_it_were_the_only_one() -> None:
+    networks, learning, _ = make([COLUMNS, 2 * COLUMNS, COLUMNS], 5)
+    others, again, _ = make([COLUMNS, 2 * COLUMNS, COLUMNS], 5)
+    several = Networks(again, [again[1].network, again[2].target], INPUTS_OF, 5, batches=3)
+    several.gradients.copy_(others.gradients)
+    for place in (2, 0, 1):
+        several.inputs[place] = networks.inputs[0] = torch.randn_like(networks.inputs[0])
+        for its, at in ((networks, 0), (several, place)):
+            its.forward(at)
+            its.backward(STEP_SIZES, EPSILON, TARGET_RATE)
+        assert torch.equal(networks.outputs, several.outputs)
+    assert all(map(torch.equal, tensors(learning), tensors(again)))
 
 
 def test_what_does_not_fit_is_refused() -> None:

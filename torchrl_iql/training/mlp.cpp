@@ -1,10 +1,10 @@
 // Forward and backward pass of many small multilayer perceptrons on the threads of a CPU.
 //
-// Every product is made of tiles: ROWS x COLUMNS sums stay in registers while the tile runs along the
-// summed dimension of a left factor, read number by number, and of a panel, COLUMNS columns of the right
-// factor. Weights are row-major, since others read them too, and are copied into panels that stay in the
-// L1 cache. Hidden activations and their gradients are stored as panels from the start, so that the
-// gradients of the weights, products of the two, need no copies.
+// Every product is made of tiles: ROWS x COLUMNS sums stay in registers while the tile runs along
+// the summed dimension of a left factor, read number by number, and of a panel, COLUMNS columns of
+// the right factor. Weights are row-major, since others read them too, and are copied into panels
+// that stay in the L1 cache. Hidden activations and their gradients are stored as panels from the
+// start, so that the gradients of the weights, products of the two, need no copies.
 //
 // Each number is summed by one thread, in the order of the summed dimension: neither the number of
 // threads nor how they share the work changes a bit of the result.
@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include <omp.h>
 
@@ -76,8 +77,8 @@ template <class Body> inline void split(int64_t length, int64_t most, Body body)
     }
 }
 
-// Calls body(network, first, size) for all rows of all networks, an equal share on each thread, in few
-// pieces, because the weights are packed once for each.
+// Calls body(network, first, size) for all rows of all networks, an equal share on each thread, in
+// few pieces, because the weights are packed once for each.
 template <class Body> void share_rows(int64_t networks, int64_t batch, int threads, Body body) {
     const int64_t tiles = (batch + ROWS - 1) / ROWS, total = networks * tiles;
     #pragma omp parallel num_threads(threads)
@@ -99,8 +100,8 @@ template <class T> inline T *scratch() {
 
 template <class T> alignas(64) constexpr T ZEROS[COLUMNS<T>] = {};
 
-// start + left * right for `rows` <= ROWS rows and the first panel of right; finish(row, column, sums)
-// receives the vectors of the result. If transposed, left is the transpose of the matrix given.
+// start + left * right for `rows` <= ROWS rows and the first panel of right; finish(row, column,
+// sums) receives the vectors of the result. If transposed, left is the transpose of the one given.
 template <bool transposed, class T, class Finish, int M = ROWS>
 [[gnu::noinline]] void tile(int64_t rows, int64_t depth, Matrix<T> left, Matrix<T> right,
                             const T *start, int64_t start_row, Finish finish) {
@@ -109,7 +110,7 @@ template <bool transposed, class T, class Finish, int M = ROWS>
             return tile<transposed, T, Finish, M - 1>(
                 rows, depth, left, right, start, start_row, finish);
     const int64_t down = transposed ? 1 : left.row, along = transposed ? left.row : 1;
-    const int64_t length = transposed ? depth : COLUMNS<T>;  // to where left jumps to its next panel
+    const int64_t length = transposed ? depth : COLUMNS<T>;  // until left's next panel
     Vector<T> sums[M][2];
     #pragma GCC unroll 12
     for (int m = 0; m < M; m++)
@@ -128,11 +129,11 @@ template <bool transposed, class T, class Finish, int M = ROWS>
         for (int v = 0; v < 2; v++) finish(m, v * LANES<T>, sums[m][v]);
 }
 
-// result = finish(row, column, start + left * weights) for some rows of a batch. Left holds the inputs of
-// the layer or, where the weights are transposed, the gradients.
+// result = finish(row, column, start + left * weights) for some rows of a batch. Left holds the
+// inputs of the layer or, where the weights are transposed, its gradients.
 template <bool transposed, class T, class Finish>
-void multiply(int64_t rows, Matrix<T> left, const Layer<T> &layer, const T *start, Matrix<T> result,
-              Finish finish) {
+void multiply(int64_t rows, Matrix<T> left, const Layer<T> &layer,
+              const std::type_identity_t<T> *start, Matrix<T> result, Finish finish) {
     constexpr int C = COLUMNS<T>;
     const int64_t length = transposed ? layer.out : layer.in;
     const int64_t down = transposed ? 1 : layer.out, across = transposed ? layer.out : 1;
@@ -164,32 +165,34 @@ void multiply(int64_t rows, Matrix<T> left, const Layer<T> &layer, const T *star
 }
 
 template <class T> void forward(const Networks<T> &networks, int threads) {
-    share_rows(networks.count, networks.batch, threads, [&](int64_t n, int64_t first, int64_t rows) {
-        const Layer<T> *layer = networks.layers + n * networks.depth;
+    const auto layers = [&](int64_t network, int64_t first, int64_t rows) {
+        const Layer<T> *layer = networks.layers + network * networks.depth;
         for (int64_t l = 1; l <= networks.depth; l++, layer++) {
             const Vector<T> least = Vector<T>{} + T(l < networks.depth ? 0 : -INFINITY);
-            multiply<false>(
-                rows, layer->inputs.from(first, 0), *layer, (const T *)layer->biases.value,
-                layer->outputs.from(first, 0), [=](int64_t, int64_t, Vector<T> sum) {
-                    return sum < least ? least : sum;  // NaN remains
-                });
+            const auto activate = [=](int64_t, int64_t, Vector<T> sum) {
+                return sum < least ? least : sum;  // NaN remains
+            };
+            multiply<false>(rows, layer->inputs.from(first, 0), *layer, layer->biases.value,
+                            layer->outputs.from(first, 0), activate);
         }
-    });
+    };
+    share_rows(networks.count, networks.batch, threads, layers);
 }
 
 // Gradients of the loss with respect to hidden activations.
 template <class T> void differentiate(const Networks<T> &networks, int threads) {
-    share_rows(networks.learning, networks.batch, threads, [&](int64_t n, int64_t first, int64_t rows) {
-        const Layer<T> *layer = networks.layers + (n + 1) * networks.depth - 1;
+    const auto layers = [&](int64_t network, int64_t first, int64_t rows) {
+        const Layer<T> *layer = networks.layers + (network + 1) * networks.depth - 1;
         for (int64_t l = networks.depth; l > 1; l--, layer--) {
             const Matrix<T> active = layer->inputs.from(first, 0);
-            multiply<true>(
-                rows, layer->gradients.from(first, 0), *layer, (const T *)nullptr,
-                layer[-1].gradients.from(first, 0), [=](int64_t row, int64_t column, Vector<T> sum) {
-                    return load(active.at(row, column)) <= 0 ? Vector<T>{} : sum;
-                });
+            const auto mask = [=](int64_t row, int64_t column, Vector<T> sum) {
+                return load(active.at(row, column)) <= 0 ? Vector<T>{} : sum;
+            };
+            multiply<true>(rows, layer->gradients.from(first, 0), *layer, nullptr,
+                           layer[-1].gradients.from(first, 0), mask);
         }
-    });
+    };
+    share_rows(networks.learning, networks.batch, threads, layers);
 }
 
 // A step of Adam, then of the target, with `size` numbers from `at` on.
@@ -216,8 +219,8 @@ void descend(Parameter<T> parameter, int64_t at, int64_t size, const T *gradient
     }
 }
 
-// Takes a step with all weights and biases. COLUMNS rows of weights at a time, so that their gradients
-// are used before they leave the caches.
+// Takes a step with all weights and biases, COLUMNS rows of weights at a time, so that their
+// gradients are used before they leave the caches.
 template <class T> void update(const Networks<T> &networks, const double *rates, int threads) {
     constexpr int C = COLUMNS<T>;
     const double epsilon = rates[networks.learning], target_rate = rates[networks.learning + 1];

@@ -1,8 +1,8 @@
-"""Many small multilayer perceptrons on a CPU: their forward and backward pass in ``mlp.cpp``, compiled here.
+"""Forward and backward pass of many small multilayer perceptrons on a CPU, in ``mlp.cpp``.
 
-A network is a chain of linear layers with ReLU between them. Those that learn are changed in place, with
-their moments and targets: Adam's step is taken where a gradient is computed, which is never written.
-Autograd knows nothing of all this.
+A network is a chain of linear layers with ReLU between them. Those that learn are changed in place,
+with their moments and targets: Adam's step is taken where a gradient is computed, which is never
+written to memory. Autograd knows nothing of all this.
 
 The compiler, its options and the folder that keeps the result are those of :func:`torch.compile`.
 """
@@ -61,8 +61,8 @@ class Learner:
 class Networks:
     """K networks that learn, and F that do not, of the same shapes.
 
-    The tensors given are read and written wherever they are: they may be views, and a frozen network may
-    share its parameters with one that learns, or be the target of one.
+    The tensors given are read and written wherever they are: they may be views, and a frozen
+    network may share its parameters with one that learns, or be the target of one.
 
     Args:
         learning: the networks that learn.
@@ -74,8 +74,8 @@ class Networks:
     Attributes:
         inputs: ``[S, N, B, in]``, to be filled before :meth:`forward`.
         outputs: ``[K + F, B, out]``, what :meth:`forward` computes.
-        gradients: ``[K, B, out]``, of the loss with respect to the outputs of the networks that learn, to
-            be filled before :meth:`backward`.
+        gradients: ``[K, B, out]``, of the loss with respect to the outputs of the networks that
+            learn, to be filled before :meth:`backward`.
 
     Raises:
         RuntimeError: see :func:`unavailable`.
@@ -132,7 +132,7 @@ class Networks:
         self._backward = _function("backward", first.dtype)
 
     def forward(self, batch: int = 0) -> None:
-        """Computes ``outputs``, from a batch of ``inputs`` that the next backward pass is of too."""
+        """Computes ``outputs`` from one of the batches in ``inputs``."""
         if batch != self._batch:
             skipped = (batch - self._batch) * self.inputs[0].nbytes
             for layer in self._layers[:: self._depth]:
@@ -141,7 +141,9 @@ class Networks:
         self._forward(self._networks, torch.get_num_threads())
 
     def backward(self, step_sizes: Sequence[float], epsilon: float, target_rate: float) -> None:
-        r"""Takes a step of Adam with each network that learns, after :meth:`forward`, then its target.
+        r"""Takes a step of Adam with each network that learns, and moves its target.
+
+        The activations are those of the last :meth:`forward`.
 
         Args:
             step_sizes: :math:`\eta \sqrt{1 - \beta_2^t} / (1 - \beta_1^t)` for each network that
@@ -154,7 +156,7 @@ class Networks:
 
 
 def columns(dtype: torch.dtype) -> int:
-    """What the widths of all layers must be multiples of, at most 32: two vectors of this machine."""
+    """What all widths must be multiples of, at most 32: the numbers in two of its vectors."""
     return _function("columns", dtype)()
 
 
@@ -185,7 +187,7 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., int]:
     return getattr(_library(), f"{name}_{_TYPES[dtype]}")
 
 
-# --- The structures of mlp.cpp -----------------------------------------------------------------------
+# --- The structures of mlp.cpp ------------------------------------------------------------------
 
 
 class _Matrix(ctypes.Structure):
