@@ -83,14 +83,17 @@ def adam_all_(
     # The fused kernel walks through memory, so that it takes a transposed tensor for another one.
     dense = not torch.compiler.is_compiling() and all(p.is_contiguous() for p in parameters)
     if dense:
+        rate, count = rates.learning_rate, rates.count
+        if rate.device.type == "cuda":  # its kernel reads these as float32, whatever they are
+            rate, count = rate.float(), count.float()
         torch._fused_adamw_(  # pyright: ignore
             list(parameters),
             [gradient.contiguous() for gradient in gradients],
             list(first_moments),
             list(second_moments),
             [],
-            [rates.count] * len(parameters),
-            lr=rates.learning_rate,
+            [count] * len(parameters),
+            lr=rate,
             beta1=BETAS[0],
             beta2=BETAS[1],
             weight_decay=weight_decay,

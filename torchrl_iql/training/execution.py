@@ -59,6 +59,7 @@ class Executor:
         self.reason = f"execution={wanted!r} was asked for"
         if wanted == "auto":
             self.execution, self.reason = _fastest(device)
+        self._taken = 0  # steps since the latest call
         # By what a step computes with, and the networks that are due.
         self._compiled: dict[tuple[Any, Due], Step] = {}
         self._graphs: dict[tuple[Program, tuple[Due, ...], bool], _Graph] = {}
@@ -91,6 +92,7 @@ class Executor:
         # Gradients are taken within the compiled code, which Dynamo traces only when told to, and runs
         # only while it is told so.
         tracing = torch._dynamo.config.patch(trace_autograd_ops=True)
+        self._taken = 0
         try:
             if not all(ready):
                 program.rehearse(program.columns(source), None if indices is None else indices[0])
@@ -101,7 +103,7 @@ class Executor:
                 step = self._compiled_step
                 return self._one_by_one(step, program, columns, indices, rates, due)
         except _COMPILATION_ERRORS as error:
-            if not self._may_fall_back or all(ready):
+            if not self._may_fall_back or self._taken:
                 raise
             self.execution, self.reason = "eager", f"compiling failed: {_first_line(error)}"
             warnings.warn(f"training is not compiled, and slower: {self.reason}", stacklevel=4)
@@ -129,6 +131,7 @@ class Executor:
                     part = None if indices is None else indices[t : t + STEPS_AT_ONCE]
                     prepared = its.prepare(program, columns, part)
                 results = its.take(program, columns, prepared[t % STEPS_AT_ONCE], rate)
+                self._taken += 1
                 if unchecked:
                     unchecked.discard(kind)
         return program.shared.results(results)
@@ -282,10 +285,9 @@ class RandomStream:
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._device = device
-        outer = self._get()
-        torch.manual_seed(seed)
-        self.state = self._get()
-        self._set(outer)
+        self.state = [torch.Generator().manual_seed(seed).get_state()]
+        if device.type == "cuda":
+            self.state.append(torch.Generator(device).manual_seed(seed).get_state())
 
     def __enter__(self) -> None:
         self._outer = self._get()
