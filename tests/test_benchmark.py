@@ -17,6 +17,7 @@ from torchrl.objectives import LossModule
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmark"))
 
+import ours
 import timing
 import update
 from ours import loss_for
@@ -141,6 +142,41 @@ class TestTorchRL:
         ]
 
 
+class TestOurs:
+    def test_names_are_known_before_anything_is_built(self):
+        builders = ours.contenders(SMALL, replicas=(4,))
+        assert list(builders) == [
+            "torchrl-iql, the loss in a loop",
+            "torchrl-iql, eager",
+            "torchrl-iql, compiled",
+            "torchrl-iql, compiled, 4 learners",
+            "torchrl-iql, compiled, streaming",
+            "torchrl-iql, compiled, step(batch)",
+        ]
+        for name in ("torchrl-iql, the loss in a loop", "torchrl-iql, compiled, step(batch)"):
+            assert builders[name]().name == name
+        on_gpu = ours.contenders(Work(device="cuda"), replicas=(4,))
+        assert "torchrl-iql, cudagraph, step(batch)" in on_gpu
+
+    def test_a_step_on_a_batch_is_that_of_the_loop(self):
+        calls, loop = ours.Calls(SMALL, "eager"), ours.Loop(SMALL)
+        drawn, sample = [], calls.buffer.sample
+
+        def recorded() -> TensorDict:
+            drawn.append(sample())
+            return drawn[-1]
+
+        calls.buffer.sample = recorded
+        calls.run(5)
+        assert (calls.step.steps, calls.replicas, len(drawn)) == (5, 1, 5)
+        batches = iter(drawn)
+        loop.buffer.sample = lambda: next(batches)
+        loop.run(5)
+        expected = loop.loss.state_dict()
+        for key, value in calls.step.losses[0].state_dict().items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
 class TestJax:
     @pytest.fixture(autouse=True)
     def _modules(self):
@@ -243,6 +279,11 @@ class TestJax:
         first, second = state.parameters["qvalue"][0][0]
         assert (first != second).all()
         self.check_close(state.target, state.parameters["qvalue"])
+
+    def test_on_a_cpu_its_memory_is_not_counted(self):
+        from jax_iql import JaxIQL
+
+        assert JaxIQL(SMALL).peak_memory() is None
 
     @pytest.mark.parametrize("replicas, steps", [(1, 102), (3, 2)])
     def test_run_takes_the_steps(self, replicas: int, steps: int):
@@ -366,7 +407,7 @@ class TestMeasure:
         written = json.loads((tmp_path / "result.json").read_text())
         assert written["results"][1]["rates"] == [2000.0, 4000.0, 9000.0]
         assert written["results"][1]["median"] == 4000
-        assert written["hardware"]["torch"] == torch.__version__
+        assert torch.__version__.startswith(written["hardware"]["torch"])
 
 
 class TestMachine:
@@ -407,6 +448,31 @@ class TestMachine:
     def test_no_launches_on_a_cpu(self):
         assert timing.launch_floor("cpu") is None
 
+    def test_processors_of_one_name_are_told_apart(self, tmp_path: Path):
+        information = tmp_path / "cpuinfo"
+        milan = {
+            "processor": 0,
+            "vendor_id": "AuthenticAMD",
+            "cpu family": 25,
+            "model": 1,
+            "model name": "AMD EPYC",
+            "stepping": 1,
+            "flags": "fpu sse2 avx avx2 bmi2",
+        }
+
+        def found(**entries: object) -> str:
+            processor = milan | {name.replace("_", " "): value for name, value in entries.items()}
+            lines = [f"{name}\t: {value}" for name, value in processor.items() if value != ""]
+            information.write_text("\n".join([*lines, "", *lines, ""]))
+            return timing.cpu_model(information)
+
+        assert found() == "AMD EPYC (family 25, model 1, stepping 1, AVX2)"
+        genoa = found(model=17, flags="avx avx2 avx512f avx512vl")
+        assert genoa == "AMD EPYC (family 25, model 17, stepping 1, AVX-512)"
+        assert found(flags="sse2") == "AMD EPYC (family 25, model 1, stepping 1)"
+        assert found(model_name="") not in ("", "AMD EPYC")  # as on ARM: what Python says
+        assert timing.cpu_model(tmp_path / "missing")
+
     def test_hardware(self):
         facts = timing.hardware()
         assert facts["threads"] == torch.get_num_threads()
@@ -432,8 +498,70 @@ class TestScript:
         assert written["work"]["hidden_sizes"] == [8]
         assert len(written["results"][0]["rates"]) == 2
 
+    def test_quick_runs_in_seconds(self, capsys: pytest.CaptureFixture):
+        assert update.main(["--quick", "--device", "cpu", "--threads", "1"]) == 0
+        output = capsys.readouterr().out
+        assert "| TorchRL, eager |" in output
+        assert "| torchrl-iql, eager |" in output
+        assert "JAX" not in output
+        assert "compiled" not in output
+
+    def test_quick_does_not_overrule_what_is_given(self):
+        arguments = ["--quick", "--rounds", "7", "--hidden", "8"]
+        options = update.parse(update.parser(None), update.QUICK, arguments)
+        assert (options.rounds, options.hidden) == (7, [8])
+        assert options.only == ("eager",)
+        usual = update.parse(update.parser(None), update.QUICK, ["--rounds", "7"])
+        assert (usual.only, usual.hidden) == ((), Work().hidden_sizes)
+
+    @pytest.mark.parametrize("when", ["built", "run"])
+    @pytest.mark.parametrize("who", ["TorchRL, eager", "torchrl-iql, eager"])
+    def test_the_exit_status_tells_whether_one_of_ours_failed(
+        self,
+        when: str,
+        who: str,
+        capsys: pytest.CaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        class Contender:
+            replicas = 1
+
+            def __init__(self, name: str, build: object, configure: object) -> None:
+                self.name = name
+                if when == "built" and name == who:
+                    raise RuntimeError("no reason")
+
+            def run(self, steps: int) -> None:
+                if self.name == who:
+                    raise RuntimeError("no reason")
+
+            def close(self) -> float:
+                return 0.5
+
+        monkeypatch.setattr(update, "Isolated", Contender)
+        monkeypatch.setattr(update, "BASELINE", "torchrl-iql, the loss in a loop")
+        monkeypatch.setattr(update, "gemm_rate", lambda device: 1e11)
+        monkeypatch.setattr(timing, "_steps_per_round", lambda *_: 10)
+        arguments = [
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+            "--rounds",
+            "1",
+            "--only",
+            "eager",
+            "loop",
+        ]
+        status = update.main(arguments)
+        output = capsys.readouterr().out
+        assert status == (who == "torchrl-iql, eager")
+        assert f"{who} is left out: " in output
+        assert f"Left out: {who}." in output
+        assert (f"Failed: {who}." in output) == (status == 1)
+
     def test_what_can_not_be_built_is_left_out(self, capsys: pytest.CaptureFixture):
         builders = {"JAX": partial(__import__, "no_such_package")}
-        configure = partial(update._configure, 1, "highest")
-        assert update._build(builders, ["jax"], configure) == []
+        configure = partial(update.configure, 1, "highest")
+        assert update.build(builders, ["jax"], configure) == []
         assert "JAX is left out: ModuleNotFoundError: No module" in capsys.readouterr().out

@@ -195,6 +195,11 @@ class JaxIQL:
             )
         jax.block_until_ready(self.state)
 
+    def peak_memory(self) -> int | None:
+        """The most bytes of the GPU that were in use; None on a CPU, where JAX does not count them."""
+        statistics = next(iter(self._key.devices())).memory_stats() or {}
+        return statistics.get("peak_bytes_in_use")
+
 
 def columns(transitions: TensorDict) -> dict[str, np.ndarray]:
     """Transitions ``[n]`` as the arrays that a batch consists of."""

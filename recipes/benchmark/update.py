@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import ours
 import peers
@@ -54,7 +55,8 @@ class Comparison:
     Attributes:
         work: that all contenders did.
         results: of :func:`timing.measure`.
-        failed: the contenders of this project that could not be built or did not run.
+        left_out: the other contenders that were asked for: not built, or failed in their first steps.
+        failed: those of them that are of this project.
         memory: the peak of each process, in GiB.
         rate: the floating-point operations per second of matrix products alone.
         floor: seconds of :func:`timing.launch_floor`, None on a CPU.
@@ -63,6 +65,7 @@ class Comparison:
 
     work: Work
     results: list[Result]
+    left_out: list[str]
     failed: list[str]
     memory: dict[str, float]
     rate: float
@@ -77,12 +80,11 @@ class Comparison:
         return flops_per_step(*sizes, work.num_qvalue_nets, work.batch_size)
 
     def markdown(self) -> str:
-        """The table, and a paragraph on machine, limits and memory."""
+        """The table, and a paragraph on limits and memory."""
         flops, rate = self.flops, self.rate
         lines = [
             table(self.results, limit=rate / flops),
             "",
-            ", ".join(f"{name} {value}" for name, value in self.machine.items()),
             f"Matrix products: {flops / 1e6:.0f} MFLOP a step, {rate / 1e9:.0f} GFLOP/s alone, which "
             f"would be {rate / flops:,.0f} updates/s.",
         ]
@@ -90,6 +92,8 @@ class Comparison:
             lines.append(f"A kernel in a replayed graph: {self.floor * 1e6:.2f} microseconds.")
         peaks = ", ".join(f"{name} {peak:.2f}" for name, peak in self.memory.items())
         lines.append(f"Peak memory of each process, in GiB: {peaks}.")
+        if self.left_out:
+            lines.append(f"Left out: {'; '.join(self.left_out)}.")
         return "\n".join(lines)
 
     def write_json(self, path: str) -> None:
@@ -110,9 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         the exit status: 1 if a contender of this project failed.
     """
-    options = parse(parser(__doc__), arguments)
+    options = parse(with_replicas(parser(__doc__)), QUICK, arguments)
     comparison = compare(work_of(options), options)
-    print(comparison.markdown())
+    print(f"{comparison.markdown()}\n")
+    print(", ".join(f"{name} {value}" for name, value in comparison.machine.items()))
     if options.json:
         comparison.write_json(options.json)
     if comparison.failed:
@@ -127,12 +132,12 @@ def compare(work: Work, options: argparse.Namespace) -> Comparison:
         work: what to do in a step.
         options: of :func:`parser`.
     """
-    configure = partial(_configure, options.threads, options.precision)
-    configure()
+    setting = partial(configure, options.threads, options.precision)
+    setting()
     replicas = tuple(options.replicas)
     own = ours.contenders(work, replicas)
     builders = {**peers.contenders(work, replicas), **own}
-    contenders = _build(builders, options.only, configure)
+    contenders = build(builders, options.only, setting)
     names = [contender.name for contender in contenders]
     rate, floor = gemm_rate(work.device), launch_floor(work.device)
     results = measure(
@@ -142,10 +147,11 @@ def compare(work: Work, options: argparse.Namespace) -> Comparison:
         baseline=BASELINE if BASELINE in names else None,
     )
     measured = {result.name for result in results}
-    wanted = [name for name in own if _chosen(name, options.only)]
-    failed = [name for name in wanted if name not in measured]
+    wanted = [name for name in builders if chosen(name, options.only)]
+    left_out = [name for name in wanted if name not in measured]
+    failed = [name for name in left_out if name in own]
     memory = {c.name: c.close() for c in contenders if c.name in measured}
-    return Comparison(work, results, failed, memory, rate, floor, hardware())
+    return Comparison(work, results, left_out, failed, memory, rate, floor, hardware())
 
 
 def work_of(options: argparse.Namespace) -> Work:
@@ -159,16 +165,18 @@ def work_of(options: argparse.Namespace) -> Work:
 
 
 def parse(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+    parser: argparse.ArgumentParser,
+    quick: Mapping[str, Any],
+    arguments: Sequence[str] | None = None,
 ) -> argparse.Namespace:
-    """Parses; with ``--quick``, what is not given is as in :data:`QUICK`."""
+    """Parses; with ``--quick``, those that are not given are as in ``quick``."""
     if parser.parse_args(arguments).quick:
-        parser.set_defaults(**QUICK)
+        parser.set_defaults(**quick)
     return parser.parse_args(arguments)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that :func:`compare` reads."""
+    """What all scripts that compare gradient steps are asked."""
     work = Work()
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
@@ -190,14 +198,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--hidden", type=int, nargs="+", default=work.hidden_sizes)
     parser.add_argument("--num-qvalue-nets", type=int, default=work.num_qvalue_nets)
     parser.add_argument("--transitions", type=int, default=work.transitions)
-    several = (4, 16, 64) if cuda else (4, 16)
-    parser.add_argument("--replicas", type=int, nargs="*", default=several, help="at once")
-    parser.add_argument("--only", nargs="*", default=(), help="parts of the contenders' names")
+    parser.add_argument("--only", nargs="*", default=(), help="parts of names")
     parser.add_argument("--json", help="the file to write")
     return parser
 
 
-def _configure(threads: int, precision: str) -> None:
+def with_replicas(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    several = (4, 16, 64) if torch.cuda.is_available() else (4, 16)
+    parser.add_argument("--replicas", type=int, nargs="*", default=several, help="at once")
+    return parser
+
+
+def configure(threads: int, precision: str) -> None:
+    """Sets up a process that measures."""
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
     # Read by JAX when it starts its devices: as many threads, and no more GPU memory than it needs.
@@ -205,7 +218,7 @@ def _configure(threads: int, precision: str) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
-def _build(
+def build(
     builders: Mapping[str, Callable[[], Contender]],
     only: Sequence[str],
     configure: Callable[[], None],
@@ -213,7 +226,7 @@ def _build(
     """The contenders whose name contains one of ``only``, if any are given, and that can be built."""
     contenders = []
     for name, build in builders.items():
-        if not _chosen(name, only):
+        if not chosen(name, only):
             continue
         try:
             contenders.append(Isolated(name, build, configure))
@@ -222,7 +235,8 @@ def _build(
     return contenders
 
 
-def _chosen(name: str, only: Sequence[str]) -> bool:
+def chosen(name: str, only: Sequence[str]) -> bool:
+    """Whether a name contains one of ``only``, if any are given."""
     return not only or any(part.lower() in name.lower() for part in only)
 
 
