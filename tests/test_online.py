@@ -455,7 +455,7 @@ def test_online_training_starts_from_exactly_the_checkpoint(
     assert state["moments"].keys() == saved["moments"].keys()
     for name, pair in state["moments"].items():
         assert all(map(torch.equal, pair, saved["moments"][name])), name
-        assert all(moment.abs().max() > 0 for moment in expected)
+        assert all(moment.abs().max() > 0 for moment in pair), name
     policy = load_policy(path)
     assert all(map(torch.equal, its._network(0, "actor").parameters(), policy.parameters()))
     # The offline run has decayed the policy's learning rate to 0.
