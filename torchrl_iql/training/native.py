@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,35 +111,38 @@ class Networks:
         self.inputs = first.new_zeros(batches, max(inputs_of) + 1, batch_size, widths[0])
         self.outputs = first.new_zeros(len(roles), batch_size, widths[-1])
         self.gradients = first.new_zeros(len(learning), batch_size, widths[-1])
-        table, self._tensors = [], [roles]
+        table: list[_Layer] = []
+        self._kept: list[Any] = [roles]  # what the addresses in it are of
         for k, its in enumerate(roles):
             hidden = [first.new_zeros(width // panel, batch_size, panel) for width in widths[1:-1]]
             activations = [self.inputs[0, inputs_of[k]], *hidden, self.outputs[k]]
             gradients = [None] * (len(widths) - 1)
             if k < len(learning):
                 gradients = [*map(torch.zeros_like, hidden), self.gradients[k]]
-            self._tensors += [activations, gradients]
+            self._kept += [activations, gradients]
             for layer, gradient in enumerate(gradients):
                 weights = _Parameter(*(_address(x and x.weights[layer]) for x in its))
                 biases = _Parameter(*(_address(x and x.biases[layer]) for x in its))
                 matrices = [_matrix(x) for x in (*activations[layer : layer + 2], gradient)]
                 table.append(_Layer(*widths[layer : layer + 2], *matrices, weights, biases))
-        self._layers = (_Layer * len(table))(*table)
-        self._depth, self._batch = len(widths) - 1, 0
-        sizes = (len(learning), len(roles), len(widths) - 1, batch_size)
-        self._networks = ctypes.byref(_Networks(*sizes, ctypes.addressof(self._layers)))
+        depth, layers = len(widths) - 1, (_Layer * len(table))(*table)
+        sizes = len(learning), len(roles), depth, batch_size
+        self._networks = []
+        for _ in range(batches):
+            self._kept.append(layers)
+            self._networks.append(ctypes.byref(_Networks(*sizes, ctypes.addressof(layers))))
+            layers = type(layers).from_buffer_copy(layers)
+            for layer in layers[::depth]:
+                layer.inputs.data += self.inputs[0].nbytes
+        self._latest = self._networks[0]
         self._rates = (ctypes.c_double * (len(learning) + 2))()
         self._forward = _function("forward", first.dtype)
         self._backward = _function("backward", first.dtype)
 
     def forward(self, batch: int = 0) -> None:
         """Computes ``outputs`` from one of the batches in ``inputs``."""
-        if batch != self._batch:
-            skipped = (batch - self._batch) * self.inputs[0].nbytes
-            for layer in self._layers[:: self._depth]:
-                layer.inputs.data += skipped
-            self._batch = batch
-        self._forward(self._networks, torch.get_num_threads())
+        self._latest = self._networks[batch]
+        self._forward(self._latest, torch.get_num_threads())
 
     def backward(self, step_sizes: Sequence[float], epsilon: float, target_rate: float) -> None:
         r"""Takes a step of Adam with each network that learns, and moves its target.
@@ -152,7 +156,7 @@ class Networks:
             target_rate: how far the targets go towards the networks.
         """
         self._rates[:] = (*step_sizes, epsilon, target_rate)
-        self._backward(self._networks, self._rates, torch.get_num_threads())
+        self._backward(self._latest, self._rates, torch.get_num_threads())
 
 
 def columns(dtype: torch.dtype) -> int:
