@@ -28,18 +28,18 @@ import hydra
 import minari
 import mujoco
 import numpy as np
-from behaviors.mazes import AntWalks, PointWalks, share_arrived
-from behaviors.policies import Stages
-from behaviors.rollouts import CheckpointRollouts, RandomRollouts, StageRollouts
 from filelock import FileLock
 from gymnasium.envs.registration import EnvSpec
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
 from minari.storage import get_dataset_path
 from omegaconf import DictConfig, ListConfig
+from torchrl_iql_recipes.behaviors.mazes import AntWalks, PointWalks, share_arrived
+from torchrl_iql_recipes.behaviors.policies import Stages
+from torchrl_iql_recipes.behaviors.rollouts import CheckpointRollouts, RandomRollouts, StageRollouts
 from tqdm import tqdm
 
-from torchrl_iql.evaluation import REFERENCE_SCORES
+from torchrl_iql.environments import REFERENCE_SCORES
 
 __all__ = ["MINI", "NAMES", "behavior", "build", "ensure"]
 

@@ -16,19 +16,19 @@ import gymnasium
 import hydra
 import numpy as np
 import torch
-from behaviors.ant import ANT_TO_GOAL
-from behaviors.policies import Stages, actor
-from behaviors.recording import record
 from gymnasium.envs.registration import EnvSpec
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from run_folder import RunFolder, StopSignal, resumed
 from tensordict import TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
 from torchrl.modules import MLP, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
+from torchrl_iql_recipes.behaviors.ant import ANT_TO_GOAL
+from torchrl_iql_recipes.behaviors.policies import Stages, actor
+from torchrl_iql_recipes.behaviors.recording import record
+from torchrl_iql_recipes.experiment.folder import RunFolder, StopSignal
 from tqdm import tqdm
 
 ENVIRONMENTS: dict[str, EnvSpec] = {
@@ -197,7 +197,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.frames, self.updates = state["frames"], state["updates"]
         self.stages = state["stages"]
-        self.folder.forget_after(self.frames)
+        self.folder.return_to(self.frames)
         torch.manual_seed(self.cfg.seed + self.frames)
 
 
@@ -211,7 +211,11 @@ def _transitions(batch: TensorDictBase) -> TensorDictBase:
 def main(cfg: DictConfig) -> None:
     path = Path(HydraConfig.get().runtime.output_dir)
     if cfg.resume is not None:
-        path, cfg = resumed(cfg.resume, path)
+        path.rmdir()  # what Hydra made for this run, empty
+        path = Path(cfg.resume)
+        if not (path / "config.yaml").exists():
+            raise FileNotFoundError(f"resume={cfg.resume!r}: that folder has no config.yaml")
+        cfg = OmegaConf.load(path / "config.yaml")  # pyright: ignore
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     torch.set_float32_matmul_precision("medium")  # oneDNN: faster, of the same accuracy

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
+import minari
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 # Small networks gain nothing from more threads, and threads that wait slow each other down.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+def users_cache_is_left_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What tests load is not kept in the user's cache."""
     os.environ["TORCHRL_IQL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
@@ -23,8 +22,39 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def maze_id(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The id of a small PointMaze data set, in a Minari store of the tests' own."""
-    import collect
+    from torchrl_iql_recipes import collect
 
     os.environ["MINARI_DATASETS_PATH"] = str(tmp_path_factory.mktemp("minari"))
     collect.build("test/maze-v0", collect.behavior("pointmaze/stitch"), 3000, workers=1)
     return "test/maze-v0"
+
+
+@pytest.fixture
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of one test."""
+    folder = tmp_path_factory.mktemp("cache") / "torchrl_iql"
+    monkeypatch.setenv("TORCHRL_IQL_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The local Minari root of one test, without a remote one."""
+
+    def no_network(dataset_id: str) -> None:
+        raise ConnectionError(f"no route to {dataset_id}")
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr(minari, "download_dataset", no_network)
+    return tmp_path
+
+
+@pytest.fixture
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=("continuous", "categorical", "one-hot"))
+def kind(request: pytest.FixtureRequest) -> str:
+    """Of actions."""
+    return request.param

@@ -14,20 +14,27 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from behaviors import ant
-from behaviors.mazes import MAPS, AntWalks, Plan, PointWalks, ant_maze, point_maze
-from behaviors.policies import Stages, actor
-from behaviors.recording import record
-from behaviors.rollouts import StageRollouts
-from collect import POINT_WALKS, ROBOTS, WEIGHTS
 from gymnasium.envs.mujoco.ant_v5 import AntEnv
 from gymnasium.utils.env_checker import check_env
 from gymnasium_robotics.envs.maze import maps
 from omegaconf import OmegaConf
-from sac import Training
 from scipy.spatial.transform import Rotation
 from test_collect import PATIENCE, started, wait_for
 from torchrl.envs import ExplorationType, set_exploration_type
+from torchrl_iql_recipes.behaviors import ant
+from torchrl_iql_recipes.behaviors.mazes import (
+    MAPS,
+    AntWalks,
+    Plan,
+    PointWalks,
+    ant_maze,
+    point_maze,
+)
+from torchrl_iql_recipes.behaviors.policies import Stages, actor
+from torchrl_iql_recipes.behaviors.recording import record
+from torchrl_iql_recipes.behaviors.rollouts import StageRollouts
+from torchrl_iql_recipes.collect import POINT_WALKS, ROBOTS, WEIGHTS
+from torchrl_iql_recipes.sac import Training
 
 RECIPES = Path(ant.__file__).parents[1]
 

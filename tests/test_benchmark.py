@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,15 +13,10 @@ import torch
 from tensordict import TensorDict
 from torch.utils.flop_counter import FlopCounterMode
 from torchrl.objectives import LossModule
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmark"))
-
-import ours
-import timing
-import update
-from ours import loss_for
-from peers import TorchRL, contenders
-from work import Work
+from torchrl_iql_recipes.speed import ours, timing, update
+from torchrl_iql_recipes.speed.ours import loss_for
+from torchrl_iql_recipes.speed.peers import TorchRL, contenders
+from torchrl_iql_recipes.speed.work import Work
 
 from torchrl_iql import IQLLoss
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from tensordict import TensorDict
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmark"))
-
-import disk
-import update
 from test_benchmark_losses import InProcess
-from timing import Result
-from work import Work
+from torchrl_iql_recipes.speed import disk, update
+from torchrl_iql_recipes.speed.timing import Result
+from torchrl_iql_recipes.speed.work import Work
 
 from torchrl_iql.data import Minibatches
 

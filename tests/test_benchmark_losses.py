@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tensordict import TensorDict
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmark"))
-
-import losses
-import update
-from timing import Result
-from work import Work
+from torchrl_iql_recipes.speed import losses, update
+from torchrl_iql_recipes.speed.timing import Result
+from torchrl_iql_recipes.speed.work import Work
 
 SMALL = Work(
     observation_size=5, action_size=3, hidden_sizes=(16, 8), transitions=200, batch_size=32

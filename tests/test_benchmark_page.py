@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmark"))
-
-import page
-import update
-from work import Work
+from torchrl_iql_recipes.speed import page, update
+from torchrl_iql_recipes.speed.work import Work
 
 ARGUMENTS = ["--device", "cpu", "--threads", "1", "--quick", "--replicas"]
 

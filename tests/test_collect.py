@@ -15,18 +15,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import collect
 import gymnasium
 import minari
 import mujoco
 import numpy as np
 import pytest
 import torch
-from behaviors.mazes import Plan, PointWalks, share_arrived
-from behaviors.recording import record
-from behaviors.rollouts import CheckpointRollouts
 from minari import EpisodeData, MinariDataset
 from omegaconf import OmegaConf
+from torchrl_iql_recipes import collect
+from torchrl_iql_recipes.behaviors.mazes import Plan, PointWalks, share_arrived
+from torchrl_iql_recipes.behaviors.recording import record
+from torchrl_iql_recipes.behaviors.rollouts import CheckpointRollouts
 
 from torchrl_iql import IQLLoss, TrainStep, checkpoint, load_dataset, load_policy
 from torchrl_iql.models import Architecture

@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tensordict import TensorDict
-from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
-from test_objectives import (
+from iql_losses import (
     ACT,
     CHOICES,
     OBS,
@@ -25,6 +23,8 @@ from test_objectives import (
     total,
     transitions,
 )
+from tensordict import TensorDict
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import nn
 from torch.testing import assert_close
 from torchrl.envs import CatTensors

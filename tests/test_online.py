@@ -17,14 +17,10 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-import offline
-import online
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.wrappers import FlattenObservation
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
 from online_envs import LENGTH, diary
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, set_interaction_type
@@ -32,14 +28,19 @@ from test_collect import PATIENCE, wait_for
 from test_collect import started as process_of
 from test_recipe import full_disk
 from test_training import PlainLoop, assert_close
+from torchrl_iql_recipes.experiment import build, offline, online
+from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
+from torchrl_iql_recipes.experiment.networks import Networks
+from torchrl_iql_recipes.experiment.online import FineTuning
+from torchrl_iql_recipes.experiment.settings import Online, Settings
 
-from torchrl_iql import IQLLoss, OfflineDataset, checkpoint, load_dataset, load_policy, models
+from torchrl_iql import OfflineDataset, checkpoint, load_dataset, load_policy, models
 from torchrl_iql.data.minibatches import Minibatches
 from torchrl_iql.data.rewards import RewardTransform
 from torchrl_iql.data.spaces import action_rows, action_support
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
 
-RECIPES = Path(online.__file__).parent
+RECIPES = CONFIG.parent
 SMALL = [
     "env_steps=60",
     "steps=20",
@@ -55,14 +56,15 @@ SMALL = [
 ]
 
 
-def config(*overrides: str, name: str = "online") -> DictConfig:
-    small = [o for o in SMALL if name == "online" or o.split("=")[0] not in online_keys()]
-    with initialize_config_dir(str(RECIPES / "config"), version_base="1.3"):
-        return compose(name, [*small, *overrides])
+def config(*overrides: str) -> Settings:
+    return ONLINE.settings([*SMALL, *overrides])
 
 
-def online_keys() -> set[str]:
-    return {*online.ONLINE, "collector.frames_per_batch"}
+def offline_config(*overrides: str) -> Settings:
+    return OFFLINE.settings([*(o for o in SMALL if o.split("=")[0] not in ONLINE_KEYS), *overrides])
+
+
+ONLINE_KEYS = {*Online.model_fields, "collector.frames_per_batch"}
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -74,16 +76,15 @@ def rows(folder: Path) -> list[dict[str, str]]:
 def offline_run(maze_id: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of two learners that differ in their expectiles."""
     folder = tmp_path_factory.mktemp("offline")
-    cfg = config(f"dataset={maze_id}", "expectile=[0.6,0.8]", "weight_clip=50", name="offline")
+    cfg = offline_config(f"dataset={maze_id}", "expectile=[0.6,0.8]", "weight_clip=50")
     offline.run(cfg, folder)
     return folder
 
 
-def from_checkpoint(path: Path, *overrides: str) -> DictConfig:
-    """The configuration that main runs with these arguments."""
-    cfg = config(f"checkpoint='{path}'", *overrides)
-    small = [each for each in SMALL if each.split("=")[0] in online_keys()]
-    return online.with_settings_of_checkpoint(cfg, [*small, "log_interval=20", *overrides])
+def from_checkpoint(path: Path, *overrides: str) -> Settings:
+    """The settings that main runs with these arguments."""
+    small = [each for each in SMALL if each.split("=")[0] in ONLINE_KEYS]
+    return ONLINE.settings([f"checkpoint='{path}'", *small, "log_interval=20", *overrides])
 
 
 # --- The environment -----------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ COLLECTORS = ["sync", "multi_sync", "multi_async"]
 def arguments(collector: str) -> dict[str, Any]:
     """Those of the configuration, for small batches."""
     cfg = config(f"collector={collector}", "collector.frames_per_batch=20")
-    return OmegaConf.to_container(cfg.collector)  # pyright: ignore
+    return cfg.collector.model_dump(exclude_none=True)
 
 
 def descendants(pid: int) -> set[int]:
@@ -431,18 +432,28 @@ def test_each_worker_has_environments_of_its_own() -> None:
 # --- From the checkpoint on ----------------------------------------------------------------------------
 
 
-def started(cfg: DictConfig, folder: Path) -> online.Run:
-    return online.Run(cfg, online.dataset_for(cfg), None, folder)
+def started(cfg: Settings, folder: Path) -> FineTuning:
+    start = cfg.online.checkpoint and Path(cfg.online.checkpoint)
+    last = folder / "last.ckpt"
+    dataset = online.dataset_for(cfg)
+    known = last if last.exists() else start
+    if known is None:
+        architecture = online.architecture_for(cfg.networks, dataset)
+    else:
+        architecture = checkpoint.load_architecture(known)
+    return FineTuning(cfg, dataset, architecture, None, folder, start)
 
 
 def test_online_training_starts_from_exactly_the_checkpoint(
     offline_run: Path, tmp_path: Path
 ) -> None:
     path = offline_run / "expectile=0.8/last.ckpt"
-    its = started(from_checkpoint(path), tmp_path)
-    twin = offline.learner_for(its.cfg, its.dataset, its.architecture, its.settings)
+    cfg = from_checkpoint(path)
+    its = started(cfg, tmp_path)
+    architecture = checkpoint.load_architecture(path)
+    twin = build.step_for(cfg.learners, architecture, its.dataset, cfg.compute, 20)
     checkpoint.load_learner(path, twin)
-    state, saved = its.learner.state_dict(), twin.state_dict()
+    state, saved = its.step.state_dict(), twin.state_dict()
     assert state["steps"] == saved["steps"] == its.switch == 20
     assert state["loss"].keys() == saved["loss"].keys()
     for key in state["loss"]:  # policy, Q, V and targets
@@ -457,9 +468,15 @@ def test_online_training_starts_from_exactly_the_checkpoint(
         assert all(map(torch.equal, pair, saved["moments"][name])), name
         assert all(moment.abs().max() > 0 for moment in pair), name
     policy = load_policy(path)
-    assert all(map(torch.equal, its._network(0, "actor").parameters(), policy.parameters()))
+    assert all(
+        map(
+            torch.equal,
+            its.step.losses[0].get_stateful_net("actor_network").parameters(),
+            policy.parameters(),
+        )
+    )
     # The offline run has decayed the policy's learning rate to 0.
-    assert its.learner.learning_rates()["actor_network"] == [3e-4]
+    assert its.step.learning_rates()["actor_network"] == [3e-4]
     assert its.frames == 0
 
 
@@ -467,20 +484,20 @@ def test_one_update_is_the_plain_composition_of_the_public_pieces(
     maze_id: str, tmp_path: Path
 ) -> None:
     """Offline and then online, beside IQLLoss, torch's Adam and SoftUpdate from the first step on."""
-    cfg = config(f"dataset={maze_id}", "decay_actor=false", "steps=5", "eval_episodes=0")
+    cfg = offline_config(f"dataset={maze_id}", "decay_steps=0", "steps=5", "eval_episodes=0")
     offline.run(cfg, tmp_path / "offline")
-    its = started(
-        from_checkpoint(tmp_path / "offline/last.ckpt", "batch_size=32"), tmp_path / "online"
-    )
+    last = tmp_path / "offline/last.ckpt"
+    its = started(from_checkpoint(last, "batch_size=32"), tmp_path / "online")
 
     torch.manual_seed(0)
-    networks = its.architecture.build(its.dataset.observation_statistics())
-    loss = IQLLoss(*networks, expectile=cfg.expectile, temperature=cfg.temperature)
-    plain = PlainLoop(loss.make_value_estimator(gamma=cfg.discount), target_rate=cfg.target_rate)
+    statistics = its.dataset.observation_statistics()
+    networks = Networks(checkpoint.load_architecture(last), statistics)
+    loss = cfg.algorithm.loss(networks)
+    plain = PlainLoop(loss, target_rate=cfg.algorithm.target_rate)
     source, indices = Minibatches(its.dataset.transitions, 32, seeds=[0])(0)
     for t in range(5):
         plain(source[indices[t, 0]])
-    assert_close(its.learner.losses[0], loss)
+    assert_close(its.step.losses[0], loss)
 
     its.experience.extend(its.dataset.transitions[:1])  # one environment step
     state = torch.get_rng_state()
@@ -488,10 +505,10 @@ def test_one_update_is_the_plain_composition_of_the_public_pieces(
     torch.set_rng_state(state)
     before = {key: value.clone() for key, value in loss.state_dict().items()}
     metrics, expected = its._update(), plain(batch)
-    assert its.learner.steps == 6
+    assert its.step.steps == 6
     for key in expected.keys():
         torch.testing.assert_close(metrics[key], expected[key], rtol=1e-4, atol=1e-5)
-    assert_close(its.learner.losses[0], loss, 1e-6)
+    assert_close(its.step.losses[0], loss, 1e-6)
     for name in ("actor", "value", "qvalue", "target_qvalue"):
         keys = [key for key in before if key.startswith(f"{name}_network_params")]
         assert any((loss.state_dict()[key] - before[key]).abs().max() > 1e-5 for key in keys), name
@@ -500,13 +517,19 @@ def test_one_update_is_the_plain_composition_of_the_public_pieces(
 def test_settings_come_from_the_checkpoint_unless_they_are_given(offline_run: Path) -> None:
     path = offline_run / "expectile=0.8/last.ckpt"
     cfg = from_checkpoint(path, "learning_rate=0.001", "task=pointmaze/stitch", "expectile=0.7")
-    assert (cfg.learning_rate, cfg.expectile, cfg.weight_clip, cfg.seeds) == (0.001, 0.7, 50, 0)
+    iql = cfg.algorithm
+    assert (iql.learning_rate, iql.expectile, iql.weight_clip) == (0.001, 0.7, 50)
     kept = from_checkpoint(path)
-    assert (kept.expectile, kept.dataset) == (0.8, "test/maze-v0")
-    assert (kept.log_interval, kept.env_steps, kept.collector.frames_per_batch) == (20, 60, 10)
-    assert from_checkpoint(path, "task=antmaze/umaze").dataset == "D4RL/antmaze/umaze-v1"
-    with pytest.raises(ValueError, match=r"dropout, hidden_sizes: the checkpoint has networks"):
-        online.with_settings_of_checkpoint(cfg, ["hidden_sizes=[8]", "dropout=0.1"])
+    assert (kept.algorithm.expectile, kept.data.dataset) == (0.8, "test/maze-v0")
+    assert (kept.training.log_interval, kept.online.env_steps) == (20, 60)
+    assert kept.collector.frames_per_batch == 10
+    assert from_checkpoint(path, "task=antmaze/umaze").data.dataset == "D4RL/antmaze/umaze-v1"
+    for given in ("hidden_sizes=[8]", "dropout=0.1", "num_qvalue_nets=3"):
+        name = given.partition("=")[0]
+        with pytest.raises(ValueError, match=f"{name}: the checkpoint has networks"):
+            from_checkpoint(path, given)
+    with pytest.raises(ValueError, match="algorithm=bc: the checkpoint is of iql"):
+        from_checkpoint(path, "algorithm=bc")
 
 
 # --- Runs ----------------------------------------------------------------------------------------------
@@ -520,21 +543,24 @@ def test_a_run_leaves_what_the_readme_lists(offline_run: Path, tmp_path: Path) -
     assert names == {
         "config.yaml",
         "scores.json",
+        "times.json",
         "metrics.csv",
+        "checkpoints",
         "last.ckpt",
         "best.ckpt",
         *pictures,
     }
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
-    assert (scores["frames"], scores["steps"], scores["interrupted"]) == (60, 20 + 30, False)
+    (its,) = scores["replicas"]
+    assert (its["frames"], its["steps"], its["interrupted"]) == (60, 20 + 30, False)
     offline_scores = json.loads((offline_run / "scores.json").read_text())["replicas"][1]
-    assert scores["before"] == {key: offline_scores[key] for key in scores["before"]}
+    assert its["before"] == {key: offline_scores[key] for key in its["before"]}
     written = rows(tmp_path)
     # Before the first step, after 20, 30, 40 and 60.
     assert [row["step"] for row in written] == ["20", "30", "35", "40", "50"]
     assert [row["frames"] for row in written] == ["", "20", "", "40", "60"]
     assert [bool(row["eval/score"]) for row in written] == [True, False, True, False, True]
-    share = load_dataset(cfg.dataset).transitions.shape[0]
+    share = load_dataset(cfg.data.dataset).transitions.shape[0]
     assert float(written[-1]["offline_share"]) == pytest.approx(share / (share + 60))
     assert {row["policy_lr"] for row in written} == {"", "0.0003"}
     assert "before" in online.report(scores, tmp_path)
@@ -545,7 +571,8 @@ def test_a_run_leaves_what_the_readme_lists(offline_run: Path, tmp_path: Path) -
 def test_offline_and_online_in_one_run(maze_id: str, tmp_path: Path) -> None:
     cfg = config(f"dataset={maze_id}", "offline_share=0.5", "anneal_steps=120", "eval_episodes=0")
     scores = online.run(cfg, tmp_path)
-    assert (scores["steps"], scores["frames"], scores["before"]) == (80, 60, None)
+    (its,) = scores["replicas"]
+    assert (its["steps"], its["frames"], its["before"]) == (80, 60, None)
     assert (tmp_path / "offline/last.ckpt").exists()
     written = rows(tmp_path)
     shares = [float(row["offline_share"]) for row in written]
@@ -556,7 +583,8 @@ def test_offline_and_online_in_one_run(maze_id: str, tmp_path: Path) -> None:
 def test_from_scratch(env: str, tmp_path: Path) -> None:
     overrides = ["dataset=null", f"env={env}", "reward=minus_one", "normalize_observation=false"]
     scores = online.run(config(*overrides, "env_steps=240"), tmp_path)
-    assert (scores["dataset"], scores["steps"], scores["frames"]) == (env, 240, 240)
+    (its,) = scores["replicas"]
+    assert (scores["dataset"], its["steps"], its["frames"]) == (env, 240, 240)
     ends = [row for row in rows(tmp_path) if row["episode_length"]]
     if env == "Pendulum-v1":
         assert [(row["frames"], row["episode_length"]) for row in ends] == [("200", "200")]
@@ -573,23 +601,21 @@ def test_what_cannot_be_run_is_refused_before_anything_happens(
         ("dataset=null",): "give env=<id>",
         ("dataset=null", "env=Pendulum-v1"): "normalize_observation=true needs the statistics",
         (f"dataset={maze_id}", "seeds=[0,1]"): r"one learner .* \['seed=0', 'seed=1'\]",
-        (f"dataset={maze_id}", "offline_share=1.5"): r"offline_share must be .* got 1.5",
+        (
+            f"dataset={maze_id}",
+            "offline_share=1.5",
+        ): "offline_share=1.5: expected a number above 0 and below 1",
         (f"dataset={maze_id}", "anneal_steps=9"): "anneal_steps=9 needs an offline_share",
-        (f"dataset={maze_id}", "exploration=-1"): "exploration=-1: expected at least 0",
-        (f"dataset={maze_id}", "env_steps=0"): "env_steps=0: expected at least 1",
+        (f"dataset={maze_id}", "exploration=-1"): "exploration=-1: expected a number of at least 0",
+        (f"dataset={maze_id}", "env_steps=0"): "env_steps=0: expected an integer of at least 1",
     }.items():
         with pytest.raises(ValueError, match=message):
             online.run(config(*overrides), tmp_path)
         assert not list(tmp_path.glob("**/*.ckpt"))
 
 
-def test_no_setting_is_dead() -> None:
-    source = (RECIPES / "online.py").read_text()
-    own = OmegaConf.load(RECIPES / "config/online.yaml")
-    keys = [key for key in own if key not in ("defaults", "hydra")]
-    assert {*keys, "collector"} == set(online.ONLINE)
-    assert [key for key in online.ONLINE if f"cfg.{key}" not in source] == []
-    folders = [path.stem for path in (RECIPES / "config/collector").glob("*.yaml")]
+def test_every_collector_is_tested() -> None:
+    folders = [path.stem for path in (CONFIG / "collector").glob("*.yaml")]
     assert {*COLLECTORS, "ray"} == set(folders)
 
 
@@ -597,20 +623,23 @@ def test_a_fine_tuned_policy_can_be_fine_tuned_again(offline_run: Path, tmp_path
     first = from_checkpoint(offline_run / "expectile=0.8/last.ckpt", "eval_episodes=0")
     online.run(first, tmp_path / "first")
     second = from_checkpoint(tmp_path / "first/last.ckpt", "env_steps=10", "eval_episodes=0")
-    assert second.checkpoint == str(tmp_path / "first/last.ckpt")
+    assert second.online.checkpoint == str(tmp_path / "first/last.ckpt")
     scores = online.run(second, tmp_path / "second")
-    assert (scores["frames"], scores["steps"], scores["expectile"]) == (10, 20 + 60 + 10, 0.8)
+    (its,) = scores["replicas"]
+    assert (its["frames"], its["steps"], its["expectile"]) == (10, 20 + 60 + 10, 0.8)
 
 
 # --- What goes wrong -----------------------------------------------------------------------------------
 
 
-def of_diary(tmp_path: Path, *overrides: str, **trouble: int) -> online.Run:
+def of_diary(tmp_path: Path, *overrides: str, **trouble: int) -> FineTuning:
     """A run from scratch in an environment with troubles."""
     cfg = config(
         "dataset=null", "normalize_observation=false", "reward=none", "seeds=0", *overrides
     )
-    return online.Run(cfg, OfflineDataset.empty(diary(**trouble)), None, tmp_path)
+    dataset = OfflineDataset.empty(diary(**trouble))
+    architecture = online.architecture_for(cfg.networks, dataset)
+    return FineTuning(cfg, dataset, architecture, None, tmp_path, None)
 
 
 @pytest.mark.parametrize(
@@ -628,7 +657,7 @@ def test_an_environment_that_fails_costs_nothing_that_was_collected(
         its.train()
     assert f"python recipes/online.py resume={os.path.relpath(tmp_path)}" in str(error.value)
     again = of_diary(tmp_path)
-    assert (again.frames, again.learner.steps) == (20, 20)
+    assert (again.frames, again.step.steps) == (20, 20)
     again.train()
     assert again.frames == 60
 
@@ -643,10 +672,10 @@ def test_a_killed_worker_is_an_error_and_not_the_end(
     monkeypatch.setattr("torchrl_iql.online.ANSWER_TIMEOUT", 2.0)
     its = of_diary(tmp_path, f"collector={collector}", "collector.frames_per_batch=10")
     before = descendants(os.getpid())
-    update = online.Run._update
+    update = FineTuning._update
     killed_at = []
 
-    def update_and_kill(self: online.Run) -> Any:
+    def update_and_kill(self: FineTuning) -> Any:
         metrics = update(self)
         if self.frames == 20:
             started = descendants(os.getpid()) - before
@@ -656,7 +685,7 @@ def test_a_killed_worker_is_an_error_and_not_the_end(
             killed_at.append(time.monotonic())
         return metrics
 
-    monkeypatch.setattr(online.Run, "_update", update_and_kill)
+    monkeypatch.setattr(FineTuning, "_update", update_and_kill)
     with pytest.raises(RuntimeError, match=r"collecting failed after \d+ environment steps"):
         its.train()
     assert time.monotonic() - killed_at[0] < 60
@@ -705,13 +734,12 @@ def interrupted(signal_of: Callable[[subprocess.Popen], None], folder: Path) -> 
         return process.communicate(timeout=60)
 
 
-def continued(folder: Path) -> online.Run:
+def continued(folder: Path, settings: Settings | None = None) -> FineTuning:
     """The run of a folder, checked for what it knows of its past."""
-    cfg = OmegaConf.load(folder / "config.yaml")
-    its = started(cfg, folder)  # pyright: ignore
+    its = started(settings or ONLINE.stored(folder), folder)
     assert its.frames >= 30
-    assert (its.switch, its.learner.steps) == (0, its.frames)
-    assert its.learner.learning_rates()["actor_network"] == [3e-4]
+    assert (its.switch, its.step.steps) == (0, its.frames)
+    assert its.step.learning_rates()["actor_network"] == [3e-4]
     written = [int(row["frames"]) for row in rows(folder) if row["frames"]]
     assert written == list(range(20, its.frames + 1, 20))
     return its
@@ -726,11 +754,11 @@ def test_the_killing_of_the_learner_leaves_no_worker_and_a_run_to_continue(tmp_p
     # On the circle of angles, and different from each other.
     torch.testing.assert_close(experience[:, :2].norm(dim=-1), torch.ones(its.frames))
     assert len(experience.unique(dim=0)) == its.frames
-    its.cfg.env_steps = its.frames + 20
-    its.cfg.collector = {"frames_per_batch": 10}
     frames = its.frames
+    more = {"env_steps": frames + 20, "collector": {"frames_per_batch": 10}}
+    its = continued(tmp_path / "run", Settings.of({**its.settings.values, **more}))
     its.train()
-    assert its.frames == its.learner.steps == frames + 20
+    assert its.frames == its.step.steps == frames + 20
 
 
 @pytest.mark.slow
@@ -740,5 +768,6 @@ def test_ctrl_c_ends_a_run_without_noise(tmp_path: Path) -> None:
     output, errors = interrupted(lambda process: os.killpg(process.pid, signal.SIGINT), folder)
     assert "Interrupted. Continue with: python recipes/online.py resume=run" in output
     assert "Traceback" not in errors
-    frames = json.loads((folder / "scores.json").read_text())["frames"]
+    (its,) = json.loads((folder / "scores.json").read_text())["replicas"]
+    frames = its["frames"]
     assert continued(folder).frames == frames

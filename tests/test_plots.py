@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import plots
 import pytest
 from gymnasium_robotics.envs.maze.maze_v4 import Maze
 from matplotlib import colormaps
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.image import imread
+from torchrl_iql_recipes.experiment import plots
 
 
 def count(picture: np.ndarray, color: str) -> int:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from iql_losses import ACT, CHOICES, OBS, cast, transitions
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
-from test_objectives import ACT, CHOICES, OBS, cast, transitions
 from torch import Tensor, nn
 from torchrl.data import LazyTensorStorage, TensorDictPrioritizedReplayBuffer
 from torchrl.modules import IndependentNormal, ProbabilisticActor, ValueOperator

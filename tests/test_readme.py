@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 from test_distributed import torchrun
+from torchrl_iql_recipes import algorithms
+from torchrl_iql_recipes.experiment import offline
+from torchrl_iql_recipes.experiment.settings import Settings
+
+from torchrl_iql import checkpoint, load_policy
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TRAINING = (ROOT / "torchrl_iql/training/README.md").read_text()
+RECIPES = (ROOT / "recipes/README.md").read_text()
 
 
 def program(name: str, *replacements: tuple[str, str], page: str = README) -> str:
@@ -89,6 +95,22 @@ def test_several_processes_train(maze_id: str, tmp_path: Path) -> None:
     script.write_text(text + "\nprint(sum(x.double().sum().item() for x in loss.parameters()))\n")
     sums = re.findall(r"^-?\d+\.\d+$", torchrun(script, 2), re.M)
     assert len(sums) == 2 and len(set(sums)) == 1  # the same networks in both
+
+
+def test_an_algorithm_is_one_file(
+    maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "decayed_bc.py").write_text(program("an algorithm", page=RECIPES))
+    monkeypatch.setattr(algorithms, "__path__", [*algorithms.__path__, str(tmp_path)])
+    algorithms.algorithms.cache_clear()
+    values = {"algorithm": "decayed_bc", "dataset": maze_id, "steps": 3, "weight_decay": 0.5}
+    values |= {"eval_episodes": 0, "hidden_sizes": [8], "compute": {"execution": "eager"}}
+    scores = offline.run(Settings.of(values), tmp_path / "run")
+    assert scores["replicas"][0]["title"] == "decayed BC"
+    assert checkpoint.load_metadata(tmp_path / "run/last.ckpt")["config"]["weight_decay"] == 0.5
+    assert load_policy(tmp_path / "run/last.ckpt")
+    monkeypatch.undo()
+    algorithms.algorithms.cache_clear()
 
 
 def test_the_test_command_is_what_ci_runs() -> None:

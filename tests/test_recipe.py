@@ -14,21 +14,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import gymnasium
-import offline
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-from run_folder import RunFolder
+from omegaconf import OmegaConf
 from tensordict import TensorDict
+from torchrl_iql_recipes.experiment import build, offline, results
+from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE
+from torchrl_iql_recipes.experiment.folder import RunFolder
+from torchrl_iql_recipes.experiment.networks import architecture_for
+from torchrl_iql_recipes.experiment.settings import Settings
 
-from torchrl_iql import Evaluator, load_dataset, load_policy
+from torchrl_iql import Evaluator, checkpoint, load_dataset, load_policy
 from torchrl_iql.data import Minibatches
 
-RECIPES = Path(offline.__file__).parent
+RECIPES = CONFIG.parent
 SMALL = [
     "steps=60",
     "eval_interval=30",
@@ -41,9 +43,8 @@ SMALL = [
 ]
 
 
-def config(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(RECIPES / "config"), version_base="1.3"):
-        return compose("offline", [*SMALL, *overrides])
+def config(*overrides: str) -> Settings:
+    return OFFLINE.settings([*SMALL, *overrides])
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -63,11 +64,11 @@ LEARNERS = [f"temperature={t},seed={seed}" for t in ("10.0", "0.0") for seed in 
 
 def test_a_run_leaves_everything_that_the_readme_lists(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.yaml", "scores.json", *LEARNERS}
+    assert names == {"config.yaml", "scores.json", "times.json", *LEARNERS}
     for folder in map(finished.joinpath, LEARNERS):
         names = {path.name for path in folder.iterdir()}
         pictures = {"learning_curves.png", "value_map.png"}
-        assert names == {"metrics.csv", "last.ckpt", "best.ckpt", *pictures}
+        assert names == {"metrics.csv", "checkpoints", "last.ckpt", "best.ckpt", *pictures}
         assert [row["step"] for row in rows(folder)] == ["20", "30", "40", "60"]
         assert all(row["loss_value"] for row in rows(folder) if row["step"] != "30")
     stored = OmegaConf.load(finished / "config.yaml")
@@ -96,85 +97,75 @@ def test_a_learner_among_others_is_the_one_of_a_run_of_its_own(
 
 
 def test_the_summary_is_taken_over_seeds() -> None:
-    settings = {"expectile": 0.7, "learning_rate": 3e-4, "discount": 0.99}
+    settings = {"title": "IQL", "expectile": 0.7}
     scores = [
         {**settings, "temperature": temperature, "seed": seed, "score": score}
         for temperature, values in ((3.0, (1.0, 2.0, 6.0)), (0.0, (4.0,)))
         for seed, score in enumerate(values)
     ]
-    three, one = offline.summaries(scores)
-    assert three == {
-        **settings,
-        "temperature": 3.0,
-        "seeds": 3,
-        "score": 3.0,
-        "ci95": three["ci95"],
-    }
+    three, one = results.summaries(scores, ["expectile", "temperature"])
+    expected = {**settings, "temperature": 3.0, "seeds": 3, "score": 3.0}
+    assert three == {**expected, "ci95": three["ci95"]}
     # Student's t for 2 degrees of freedom, times the standard error sqrt(7 / 3).
     assert three["ci95"] == pytest.approx(4.3026527 * 1.5275252)
     assert (one["score"], one["seeds"], one["ci95"]) == (4.0, 1, None)
 
 
 def test_a_grid_is_every_combination_of_what_has_several_values() -> None:
-    grid = offline.replicas(config("seeds=[0,1]", "expectile=[0.7,0.9]", "temperature=3"))
-    assert [each["name"] for each in grid] == [
+    grid = config("seeds=[0,1]", "expectile=[0.7,0.9]", "temperature=3").learners
+    assert [each.name for each in grid] == [
         "expectile=0.7,seed=0",
         "expectile=0.7,seed=1",
         "expectile=0.9,seed=0",
         "expectile=0.9,seed=1",
     ]
-    assert {each["temperature"] for each in grid} == {3}
-    (single,) = offline.replicas(config("temperature=3"))
-    assert single["name"] == ""
-    for wrong in ("seeds=[]", "seeds=[1,1]"):
-        with pytest.raises(ValueError, match=r"seed: give one value or several different ones"):
-            offline.replicas(config(wrong))
+    assert {each.algorithm.temperature for each in grid} == {3}
+    (single,) = config("temperature=3").learners
+    assert single.name == ""
 
 
-def test_the_configuration_reaches_the_learners(maze_id: str) -> None:
-    cfg = config(
-        "expectile=0.8", "temperature=[2,5]", "weight_clip=7", "discount=0.9", "learning_rate=0.01"
-    )
+def test_the_settings_reach_the_learners(maze_id: str) -> None:
+    overrides = ["weight_clip=7", "discount=0.9", "learning_rate=0.01", "num_qvalue_nets=3"]
+    cfg = config("expectile=0.8", "temperature=[2,5]", *overrides)
     dataset = load_dataset(maze_id)
-    architecture = offline.architecture_for(cfg, dataset)
-    learner = offline.learner_for(cfg, dataset, architecture, offline.replicas(cfg))
-    for loss, temperature in zip(learner.losses, (2, 5), strict=True):
+    architecture = architecture_for(cfg.networks, dataset)
+    step = build.step_for(cfg.learners, architecture, dataset, cfg.compute, 60)
+    for loss, temperature in zip(step.losses, (2, 5), strict=True):
         assert (loss.expectile, loss.temperature, loss.weight_clip) == (0.8, temperature, 7)
+        assert loss.num_qvalue_nets == 3
         assert loss.value_estimator.gamma == pytest.approx(0.9)
         mean, _ = dataset.observation_statistics()
         assert torch.equal(loss.value_network.module.normalize.mean, mean)
-    assert learner.learning_rates()["actor_network"] == [0.01, 0.01]
-    assert learner.execution == "eager"
+    assert step.learning_rates()["actor_network"] == [0.01, 0.01]
+    assert step.execution == "eager"
 
 
-@pytest.mark.parametrize("family", ["locomotion", "antmaze", "kitchen", "adroit", "pointmaze"])
-def test_every_family_gives_every_setting(family: str) -> None:
-    base = OmegaConf.load(RECIPES / "config/task" / family / "base.yaml")
-    assert list(base) == list(config().task)
+def test_the_length_of_the_decay_is_a_setting(maze_id: str) -> None:
+    dataset = load_dataset(maze_id)
+    rates = {}
+    for given in ("decay_steps=null", "decay_steps=0", "decay_steps=4"):
+        cfg = config("temperature=3", given)
+        architecture = architecture_for(cfg.networks, dataset)
+        step = build.step_for(cfg.learners, architecture, dataset, cfg.compute, 8)
+        step.run(dataset.minibatches(8, seeds=[0]), 4)
+        (rates[given],) = step.learning_rates()["actor_network"]
+    assert rates["decay_steps=null"] == pytest.approx(1.5e-4)  # half of the run
+    assert rates["decay_steps=0"] == 3e-4
+    assert rates["decay_steps=4"] == pytest.approx(0, abs=1e-12)
 
 
-def test_no_setting_is_dead() -> None:
-    source = (RECIPES / "offline.py").read_text()
-    cfg = config()
-    keys = [key for key in cfg if key not in ("task", "compute", "logger")]
-    keys += [f"{group}.{key}" for group in ("compute", "logger") for key in cfg[group]]
-    assert [key for key in keys if f"cfg.{key}" not in source] == []
-    entries = (RECIPES / "config/offline.yaml").read_text()
-    assert [key for key in cfg.task if f"task.{key}" not in entries] == []
-
-
-def test_the_folder_of_a_run_is_named_after_its_task() -> None:
-    with initialize_config_dir(str(RECIPES / "config"), version_base="1.3"):
-        cfg = compose("offline", ["task=kitchen/partial"], return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    assert cfg.hydra.run.dir.startswith("runs/kitchen/partial/20")
+def test_the_folder_of_a_run_is_named_after_its_task(tmp_path: Path) -> None:
+    arguments = ["--cfg", "hydra", "-p", "hydra.run.dir", "task=kitchen/partial"]
+    process = start(tmp_path, *arguments)
+    output, errors = process.communicate(timeout=60)
+    assert output.startswith("runs/kitchen/partial/20"), errors
 
 
 def test_the_environment_is_an_id_with_arguments() -> None:
-    assert offline.environment(config("env=null").env) is None
-    assert offline.environment(config("env=Hopper-v5").env) == "Hopper-v5"
+    assert build.environment(config("env=null").data.env) is None
+    assert build.environment(config("env=Hopper-v5").data.env) == "Hopper-v5"
     cfg = config("env={id:Hopper-v5,max_episode_steps:7,frame_skip:2}")
-    env = gymnasium.make(offline.environment(cfg.env))
+    env = gymnasium.make(build.environment(cfg.data.env))
     assert (env.spec.id, env.spec.max_episode_steps) == ("Hopper-v5", 7)
     assert env.unwrapped.frame_skip == 2
     assert gymnasium.spec("Hopper-v5").max_episode_steps == 1000
@@ -183,7 +174,7 @@ def test_the_environment_is_an_id_with_arguments() -> None:
 
 def test_several_data_sets_are_joined(maze_id: str) -> None:
     single, joined = (
-        offline.dataset_for(config(f"dataset={given}"))
+        build.dataset_for(config(f"dataset={given}").data)
         for given in (maze_id, f"[{maze_id},{maze_id}]")
     )
     assert len(joined.transitions) == 2 * len(single.transitions)
@@ -193,22 +184,24 @@ def test_several_data_sets_are_joined(maze_id: str) -> None:
 def test_without_evaluation_no_environment_is_needed(
     maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offline, "Evaluator", None)
+    monkeypatch.setattr(build, "Evaluator", None)
     cfg = config(f"dataset={maze_id}", "temperature=3", "eval_episodes=0", "env=NoSuchEnv-v0")
     dataset = load_dataset(maze_id, reward="minus_one")
     monkeypatch.setattr(
-        offline, "load_dataset", lambda *_, **__: dataclasses.replace(dataset, env_spec=None)
+        build, "load_dataset", lambda *_, **__: dataclasses.replace(dataset, env_spec=None)
     )
     scores = offline.run(cfg, tmp_path)
     (replica,) = scores["replicas"]
     assert (replica["steps"], replica["best"], replica["interrupted"]) == (60, None, False)
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
-    assert "Not evaluated" in offline.report(scores, "folder")
+    assert "Not evaluated" in offline.report(scores, Path("folder"))
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "config.yaml",
         "scores.json",
+        "times.json",
         "metrics.csv",
+        "checkpoints",
         "last.ckpt",
         "learning_curves.png",
     }
@@ -219,22 +212,22 @@ def test_without_evaluation_no_environment_is_needed(
 def test_data_without_an_environment_are_refused(maze_id: str) -> None:
     dataset = dataclasses.replace(load_dataset(maze_id), env_spec=None)
     with pytest.raises(ValueError, match=rf"{maze_id} does not .* env=<id>, or eval_episodes=0"):
-        offline.evaluator_for(config(), dataset)
+        build.evaluator_for(config().evaluation, config().data, dataset)
 
 
 def test_what_does_not_say_enough_is_refused(maze_id: str) -> None:
     with pytest.raises(ValueError, match="dataset=null: expected a Minari id"):
-        offline.dataset_for(config("dataset=null"))
+        build.dataset_for(config("dataset=null").data)
     with pytest.raises(ValueError, match=r"env=\{'max_episode_steps': 5\}: expected an id"):
-        offline.dataset_for(config(f"dataset={maze_id}", "env={max_episode_steps: 5}"))
+        config(f"dataset={maze_id}", "env={max_episode_steps: 5}")
     cfg = config(f"dataset={maze_id}", "action_bounds=data")
-    dataset = offline.dataset_for(cfg)
+    dataset = build.dataset_for(cfg.data)
     dataset.transitions["action"] = dataset.transitions["action"].clone()
     dataset.transitions["action"][:, 1] = 0.5
     with pytest.raises(
         ValueError, match=rf"action 1 of {maze_id} is always 0.5; give action_bounds"
     ):
-        offline.architecture_for(cfg, dataset)
+        architecture_for(cfg.networks, dataset)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +256,7 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(
     maze_id: str, tmp_path: Path
 ) -> None:
-    overrides = [f"dataset={maze_id}", "dropout=0.1", "temperature=3"]
+    overrides = [f"dataset={maze_id}", "dropout=0.1", "temperature=3", "eval_workers=1"]
     overrides += ["steps=400", "eval_interval=200"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     process = start(tmp_path, *overrides, f"hydra.run.dir={halves}")
@@ -304,29 +297,46 @@ def test_a_run_stopped_before_anything_was_logged_can_be_resumed(
         for each in scores["replicas"]
     )
     assert "summary" not in scores
-    assert "resume=folder" in offline.report(scores, "folder")
+    assert "resume=folder" in offline.report(scores, Path("folder"))
     monkeypatch.undo()
     finished = offline.run(cfg, tmp_path)["replicas"]
     assert [each["steps"] for each in finished] == [60, 60]
 
 
-def test_checkpoints_from_different_steps_are_refused(maze_id: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("saved", [1, 3])
+def test_a_run_killed_while_its_learners_are_saved_continues(
+    maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int
+) -> None:
+    """The first checkpoints of two learners are written, then perhaps one of the second ones."""
     cfg = config(f"dataset={maze_id}", "seeds=[0,1]", "temperature=3")
-    offline.run(cfg, tmp_path)
-    cfg.steps = 30
-    other = tmp_path / "other"
-    offline.run(cfg, other)
-    (other / "seed=1/last.ckpt").replace(tmp_path / "seed=1/last.ckpt")
-    with pytest.raises(ValueError, match=r"different steps, \[30, 60\]"):
-        offline.run(cfg, tmp_path)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    expected = offline.run(cfg, whole)
+    save, calls = checkpoint.save, []
+
+    def save_some(*arguments: Any, **more: Any) -> Path:
+        calls.append(arguments)
+        if len(calls) > saved:
+            raise KeyboardInterrupt  # a second one: nothing more is done
+        return save(*arguments, **more)
+
+    monkeypatch.setattr(checkpoint, "save", save_some)
+    with pytest.raises(KeyboardInterrupt):
+        offline.run(cfg, killed)
+    monkeypatch.undo()
+    steps = [sorted(RunFolder(killed / f"seed={s}").checkpoints()) for s in (0, 1)]
+    assert steps == ([[30], []] if saved == 1 else [[30, 60], [30]])
+    assert offline.run(cfg, killed) == expected
+    for name in ("seed=0", "seed=1"):
+        assert rows(killed / name) == rows(whole / name)
+        ends = (load_policy(each / name / "last.ckpt").parameters() for each in (killed, whole))
+        assert all(map(torch.equal, *ends))
 
 
 def test_what_cannot_be_resumed_is_named(tmp_path: Path) -> None:
     process = start(tmp_path, "resume=nowhere")
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "resume='nowhere'" in errors
-    assert "config.yaml" in errors
+    assert errors == "offline.py: resume=nowhere: that folder has no config.yaml\n"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The tables on the mini suite, made by their commands, and the behaviour cloning in them."""
+"""The tables on the mini suite, made by their commands."""
 
 from __future__ import annotations
 
@@ -9,21 +9,12 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import collect
 import minari
-import offline
 import pytest
-import torch
-from hydra import compose, initialize_config_dir
+from torchrl_iql_recipes import collect
+from torchrl_iql_recipes.comparison import finetuning
 
-from torchrl_iql import load_policy
-
-RECIPES = Path(collect.__file__).parent
-sys.path.insert(0, str(RECIPES / "benchmark"))
-
-import cloning  # noqa: E402
-import finetuning  # noqa: E402
-
+COMPARISON = Path(finetuning.__file__).parent
 NAME = "pointmaze/medium"
 SMALL = ["hidden_sizes=[8,8]", "batch_size=32", "compute.execution=eager"]
 
@@ -31,7 +22,7 @@ SMALL = ["hidden_sizes=[8,8]", "batch_size=32", "compute.execution=eager"]
 def suite(
     folder: Path, *arguments: str, script: str = "suite.py"
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(RECIPES / "benchmark" / script), "--data", NAME]
+    command = [sys.executable, str(COMPARISON / script), "--data", NAME]
     command += ["--steps", "40", "--episodes", "2", "--folder", str(folder)]
     return subprocess.run(
         [*command, *arguments, "--", *SMALL], capture_output=True, text=True, timeout=300
@@ -48,9 +39,9 @@ def test_the_table_is_that_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monke
     done = suite(tmp_path / "suite")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "suite" / "pointmaze-medium"
-    for algorithm, temperature in (("BC", 0.0), ("IQL", 10.0)):
-        learners = {(each["temperature"], each["seed"]) for each in replicas(folder / algorithm)}
-        assert learners == {(temperature, 0), (temperature, 1)}
+    for algorithm, title in (("bc", "BC"), ("iql", "IQL")):
+        learners = {(each["title"], each["seed"]) for each in replicas(folder / algorithm)}
+        assert learners == {(title, 0), (title, 1)}
     dataset = minari.load_dataset(collect.dataset_id(NAME))
     reached = [episode.terminations[-1] for episode in dataset]
     behaviour = 100 * sum(reached) / len(reached)
@@ -58,13 +49,13 @@ def test_the_table_is_that_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
     again = suite(tmp_path / "suite")
     assert again.stdout == done.stdout
-    assert (folder / "IQL" / "log.txt").read_text().count("Results:") == 1
+    assert (folder / "iql" / "log.txt").read_text().count("Results:") == 1
 
     other = suite(tmp_path / "suite", "--seeds", "0")
     assert other.returncode == 1
-    assert f"{folder / 'BC'} holds a run with other settings, see settings.json" in other.stderr
+    assert f"{folder / 'bc'} holds a run with other settings, see settings.json" in other.stderr
 
-    before = {algorithm: replicas(folder / algorithm) for algorithm in ("BC", "IQL")}
+    before = {algorithm: replicas(folder / algorithm) for algorithm in ("bc", "iql")}
     for algorithm in before:  # as if they had been stopped
         (folder / algorithm / "scores.json").unlink()
     assert suite(tmp_path / "suite").stdout == done.stdout
@@ -79,8 +70,8 @@ def test_fine_tuning_goes_on_from_the_offline_runs(tmp_path: Path, monkeypatch: 
     done = suite(tmp_path / "suite", *arguments, script="finetuning.py")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "suite" / "pointmaze-medium"
-    offline_scores = [each["score"] for each in replicas(folder / "IQL")]
-    runs = [json.loads((folder / f"online/seed={s}/scores.json").read_text()) for s in (0, 1)]
+    offline_scores = [each["score"] for each in replicas(folder / "iql")]
+    runs = [replicas(folder / f"online/seed={s}")[0] for s in (0, 1)]
     assert [run["before"]["score"] for run in runs] == offline_scores
     assert [(run["seed"], run["steps"], run["frames"]) for run in runs] == [
         (0, 80, 40),
@@ -97,7 +88,7 @@ def test_fine_tuning_goes_on_from_the_offline_runs(tmp_path: Path, monkeypatch: 
 
 def test_the_table_has_the_last_score_and_the_mean_of_the_second_half(tmp_path: Path):
     for seed in (0, 1):
-        for phase, scores in {"IQL": [5, 10], "online": [10, 7, 90, 20, 40, 60]}.items():
+        for phase, scores in {"iql": [5, 10], "online": [10, 7, 90, 20, 40, 60]}.items():
             folder = tmp_path / "pointmaze-medium" / phase / f"seed={seed}"
             folder.mkdir(parents=True)
             with (folder / "metrics.csv").open("w", newline="") as file:
@@ -107,6 +98,7 @@ def test_the_table_has_the_last_score_and_the_mean_of_the_second_half(tmp_path: 
                 rows.writerows([(t, score + 2 * seed) for t, score in enumerate(scores)])
     args = {"env_steps": 5000, "evaluations": 5, "steps": 40, "episodes": 2}
     args |= {"data": [NAME], "seeds": [0, 1], "folder": tmp_path, "online": [], "overrides": []}
+    args |= {"algorithms": ["iql"]}
     heading, _, row = finetuning.table(Namespace(**args)).splitlines()
     assert "after 1,000 steps | after 5,000 steps | mean of the last 3 evaluations" in heading
     cells = ["11.0 (10.0, 12.0)", "11.0 (10.0, 12.0)", "8.0 (7.0, 9.0)"]
@@ -119,24 +111,6 @@ def test_a_run_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     collect.build(collect.dataset_id(NAME), collect.behavior(NAME), 200, workers=1)
     done = suite(tmp_path / "suite", "--seeds", "-1")
     assert done.returncode == 1
-    log = tmp_path / "suite/pointmaze-medium/BC/log.txt"
-    assert f"cloning.py failed, see {log}" in done.stderr
+    log = tmp_path / "suite/pointmaze-medium/bc/log.txt"
+    assert f"offline.py failed, see {log}" in done.stderr
     assert "seed" in log.read_text()
-
-
-def test_cloning_is_the_learner_of_temperature_0(maze_id: str, tmp_path: Path):
-    overrides = [f"dataset={maze_id}", "steps=60", "eval_interval=20", "eval_episodes=2", *SMALL]
-    overrides += ["temperature=0", "seeds=3", "learning_rate=1e-2", "normalize_observation=true"]
-    with initialize_config_dir(str(RECIPES / "config"), version_base="1.3"):
-        cfg = compose("offline", overrides)
-    offline.run(cfg, tmp_path)
-    expected = load_policy(tmp_path / "last.ckpt")
-    *_, (steps, policy) = cloning.policies(cfg, offline.dataset_for(cfg), seed=3)
-    assert steps == 60
-    for ours, theirs in zip(expected.parameters(), policy.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-    cloning.run(cfg, tmp_path)
-    (learner,) = replicas(tmp_path)
-    assert list(learner["scores"]) == ["20", "40", "60"]
-    assert learner["scores"]["60"] == learner["score"]

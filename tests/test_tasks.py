@@ -13,31 +13,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import collect
 import gymnasium
 import gymnasium_robotics
 import h5py
 import minari
 import numpy as np
-import offline
 import pytest
 import torch
-from behaviors.recording import record
 from gymnasium.envs.registration import EnvSpec
 from gymnasium_robotics.envs.franka_kitchen.kitchen_env import (
     OBS_ELEMENT_GOALS,
     OBS_ELEMENT_INDICES,
 )
-from hydra import compose, initialize_config_dir
 from minari.data_collector import EpisodeBuffer
-from omegaconf import DictConfig, OmegaConf
 from tensordict.nn import TensorDictModule
+from torchrl_iql_recipes import collect
+from torchrl_iql_recipes.behaviors.recording import record
+from torchrl_iql_recipes.experiment import build, offline
+from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE
+from torchrl_iql_recipes.experiment.settings import Settings
 
 from torchrl_iql import Evaluator, load_policy
 
 gymnasium.register_envs(gymnasium_robotics)
-
-CONFIG = Path(offline.__file__).parent / "config"
 
 # expectile, temperature, dropout, reward and episode rule, evaluation episodes
 PAPER = {
@@ -128,9 +126,15 @@ SMALL = [
 ]
 
 
-def config(task: str, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONFIG), version_base="1.3"):
-        return compose("offline", [f"task={task}", *overrides])
+def config(task: str, *overrides: str) -> Settings:
+    return OFFLINE.settings([f"task={task}", *overrides])
+
+
+def family_settings(cfg: Settings) -> tuple:
+    """Those in which the families of the paper differ, in the order of ``PAPER``."""
+    iql = cfg.algorithm
+    rules = cfg.data.reward, cfg.data.episodes, cfg.evaluation.eval_episodes
+    return iql.expectile, iql.temperature, cfg.networks.dropout, *rules
 
 
 class TestSettings:
@@ -149,29 +153,23 @@ class TestSettings:
         cfg = config(f"mini/{name.replace('/', '-')}")
         family = name.split("/")[0]
         family = family if family in PAPER else "locomotion"
-        rules = (cfg.reward, cfg.episodes, cfg.eval_episodes)
         expectile, temperature, *others = PAPER[family]
         if family == "antmaze":  # with less data than the paper
             temperature = 3.0
-        assert [cfg.expectile, cfg.temperature, cfg.dropout, *rules] == [
-            expectile,
-            temperature,
-            *others,
-        ]
-        assert cfg.dataset == collect.dataset_id(name)
-        assert cfg.env is None
+        assert family_settings(cfg) == (expectile, temperature, *others)
+        assert (cfg.data.dataset, cfg.data.env) == (collect.dataset_id(name), None)
 
     @pytest.mark.parametrize("task", TASKS)
     def test_are_those_of_the_paper(self, task: str):
         cfg = config(task)
-        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        rules = (cfg.reward, cfg.episodes, cfg.eval_episodes)
-        assert (cfg.expectile, cfg.temperature, cfg.dropout, *rules) == PAPER[task.split("/")[0]]
-        assert (cfg.steps, cfg.batch_size, cfg.learning_rate) == (1_000_000, 256, 3e-4)
-        assert (cfg.discount, cfg.target_rate, cfg.weight_clip) == (0.99, 0.005, 100)
-        assert (list(cfg.hidden_sizes), cfg.num_qvalue_nets) == ([256, 256], 2)
-        assert (cfg.policy, cfg.decay_actor, cfg.normalize_observation) == ("gaussian", True, False)
-        assert cfg.dataset == TASKS[task][0]
+        iql = cfg.algorithm
+        assert family_settings(cfg) == PAPER[task.split("/")[0]]
+        assert (cfg.training.steps, cfg.training.batch_size) == (1_000_000, 256)
+        assert (iql.learning_rate, iql.discount, iql.target_rate) == (3e-4, 0.99, 0.005)
+        assert (iql.weight_clip, iql.num_qvalue_nets, iql.decay_steps) == (100, 2, None)
+        assert (cfg.networks.hidden_sizes, cfg.networks.policy) == ((256, 256), "gaussian")
+        assert not cfg.networks.normalize_observation
+        assert cfg.data.dataset == TASKS[task][0]
 
 
 def record_minari(task: str) -> None:
@@ -271,8 +269,8 @@ class TestData:
     def test_fit_the_environment_that_scores_as_published(self, recorded: str):
         cfg = config(recorded, "eval_episodes=1")
         _, env_id, limit = TASKS[recorded]
-        dataset = offline.dataset_for(cfg)
-        with offline.evaluator_for(cfg, dataset) as evaluate:
+        dataset = build.dataset_for(cfg.data)
+        with build.evaluator_for(cfg.evaluation, cfg.data, dataset)() as evaluate:
             (env,) = evaluate.envs
             assert (env.spec.id, env.spec.max_episode_steps) == (env_id, limit)
             assert evaluate.reference_scores == references(env_id)
@@ -280,7 +278,7 @@ class TestData:
 
     @pytest.mark.parametrize("task", ["antmaze/large-play", "pointmaze/umaze"])
     def test_of_mazes_end_at_the_goal(self, recorded: str):
-        dataset = offline.dataset_for(config(recorded))
+        dataset = build.dataset_for(config(recorded).data)
         reached = dataset.episode_lengths == REACHED
         assert dataset.episode_lengths.max() == REACHED
         assert dataset.episode_returns.tolist() == reached.double().tolist()
@@ -292,7 +290,7 @@ class TestData:
         "task", ["locomotion/hopper-medium", "locomotion/hopper-medium-replay"]
     )
     def test_of_locomotion_keep_time_limits_and_terminations_apart(self, recorded: str):
-        dataset = offline.dataset_for(config(recorded))
+        dataset = build.dataset_for(config(recorded).data)
         with h5py.File(Path(os.environ["D4RL_DATASET_DIR"], TASKS[recorded][0])) as file:
             terminals, timeouts = file["terminals"][:], file["timeouts"][:]
             rewards = file["rewards"][:]
@@ -330,7 +328,7 @@ def test_d4rl_files_of_antmaze_are_trained_on_but_not_evaluated(tmp_path: Path):
         file["rewards"], file["terminals"] = at_goal.astype(np.float32), np.zeros(120, bool)
 
     overrides = [*SMALL, f"dataset={path}", "eval_episodes=0"]
-    dataset = offline.dataset_for(config("antmaze/large-play", *overrides))
+    dataset = build.dataset_for(config("antmaze/large-play", *overrides).data)
     assert dataset.episode_lengths.tolist() == [21, 29, 29, 29]
     (replica,) = offline.run(config("antmaze/large-play", *overrides), tmp_path)["replicas"]
     assert (replica["steps"], replica["best"]) == (6, None)
@@ -405,7 +403,7 @@ class TestScores:
 
     @pytest.mark.parametrize("name", KITCHENS)
     def test_of_kitchens_count_each_task_once(self, name: str):
-        env = gymnasium.make(offline.environment(config(f"kitchen/{name}").env))
+        env = gymnasium.make(build.environment(config(f"kitchen/{name}").data.env))
         env.reset(seed=0)
         for task in KITCHENS[name]:
             env.unwrapped.data.qpos[OBS_ELEMENT_INDICES[task]] = OBS_ELEMENT_GOALS[task]

@@ -19,7 +19,12 @@ from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModule
-from torchrl.checkpoint import Checkpoint, GlobalRNGState, StateDictCheckpointAdapter
+from torchrl.checkpoint import (
+    Checkpoint,
+    CheckpointRotation,
+    GlobalRNGState,
+    StateDictCheckpointAdapter,
+)
 
 from torchrl_iql.models import Architecture
 from torchrl_iql.training import TrainStep
@@ -29,7 +34,7 @@ __all__ = ["load_architecture", "load_learner", "load_metadata", "load_policy", 
 
 
 def save(
-    path: str | Path,
+    path: str | Path | CheckpointRotation,
     learner: TrainStep,
     architecture: Architecture,
     *,
@@ -40,7 +45,8 @@ def save(
     """Write a checkpoint, replacing an older one of that name only when the new one is complete.
 
     Args:
-        path: the file to write.
+        path: the file to write; or a :class:`~torchrl.checkpoint.CheckpointRotation`, which names it by
+            the number of gradient steps and keeps the latest ones.
         learner: the training step.
         architecture: that of the networks in its losses.
         replica: which of its losses.
@@ -48,7 +54,7 @@ def save(
         **metadata: values that JSON can hold, returned by :func:`load_learner`.
 
     Returns:
-        the path.
+        the path of the file.
 
     Raises:
         OSError: if it could not be written; an older one is still there.
@@ -62,11 +68,17 @@ def save(
         checkpoint.register(name, component, adapter=StateDictCheckpointAdapter("torch"))
     try:
         known = {"format": FORMAT, "architecture": asdict(architecture)}
-        return checkpoint.save(path, metadata={**metadata, **known})
+        metadata |= known
+        if isinstance(path, CheckpointRotation):
+            return path.save(checkpoint, step=learner.steps, metadata=metadata)
+        return checkpoint.save(path, metadata=metadata)
     except (OSError, RuntimeError) as error:  # torch says nothing of a full disk
-        free = shutil.disk_usage(Path(path).parent).free / 1e6
+        rotation = isinstance(path, CheckpointRotation)
+        folder = path.directory if rotation else Path(path).parent  # pyright: ignore
+        free = shutil.disk_usage(folder).free / 1e6
+        where = folder if rotation else path
         raise OSError(
-            f"could not write the checkpoint {path} ({free:.0f} MB are free there): {error}"
+            f"could not write the checkpoint {where} ({free:.0f} MB are free there): {error}"
         ) from error
 
 
@@ -80,7 +92,7 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> TensorD
         path: a file written by :func:`save`.
         device: where the policy should be.
     """
-    policy, _, _ = load_architecture(path).build()
+    policy = load_architecture(path).policy_network()
     Checkpoint(policy=policy).load(path, map_location="cpu")
     return policy.to(device).eval()
 
@@ -111,7 +123,9 @@ def load_learner(
 
 def load_architecture(path: str | Path) -> Architecture:
     """The architecture of the networks in a checkpoint."""
-    return Architecture(**load_metadata(path)["architecture"])
+    known = dict(load_metadata(path)["architecture"])
+    known.pop("num_qvalue_nets", None)  # of a setting that an algorithm has now
+    return Architecture(**known)
 
 
 def load_metadata(path: str | Path) -> dict[str, Any]:

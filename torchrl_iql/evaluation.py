@@ -2,38 +2,32 @@
 
 * :class:`Evaluator`: plays the same seeded episodes at every call.
 * :class:`Evaluation`: the outcome of one call, per episode and summarised.
-* :data:`REFERENCE_SCORES`: D4RL's random and expert returns.
-* :func:`flat_environment`, :func:`success`: an environment and its info as they are read here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
-import gymnasium
-import gymnasium_robotics
 import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Discrete
-from gymnasium.wrappers import FlattenObservation
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_iql.data.environments import (
-    REFERENCE_SCORES,
+from torchrl_iql.environments import (
+    flat_environment,
     reference_scores_of,
     require_reference_scores,
+    success,
 )
 
-__all__ = ["REFERENCE_SCORES", "Evaluation", "Evaluator", "flat_environment", "success"]
-
-gymnasium.register_envs(gymnasium_robotics)
+__all__ = ["Evaluation", "Evaluator"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +106,7 @@ class Evaluator:
         seed: Episode ``i`` is reset with ``seed + i``, at every call.
         reference_scores: The returns of a random and of an expert policy, for the normalized score
             ``100 (return - random) / (expert - random)``. Default: those of
-            :data:`REFERENCE_SCORES` under the exact name of the environment; failing that the
+            :data:`~torchrl_iql.environments.REFERENCE_SCORES` under the exact name of the environment; failing that the
             normalized score is ``100 * success``, as D4RL scores its mazes, where the environment
             reports success.
 
@@ -269,27 +263,3 @@ def _eval_mode(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for submodule, training in modes:
             submodule.training = training
-
-
-def success(info: Mapping[str, Any]) -> bool | None:
-    """Whether an environment reports success in the info of a step; None if it does not say."""
-    reported = info.get("success", info.get("is_success"))
-    return None if reported is None else bool(reported)
-
-
-def flat_environment(env_spec: EnvSpec | str) -> gymnasium.Env:
-    """An environment whose observations are vectors.
-
-    Raises:
-        ValueError: If it cannot be built.
-    """
-    try:
-        env = gymnasium.make(env_spec)
-    except Exception as error:
-        name = getattr(env_spec, "id", env_spec)
-        raise ValueError(
-            f"The environment {name!r} cannot be built ({error}). "
-            "Is the package that defines it installed and registered with gymnasium?"
-        ) from error
-    is_vector = isinstance(env.observation_space, Box) and len(env.observation_space.shape) == 1
-    return env if is_vector else FlattenObservation(env)

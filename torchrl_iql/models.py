@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from tensordict.nn import TensorDictModule
@@ -59,7 +59,6 @@ class Architecture:
             actions.
         hidden_sizes: units of each hidden layer, in every network.
         dropout: of the policy.
-        num_qvalue_nets: the size of the Q ensemble.
         normalize_observation: whether the networks hold observation statistics.
 
     Raises:
@@ -72,7 +71,6 @@ class Architecture:
     policy: PolicyKind = "gaussian"
     hidden_sizes: Sequence[int] = HIDDEN_SIZES
     dropout: float = 0.0
-    num_qvalue_nets: int = 2
     normalize_observation: bool = False
 
     def __post_init__(self) -> None:
@@ -83,42 +81,41 @@ class Architecture:
     def discrete(self) -> bool:
         return self.policy == "categorical"
 
-    def build(
-        self, observation_statistics: Statistics | None = None
-    ) -> tuple[TensorDictModule, list[TensorDictModule], TensorDictModule]:
-        """The networks, freshly initialised.
+    def policy_network(self, statistics: Statistics | None = None) -> TensorDictModule:
+        """A policy, freshly initialised.
 
         Args:
-            observation_statistics: mean and standard deviation, ``[D]`` each, used if
-                ``normalize_observation``; without them the networks wait for those of a checkpoint.
-
-        Returns:
-            the policy, the Q networks and the value network, in the order of the losses' arguments.
+            statistics: mean and standard deviation of the observations, ``[D]`` each, used if
+                ``normalize_observation``; without them the network waits for those of a checkpoint.
         """
+        make = _POLICIES[self.policy]
+        return make(
+            self.observation_size, self._action, dropout=self.dropout, **self._common(statistics)
+        )
+
+    def qvalue_network(self, statistics: Statistics | None = None) -> TensorDictModule:
+        """Q(s, a), or for discrete actions Q(s, .); ``statistics`` as for the policy."""
+        make = discrete_qvalue_network if self.discrete else qvalue_network
+        return make(self.observation_size, self._action, **self._common(statistics))
+
+    def value_network(self, statistics: Statistics | None = None) -> TensorDictModule:
+        """V(s); ``statistics`` as for the policy."""
+        return value_network(self.observation_size, **self._common(statistics))
+
+    @property
+    def _action(self) -> int | Bounded:
+        if self.action_bounds is None:
+            return self.action_size
+        low, high = torch.tensor(self.action_bounds, dtype=torch.float32)
+        return Bounded(low=low, high=high)
+
+    def _common(self, statistics: Statistics | None) -> dict[str, Any]:
         if not self.normalize_observation:
-            observation_statistics = None
-        elif observation_statistics is None:
-            observation_statistics = (
-                torch.zeros(self.observation_size),
-                torch.ones(self.observation_size),
-            )
-        common = {
-            "hidden_sizes": self.hidden_sizes,
-            "observation_statistics": observation_statistics,
-        }
-        action = self.action_size
-        if self.action_bounds is not None:
-            low, high = torch.tensor(self.action_bounds, dtype=torch.float32)
-            action = Bounded(low=low, high=high)
-        policy = _POLICIES[self.policy](
-            self.observation_size, action, dropout=self.dropout, **common
-        )
-        qvalue = discrete_qvalue_network if self.discrete else qvalue_network
-        return (
-            policy,
-            [qvalue(self.observation_size, action, **common) for _ in range(self.num_qvalue_nets)],
-            value_network(self.observation_size, **common),
-        )
+            statistics = None
+        elif statistics is None:
+            size = self.observation_size
+            statistics = torch.zeros(size), torch.ones(size)
+        return {"hidden_sizes": self.hidden_sizes, "observation_statistics": statistics}
 
 
 def gaussian_policy(

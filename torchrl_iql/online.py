@@ -52,7 +52,7 @@ from torchrl_iql.data.dataset import OfflineDataset
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.rewards import UNCHANGED, RewardTransform
 from torchrl_iql.data.spaces import action_support
-from torchrl_iql.evaluation import flat_environment, success
+from torchrl_iql.environments import flat_environment, success
 
 __all__ = [
     "Experience",

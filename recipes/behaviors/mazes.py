@@ -20,10 +20,9 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium_robotics.envs.maze.maze_v4 import Maze
 from minari import MinariDataset
 from minari.data_collector import EpisodeBuffer
-
-from behaviors.ant import fallen, from_canonical, to_canonical
-from behaviors.policies import Stages
-from behaviors.recording import record
+from torchrl_iql_recipes.behaviors.ant import fallen, from_canonical, to_canonical
+from torchrl_iql_recipes.behaviors.policies import Stages
+from torchrl_iql_recipes.behaviors.recording import record
 
 __all__ = ["MAPS", "AntWalks", "PointWalks", "ant_maze", "point_maze", "share_arrived"]
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorStorage
 
 from torchrl_iql.data.arrays import action_box, array_episodes, observation_box
-from torchrl_iql.data.environments import require_reference_scores, spaces_of, spec_of
 from torchrl_iql.data.episodes import (
     EpisodeRule,
     episode_data,
@@ -32,6 +31,7 @@ from torchrl_iql.data.report import Report, report
 from torchrl_iql.data.rewards import REWARD_RULES, UNCHANGED, RewardRule, RewardTransform
 from torchrl_iql.data.spaces import action_rows, array, flags, require_finite
 from torchrl_iql.data.tensordicts import categories, transition_arrays
+from torchrl_iql.environments import require_reference_scores, spaces_of, spec_of
 
 __all__ = ["OfflineDataset", "require_rules"]
 
@@ -463,6 +463,42 @@ class OfflineDataset:
             episode_lengths=self.episode_lengths[chosen],
             episode_returns=self.episode_returns[chosen],
         )
+
+    def n_step(self, n: int, discount: float) -> OfflineDataset:
+        """The same transitions over up to n steps, as :class:`torchrl.data.MultiStep` makes them.
+
+        The reward of each is the discounted sum of those of n steps, or of all that are left in its
+        episode, and what comes next is what comes after the last of them. ``"steps_to_next_obs"``,
+        ``[n, 1]`` int64, holds their number, which TD targets discount by.
+
+        Args:
+            n: At least 1.
+            discount: From 0 to 1, that of the loss.
+
+        Returns:
+            A data set of new transitions, in memory.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n!r}")
+        if not 0 <= discount <= 1:
+            raise ValueError(f"discount must be from 0 to 1, got {discount!r}")
+        lengths = self.episode_lengths
+        rows = torch.arange(int(lengths.sum()))
+        left = lengths.cumsum(0).repeat_interleave(lengths) - rows
+        reward = self.transitions["next", "reward"].double()
+        summed = reward.clone()
+        for k in range(1, n):
+            more = (left > k).nonzero()[:, 0]
+            summed[more] += discount**k * reward[more + k]
+        taken = left.clamp_max(n)
+        transitions = self.transitions.copy()
+        transitions["next"] = self.transitions["next"][rows + taken - 1]
+        transitions["next", "reward"] = summed.to(self.transitions["next", "reward"].dtype)
+        transitions["steps_to_next_obs"] = taken.unsqueeze(-1)
+        return replace(self, transitions=transitions)
 
     def replay_buffer(
         self,

@@ -13,11 +13,11 @@ from tensordict import TensorDict
 from torchrl_iql.data.cache import entry_path, read, write
 from torchrl_iql.data.d4rl import SUFFIX, d4rl_source
 from torchrl_iql.data.dataset import OfflineDataset, require_rules
-from torchrl_iql.data.environments import spec_of
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.minari import minari_source
 from torchrl_iql.data.rewards import REWARD_RULES, RewardRule
 from torchrl_iql.data.source import Source
+from torchrl_iql.environments import spec_of
 
 __all__ = ["load"]
 

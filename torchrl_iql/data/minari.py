@@ -14,10 +14,10 @@ import numpy as np
 from minari import EpisodeData, MinariDataset
 from minari.storage import get_dataset_path
 
-from torchrl_iql.data.environments import require_reference_scores
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.hdf5 import hdf5_episodes, is_plain_hdf5
 from torchrl_iql.data.source import Source
+from torchrl_iql.environments import require_reference_scores
 
 __all__ = ["minari_source"]
 

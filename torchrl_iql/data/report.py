@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
+from gymnasium import Space
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Discrete
+from tensordict import TensorDict
+from torch import Tensor
 
-from torchrl_iql.data.environments import reference_scores_of
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.rewards import RewardRule
-
-if TYPE_CHECKING:
-    from torchrl_iql.data.dataset import OfflineDataset
+from torchrl_iql.environments import reference_scores_of
 
 __all__ = ["Report", "report"]
 
@@ -96,7 +97,30 @@ class Report:
         return "\n".join([self.name, *(f"{key:{width}}{text}" for key, text in rows.items())])
 
 
-def report(dataset: OfflineDataset) -> Report:
+class Described(Protocol):
+    """What a report is made of, as :class:`~torchrl_iql.data.OfflineDataset` has it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def transitions(self) -> TensorDict: ...
+    @property
+    def episode_lengths(self) -> Tensor: ...
+    @property
+    def episode_returns(self) -> Tensor: ...
+    @property
+    def action_space(self) -> Space: ...
+    @property
+    def env_spec(self) -> EnvSpec | None: ...
+    @property
+    def reference_scores(self) -> tuple[float, float] | None: ...
+    @property
+    def reward_rule(self) -> RewardRule: ...
+    @property
+    def episode_rule(self) -> EpisodeRule: ...
+
+
+def report(dataset: Described) -> Report:
     """Summarises a data set, without copying its columns.
 
     Raises:

@@ -13,13 +13,13 @@ from typing import Literal, get_args
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import CudaGraphModule, NormalParamExtractor, TensorDictModule
-from timing import Contender, synchronize
 from torch import nn
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.data.replay_buffers import SamplerWithoutReplacement
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import IQLLoss, SoftUpdate, group_optimizers
-from work import Work
+from torchrl_iql_recipes.speed.timing import Contender, synchronize
+from torchrl_iql_recipes.speed.work import Work
 
 from torchrl_iql import models
 
@@ -147,7 +147,9 @@ def _jax_name(replicas: int) -> str:
 
 
 def _jax(work: Work, replicas: int) -> Contender:
-    from jax_iql import JaxIQL  # optional, and only imported when asked for
+    from torchrl_iql_recipes.speed.jax_iql import (
+        JaxIQL,  # optional, and only imported when asked for
+    )
 
     return JaxIQL(work, name=_jax_name(replicas), replicas=replicas)
 

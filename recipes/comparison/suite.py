@@ -1,6 +1,6 @@
-"""IQL beside behaviour cloning on the whole mini suite: the table of the README.
+"""Algorithms side by side on the whole mini suite: the table of the README.
 
-    python recipes/benchmark/suite.py --steps 200000 --seeds 0 1 --jobs 2
+    python recipes/comparison/suite.py --algorithms bc iql --steps 200000 --seeds 0 1 --jobs 2
 
 Runs that are finished are kept, those of IQL continued where they were, so the same command goes on after an
 interruption.
@@ -9,21 +9,16 @@ interruption.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from statistics import mean
 
-from jobs import Job, finish
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import collect
+from torchrl_iql_recipes import collect
+from torchrl_iql_recipes.algorithms import algorithms
+from torchrl_iql_recipes.comparison.jobs import Job, finish
 
 from torchrl_iql import load_dataset
 
 RECIPES = Path(collect.__file__).parent
-SCRIPTS = {"BC": RECIPES / "benchmark" / "cloning.py", "IQL": RECIPES / "offline.py"}
-"""What trains, of every algorithm."""
 
 EVALUATIONS = 4
 """On the way, the last one included."""
@@ -41,8 +36,10 @@ def runs(name: str, args: argparse.Namespace) -> dict[str, Job]:
     ]
     folder = args.folder / name.replace("/", "-")
     return {
-        algorithm: Job(script, folder / algorithm, settings)
-        for algorithm, script in SCRIPTS.items()
+        algorithm: Job(
+            RECIPES / "offline.py", folder / algorithm, [f"algorithm={algorithm}", *settings]
+        )
+        for algorithm in args.algorithms
     }
 
 
@@ -67,9 +64,10 @@ def cell(run: Job) -> str:
 
 
 def table(args: argparse.Namespace) -> str:
+    titles = [algorithms()[name].title for name in args.algorithms]
     lines = [
-        f"| data set (`mini/...`) | behaviour, mean | {' | '.join(SCRIPTS)} |",
-        f"| --- | ---: |{' ---: |' * len(SCRIPTS)}",
+        f"| data set (`mini/...`) | behaviour, mean | {' | '.join(titles)} |",
+        f"| --- | ---: |{' ---: |' * len(titles)}",
     ]
     for name in args.data:
         cells = [cell(run) for run in runs(name, args).values()]
@@ -79,6 +77,9 @@ def table(args: argparse.Namespace) -> str:
 
 def parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--algorithms", nargs="+", default=["bc", "iql"], choices=list(algorithms())
+    )
     parser.add_argument("--steps", type=int, default=200_000, help="gradient steps of each learner")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--episodes", type=int, default=50, help="of an evaluation")

@@ -1,4 +1,4 @@
-"""How long a gradient step of IQL takes: ``python recipes/benchmark/update.py``.
+"""How long a gradient step of IQL takes: ``python recipes/speed/update.py``.
 
 All contenders do the same work (``work.py``), in turns, on one machine: ours are in ``ours.py``, the others
 in ``peers.py`` and ``jax_iql.py``, and ``timing.py`` measures. Prints one table; ``--json`` keeps the
@@ -17,10 +17,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import ours
-import peers
 import torch
-from timing import (
+from torchrl_iql_recipes.speed import ours, peers
+from torchrl_iql_recipes.speed.timing import (
     Contender,
     Isolated,
     Result,
@@ -33,7 +32,7 @@ from timing import (
     table,
     write_json,
 )
-from work import Work
+from torchrl_iql_recipes.speed.work import Work
 
 BASELINE = "TorchRL, eager"
 QUICK = {

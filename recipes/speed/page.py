@@ -1,6 +1,6 @@
 """Everything there is to say of the speed on a GPU, as one page of Markdown.
 
-    python recipes/benchmark/page.py --output gpu.md
+    python recipes/speed/page.py --output gpu.md
 
 The tests marked ``gpu``; a gradient step of all contenders of ``update.py``, also with several learners and
 ``step(batch)``, TorchRL with compilation and CUDA graphs, and JAX where it is installed, with the memory of
@@ -22,11 +22,17 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import ours
-import update
-from timing import Isolated, hardware
-from update import compare, configure, parse, parser, with_replicas, work_of
-from work import Work
+from torchrl_iql_recipes.speed import ours, update
+from torchrl_iql_recipes.speed.timing import Isolated, hardware
+from torchrl_iql_recipes.speed.update import (
+    compare,
+    configure,
+    parse,
+    parser,
+    with_replicas,
+    work_of,
+)
+from torchrl_iql_recipes.speed.work import Work
 
 ROOT = Path(__file__).resolve().parents[2]
 MILLION = 1_000_000
@@ -49,7 +55,7 @@ class Part(NamedTuple):
 
 def heading(arguments: Sequence[str]) -> Part:
     machine = hardware()
-    command = shlex.join(["python", "recipes/benchmark/page.py", *arguments])
+    command = shlex.join(["python", "recipes/speed/page.py", *arguments])
     lines = [
         f"# Speed on {machine.get('GPU', machine['CPU'])}",
         "",

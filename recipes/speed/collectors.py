@@ -1,7 +1,7 @@
 """How fast environment steps are collected and learned from, by collector.
 
-    python recipes/benchmark/collectors.py --env Hopper-v5 --frames 5000 --rounds 5
-    python recipes/benchmark/collectors.py --collectors sync ray --workers 8 --device cuda
+    python recipes/speed/collectors.py --env Hopper-v5 --frames 5000 --rounds 5
+    python recipes/speed/collectors.py --collectors sync ray --workers 8 --device cuda
 
 Every collector of recipes/config/collector (Ray's, if it is installed) is measured alone, and with one
 gradient step per environment step, the updates of recipes/online.py. They take turns; ratios to the first
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from timing import hardware, synchronize
+from torchrl_iql_recipes.speed.timing import hardware, synchronize
 
 from torchrl_iql import IQLLoss, OfflineDataset, TrainStep
 from torchrl_iql.models import Architecture
@@ -48,7 +48,9 @@ def learner_for(dataset: OfflineDataset, device: str) -> tuple[TrainStep, Archit
         action_size=dataset.transitions["action"].shape[-1],
         action_bounds=(space.low.tolist(), space.high.tolist()),  # pyright: ignore
     )
-    return TrainStep(IQLLoss(*architecture.build()).to(device), execution="auto"), architecture
+    qvalues = [architecture.qvalue_network() for _ in range(2)]
+    loss = IQLLoss(architecture.policy_network(), qvalues, architecture.value_network())
+    return TrainStep(loss.to(device), execution="auto"), architecture
 
 
 def rate(
@@ -56,7 +58,7 @@ def rate(
 ) -> float:
     """Environment steps per second; learning, also gradient steps per second."""
     learner, architecture = learner_for(dataset, device)
-    policy, _, _ = architecture.build()
+    policy = architecture.policy_network()
     experience = Experience(dataset, 10 * frames, 256, device=device)
     create = partial(environment, dataset.env_spec)
     acting = behavior(policy, dataset.action_space)

@@ -1,6 +1,6 @@
-"""Online fine-tuning of what suite.py has trained offline: the table and the picture of the README.
+"""Online fine-tuning of what suite.py has trained offline with IQL: the table and the picture of the README.
 
-    python recipes/benchmark/finetuning.py --data pointmaze/medium antmaze/umaze halfcheetah/medium-replay
+    python recipes/comparison/finetuning.py --data pointmaze/medium antmaze/umaze halfcheetah/medium-replay
 
 The offline phase is suite.py's, in the same folder; finished runs are kept, interrupted ones continued.
 """
@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 from statistics import mean
 
-import suite
-from jobs import Job, finish
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import collect
-import plots
+from torchrl_iql_recipes import collect
+from torchrl_iql_recipes.comparison import suite
+from torchrl_iql_recipes.comparison.jobs import Job, finish
+from torchrl_iql_recipes.experiment import plots
 
 
 def offline_folder(name: str, seed: int, args: argparse.Namespace) -> Path:
     """Of one learner; that of the run, if there is no other."""
-    folder = suite.runs(name, args)["IQL"].folder
+    folder = suite.runs(name, args)["iql"].folder
     return folder if len(args.seeds) == 1 else folder / f"seed={seed}"
 
 
@@ -76,9 +72,10 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=10, help="while online")
     parser.add_argument("--online", nargs="*", default=[], help="settings of recipes/online.py")
     args = parser.parse_args()
+    args.algorithms = ["iql"]
     for name in args.data:
         collect.ensure(collect.dataset_id(name))
-    finish([suite.runs(name, args)["IQL"] for name in args.data], args.jobs)
+    finish([suite.runs(name, args)["iql"] for name in args.data], args.jobs)
     finish([online_run(name, seed, args) for name in args.data for seed in args.seeds], args.jobs)
     print(table(args))
 

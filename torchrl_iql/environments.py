@@ -1,22 +1,33 @@
-"""What data need to know about the environment they are evaluated in."""
+"""Environments as they are read here: specifications, spaces, flat observations, success, reference scores.
+
+An observation that is not a vector becomes one as :class:`gymnasium.wrappers.FlattenObservation` makes it,
+in data (:mod:`torchrl_iql.data.spaces`), in evaluations and online.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import gymnasium
+import gymnasium_robotics
 from gymnasium import Space, spaces
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.wrappers import FlattenObservation
 
 __all__ = [
     "REFERENCE_SCORES",
+    "flat_environment",
     "reference_scores_of",
     "require_reference_scores",
     "spaces_of",
     "spec_of",
+    "success",
 ]
+
+gymnasium.register_envs(gymnasium_robotics)
 
 REFERENCE_SCORES: Mapping[str, tuple[float, float]] = MappingProxyType(
     {
@@ -66,17 +77,44 @@ def spec_of(env: str | EnvSpec | None) -> EnvSpec | None:
 
 
 def spaces_of(env_spec: EnvSpec) -> tuple[Space, Space]:
-    """Observation and action space of an environment; compound observations are flattened.
+    """Observation and action space of an environment, as recorded observations are to be read.
+
+    Compound observations are recorded as the vectors that they are flattened to, others as they are.
 
     Raises:
-        ValueError: If the environment can not be built.
+        ValueError: it can not be built.
     """
-    try:
-        env = gymnasium.make(env_spec)
-    except Exception as error:  # of gymnasium, or of the package that the environment is in
-        raise ValueError(f"the environment {env_spec.id!r} can not be built: {error}") from error
-    with env:
+    with _made(env_spec) as env:
         observation_space, action_space = env.observation_space, env.action_space
     if isinstance(observation_space, spaces.Dict | spaces.Tuple):
         observation_space = spaces.flatten_space(observation_space)
     return observation_space, action_space
+
+
+def flat_environment(env_spec: EnvSpec | str) -> gymnasium.Env:
+    """An environment whose observations are vectors.
+
+    Raises:
+        ValueError: it can not be built.
+    """
+    env = _made(env_spec)
+    space = env.observation_space
+    is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
+    return env if is_vector else FlattenObservation(env)
+
+
+def _made(env_spec: EnvSpec | str) -> gymnasium.Env:
+    try:
+        return gymnasium.make(env_spec)
+    except Exception as error:  # of gymnasium, or of the package that the environment is in
+        name = getattr(env_spec, "id", env_spec)
+        raise ValueError(
+            f"the environment {name!r} can not be built: {error}. Is the package that defines it "
+            "installed and registered with gymnasium?"
+        ) from error
+
+
+def success(info: Mapping[str, Any]) -> bool | None:
+    """Whether an environment reports success in the info of a step; None if it does not say."""
+    reported = info.get("success", info.get("is_success"))
+    return None if reported is None else bool(reported)

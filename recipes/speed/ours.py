@@ -7,10 +7,10 @@ from functools import partial
 
 import torch
 from tensordict import TensorDict
-from timing import Contender, synchronize
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorStorage
 from torchrl.objectives import SoftUpdate
-from work import Work
+from torchrl_iql_recipes.speed.timing import Contender, synchronize
+from torchrl_iql_recipes.speed.work import Work
 
 from torchrl_iql import IQLLoss, TrainStep, models
 from torchrl_iql.data import Minibatches

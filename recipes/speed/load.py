@@ -1,6 +1,6 @@
 """How long a Minari HDF5 data set takes to load, beside plain h5py reading the same arrays.
 
-    python recipes/benchmark/load.py [transitions]
+    python recipes/speed/load.py [transitions]
 
 It writes a data set of the shape of Hopper's, uncompressed as Minari does and with gzip, and loads it
 in turns, files in the page cache. Peak memory, which needs Linux, is that of a fresh process above

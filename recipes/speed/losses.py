@@ -1,6 +1,6 @@
 """How long a gradient step of any loss takes, in a training step and in the plain loop around the loss.
 
-    python recipes/benchmark/losses.py --only SAC CQL --rounds 5
+    python recipes/speed/losses.py --only SAC CQL --rounds 5
 
 The losses of TorchRL, and ours on networks of one's own, all ``nn.Sequential``; sizes and data are those of
 ``work.py``. The plain loop is the README's: the loss, a replay buffer, ``torch.optim.Adam``, ``SoftUpdate``.
@@ -23,11 +23,8 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-import update
-from ours import replay_buffer
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
-from timing import Contender, Result, hardware, measure, synchronize
 from torch import Tensor, nn
 from torchrl import objectives
 from torchrl.data import Bounded, Categorical
@@ -40,8 +37,11 @@ from torchrl.modules import (
     ValueOperator,
 )
 from torchrl.objectives import LossModule, SoftUpdate
-from update import build, chosen, configure, parse, parser, work_of
-from work import Work
+from torchrl_iql_recipes.speed import update
+from torchrl_iql_recipes.speed.ours import replay_buffer
+from torchrl_iql_recipes.speed.timing import Contender, Result, hardware, measure, synchronize
+from torchrl_iql_recipes.speed.update import build, chosen, configure, parse, parser, work_of
+from torchrl_iql_recipes.speed.work import Work
 
 from torchrl_iql import IQLLoss, TrainStep
 from torchrl_iql.data import Minibatches

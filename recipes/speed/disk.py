@@ -1,6 +1,6 @@
 """How fast minibatches come from a data set on disk, beside a small one in memory.
 
-    python recipes/benchmark/disk.py --on-disk 20000000
+    python recipes/speed/disk.py --on-disk 20000000
 
 It writes random transitions, 168 bytes each, into a temporary folder, where they are mapped and not read; the
 page cache may keep what it likes. Measured are minibatches alone, every column of 256 transitions, and
@@ -20,12 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-import update
-from ours import loss_for
 from tensordict import TensorDict
-from timing import Contender, Result, hardware, measure, synchronize
-from update import build, chosen, configure, parse, parser, work_of
-from work import Work
+from torchrl_iql_recipes.speed import update
+from torchrl_iql_recipes.speed.ours import loss_for
+from torchrl_iql_recipes.speed.timing import Contender, Result, hardware, measure, synchronize
+from torchrl_iql_recipes.speed.update import build, chosen, configure, parse, parser, work_of
+from torchrl_iql_recipes.speed.work import Work
 
 from torchrl_iql import TrainStep
 from torchrl_iql.data import Minibatches

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchrl_iql_recipes.experiment import results
 from tqdm import tqdm
 
 __all__ = ["Job", "finish"]
@@ -32,11 +33,8 @@ class Job:
 
     def result(self) -> dict[str, Any] | None:
         """What its ``scores.json`` holds, once it is finished."""
-        scores = self.folder / "scores.json"
-        result = json.loads(scores.read_text()) if scores.exists() else None
-        if result is None or any(
-            each.get("interrupted", False) for each in result.get("replicas", [result])
-        ):
+        result = results.read(self.folder)
+        if result is None or any(each.get("interrupted", False) for each in result["replicas"]):
             return None
         return result
 
@@ -58,7 +56,7 @@ class Job:
         if self.result() is not None:
             return
         arguments = [*self.settings, "compute.threads=1", f"hydra.run.dir='{self.folder}'"]
-        if list(self.folder.rglob("last.ckpt")):
+        if (self.folder / "config.yaml").exists():
             arguments = [f"resume='{self.folder}'"]
         log = self.folder / "log.txt"
         with log.open("a") as file:

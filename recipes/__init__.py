@@ -1,0 +1,1 @@
+"""Recipes: training offline and online, data sets, comparisons; see the README."""

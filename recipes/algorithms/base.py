@@ -1,0 +1,60 @@
+"""What every algorithm tells the recipes of itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+from torchrl_iql_recipes.experiment.schema import AXIS, Natural, Part, Positive
+
+if TYPE_CHECKING:
+    from torchrl.objectives import LossModule
+    from torchrl_iql_recipes.experiment.networks import Networks
+
+    from torchrl_iql import OfflineDataset
+
+__all__ = ["Algorithm"]
+
+
+class Algorithm(Part):
+    """The settings of an algorithm, and what it makes of them.
+
+    Of settings that are marked with ``AXIS``, several values may be given: there is one learner for each
+    combination of them, and a column of the results for each setting. PyTorch is imported by the methods,
+    not by the module, so that help and refusals come at once.
+
+    Attributes:
+        title: what results call it.
+        of_networks: the settings that say what is in a checkpoint, and can not be changed with one.
+    """
+
+    title: ClassVar[str]
+    of_networks: ClassVar[tuple[str, ...]] = ()
+
+    learning_rate: Annotated[Positive, AXIS] = Field(3e-4, description="of Adam")
+    decay_steps: Natural | None = Field(
+        None,
+        description="gradient steps over which the policy's learning rate falls to 0, by half a cosine; "
+        "null: all of them, 0: it stays",
+    )
+
+    def data(self, dataset: OfflineDataset) -> OfflineDataset:
+        """What it learns from of a data set."""
+        return dataset
+
+    def loss(self, networks: Networks) -> LossModule:
+        """Its loss on freshly initialised networks; the policy's is ``actor_network``."""
+        raise NotImplementedError
+
+    def optimization(self, steps: int) -> dict[str, Any]:
+        """Arguments of :class:`torchrl_iql.TrainStep` for a run of so many gradient steps."""
+        from torchrl_iql.training import cosine_decay
+
+        decay = steps if self.decay_steps is None else self.decay_steps
+        return {
+            "learning_rate": self.learning_rate,
+            "schedule": {"actor_network": cosine_decay(decay)} if decay else {},
+        }
+
+    def __str__(self) -> str:
+        return self.title

@@ -1,0 +1,325 @@
+"""How a command line becomes checked settings: Hydra composes them, their schemas check them.
+
+Nothing here imports PyTorch: ``--help`` and a refusal come at once, and before Hydra makes a folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Transformer
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torchrl_iql_recipes.algorithms import algorithms
+from torchrl_iql_recipes.experiment.schema import Part, SettingsError, allowed, written
+from torchrl_iql_recipes.experiment.settings import PARTS, Networks, Settings
+
+__all__ = ["OFFLINE", "ONLINE", "Door"]
+
+CONFIG = Path(__file__).resolve().parents[1] / "config"
+
+RENAMED = {"decay_actor": "decay_steps, with 0 for false and null, its default, for true"}
+"""What to say of settings that had another name."""
+
+
+@dataclass(frozen=True)
+class Door:
+    """A script that is started with settings.
+
+    Args:
+        name: of the script, and of its primary configuration in ``config``.
+        parts: whose settings it has, beside those of the algorithm.
+    """
+
+    name: str
+    parts: tuple[type[Part], ...]
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Those of ``config`` of which it takes one file each."""
+        return ("task", "algorithm", *(part.group for part in self.parts if part.group))
+
+    def known(self, algorithm: str) -> dict[str, tuple[type[Part], str]]:
+        """The part of every setting, and its name there, by the name that it is given by."""
+        return {
+            given: (part, name)
+            for part in (*self.parts, algorithms()[algorithm])
+            for given, name in part.names().items()
+        }
+
+    # --- The command line --------------------------------------------------------------------------------
+
+    def open(self, run: Callable[[Settings, Path], None], description: str | None) -> None:
+        """Does what the command line asks for: all that a script's ``main`` has to do.
+
+        Args:
+            run: given the settings, and the folder of the run: a new one, or that of the run to resume.
+            description: what ``--help`` begins with.
+        """
+        arguments = sys.argv[1:]
+        overrides = [each for each in arguments if not each.startswith("-")]
+        options = [each for each in arguments if each.startswith("-")]
+        try:
+            if {"-h", "--help"} & set(options):
+                print(self.help(description, self._algorithm(_parsed(overrides))))
+                return
+            if (folder := self._resumed(overrides)) is not None:
+                run(self.stored(folder), folder)
+                return
+            self.check(overrides)
+            if not options:
+                self.settings(overrides)
+        except SettingsError as error:
+            sys.exit(f"{self.name}.py: {error}")
+
+        def job(cfg: DictConfig) -> None:
+            context = HydraConfig.get()
+            try:
+                settings = self._inheriting(_values(cfg, context.runtime.choices), overrides)
+            except SettingsError as error:  # of one of several jobs
+                sys.exit(f"{self.name}.py: {error}")
+            run(settings, Path(context.runtime.output_dir))
+
+        self._register()
+        hydra.main(config_path=str(CONFIG), config_name=self.name, version_base="1.3")(job)()
+
+    def settings(self, overrides: Sequence[str] = ()) -> Settings:
+        """The settings of a new run: those given, else those of the family, else the defaults.
+
+        Args:
+            overrides: as on the command line.
+
+        Raises:
+            SettingsError: one of them is refused.
+        """
+        self.check(overrides)
+        return self._inheriting(self.compose(overrides), overrides)
+
+    def stored(self, folder: Path) -> Settings:
+        """The settings that a run was started with.
+
+        Raises:
+            SettingsError: the folder is not that of a run.
+        """
+        if not (folder / "config.yaml").exists():
+            raise SettingsError(f"resume={folder}: that folder has no config.yaml")
+        values: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        return Settings.of(values)
+
+    def _resumed(self, overrides: Sequence[str]) -> Path | None:
+        given = {each.key_or_group: each for each in _parsed(overrides)}
+        resume = given.pop("resume", None)
+        if resume is None or resume.value() is None:
+            return None
+        if given:
+            raise SettingsError(
+                f"resume={resume.value()} goes on with the settings stored there: leave out "
+                f"{', '.join(given)}"
+            )
+        return Path(str(resume.value()))
+
+    # --- Checks --------------------------------------------------------------------------------------------
+
+    def check(self, overrides: Sequence[str]) -> None:
+        """Refuses names and values that no run could have.
+
+        Raises:
+            SettingsError: with one line that says which, and what is allowed.
+        """
+        parsed = _parsed(overrides)
+        algorithm = self._algorithm(parsed)
+        known = self.known(algorithm)
+        for each in parsed:
+            key = each.key_or_group
+            if key in self.groups:
+                for value in _values_of(each):
+                    _check_file(key, str(value))
+                continue
+            if key == "resume" or key.partition(".")[0] == "hydra":
+                continue
+            if key not in known or each.is_delete() or each.is_add():
+                raise SettingsError(self._unknown(key, algorithm))
+            part, name = known[key]
+            for value in _values_of(each):
+                part.check(name, value, several=True)
+
+    def _algorithm(self, parsed: Iterable[Override]) -> str:
+        given = [each.value() for each in parsed if each.key_or_group == "algorithm"]
+        name = str(given[-1]) if given and not isinstance(given[-1], list) else "iql"
+        return name if name in algorithms() else "iql"  # check has more to say of it
+
+    def _unknown(self, key: str, algorithm: str) -> str:
+        if key in RENAMED:
+            return f"{key} is now {RENAMED[key]}"
+        theirs = [name for name, each in algorithms().items() if key in each.model_fields]
+        if theirs:
+            return f"{key} is no setting of algorithm={algorithm}, but of {', '.join(theirs)}"
+        near = difflib.get_close_matches(key, [*self.known(algorithm), *self.groups, "resume"], n=1)
+        hint = (
+            f": did you mean {near[0]}?" if near else f", see python recipes/{self.name}.py --help"
+        )
+        return f"there is no setting {key}{hint}"
+
+    # --- Values --------------------------------------------------------------------------------------------
+
+    def compose(self, overrides: Sequence[str] = ()) -> dict[str, Any]:
+        """All settings as plain values, by name, those of groups in dictionaries."""
+        self._register()
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(CONFIG), version_base="1.3"):
+                cfg = compose(self.name, list(overrides), return_hydra_config=True)
+            return _values(cfg, cfg.hydra.runtime.choices)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise SettingsError(" ".join(str(error).split())) from None
+
+    def _inheriting(self, values: dict[str, Any], overrides: Sequence[str]) -> Settings:
+        """With a checkpoint, every setting of its run that is not given; what was learned says how.
+
+        Raises:
+            SettingsError: the checkpoint has no settings, or one that is given contradicts its networks.
+        """
+        path = values.get("checkpoint")
+        if path is None:
+            return Settings.of(values)
+        from torchrl_iql import checkpoint
+
+        saved = checkpoint.load_metadata(path).get("config")
+        if saved is None or "algorithm" not in saved:
+            raise SettingsError(
+                f"checkpoint={path} does not hold the settings of its run: train it anew"
+            )
+        given = {each.key_or_group.partition(".")[0] for each in _parsed(overrides)}
+        networks = {*Networks.model_fields, *algorithms()[saved["algorithm"]].of_networks}
+        if fixed := sorted(given & networks):
+            raise SettingsError(f"{', '.join(fixed)}: the checkpoint has networks of its own")
+        if "algorithm" not in given:
+            values = self.compose([*overrides, f"algorithm={saved['algorithm']}"])
+        elif values["algorithm"] != saved["algorithm"]:
+            raise SettingsError(
+                f"algorithm={values['algorithm']}: the checkpoint is of {saved['algorithm']}"
+            )
+        kept = given | {"task", "compute", "logger"}
+        if "task" in given:
+            kept |= _by_task(values["algorithm"]) - networks
+        taken = {key: v for key, v in saved.items() if key in values and key not in kept}
+        # The run may be resumed elsewhere.
+        return Settings.of({**values, **taken, "checkpoint": str(Path(path).resolve())})
+
+    def _register(self) -> None:
+        """Tells Hydra the settings, each with where its value comes from if nobody gives one."""
+        store = ConfigStore.instance()
+        own: dict[str, Any] = {part.group: part.defaults() for part in self.parts if part.group}
+        for part in (part for part in self.parts if not part.group):
+            own |= _node(part)
+        store.store(self.name, own, group="settings", package="_global_")
+        for name, algorithm in algorithms().items():
+            store.store(name, _node(algorithm), group="settings_of", package="_global_")
+
+    # --- Help ----------------------------------------------------------------------------------------------
+
+    def help(self, description: str | None, algorithm: str) -> str:
+        """Every setting with its default, its meaning and its range."""
+        lines = [(description or "").strip(), "", f"Settings (of algorithm={algorithm}):"]
+        by_task = _by_task(algorithm)
+        for part in (*self.parts, algorithms()[algorithm]):
+            lines += ["", f"{part.__name__}: {(part.__doc__ or '').splitlines()[0]}"]
+            for given, name in part.names().items():
+                field = part.model_fields[name]
+                default = written(field.get_default()) + (
+                    ", or by task" if given in by_task else ""
+                )
+                several = ", or several" if name in part.axes() else ""
+                lines += [
+                    f"  {given}  ({allowed(field)}{several}; default: {default})",
+                    f"      {field.description}",
+                ]
+        lines += ["", "Choices, each a file in recipes/config:", ""]
+        lines += [f"  {group}={' | '.join(_files(group))}" for group in self.groups]
+        return "\n".join([*lines, "", "Options of Hydra, as -m for several runs: --hydra-help"])
+
+
+OFFLINE = Door(
+    "offline", tuple(part for name, part in PARTS.items() if name not in ("online", "collector"))
+)
+ONLINE = Door("online", tuple(PARTS.values()))
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise SettingsError(" ".join(str(error).split())) from None
+
+
+def _values_of(override: Override) -> Iterator[Any]:
+    """The value that is given, or each of several runs'."""
+    if override.is_sweep_override():
+        for each in override.sweep_iterator(Transformer.identity):
+            yield OmegaConf.to_object(OmegaConf.create({"value": each}))["value"]  # pyright: ignore
+    else:
+        yield override.value()
+
+
+def _node(part: type[Part]) -> dict[str, str]:
+    """Of every setting: that of the algorithm in the family, else that of the task, else the default."""
+    return {
+        name: f"${{oc.select:algorithm.families.${{task.family}}.{name},"
+        f"${{oc.select:task.{name},{_literal(default)}}}}}"
+        for name, default in part.defaults().items()
+    }
+
+
+def _literal(value: Any) -> str:
+    """A default in OmegaConf's grammar."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_literal, value))}]"
+    return f"'{value}'" if isinstance(value, str) else written(value)
+
+
+def _values(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
+    """The choices of task and algorithm, and every setting, resolved."""
+    values = {
+        str(key): cfg[key] for key in cfg if key not in ("hydra", "task", "algorithm", "resume")
+    }
+    plain = {
+        key: OmegaConf.to_container(value, resolve=True)
+        if isinstance(value, DictConfig | ListConfig)
+        else value
+        for key, value in values.items()
+    }
+    return {"task": choices["task"], "algorithm": choices["algorithm"], **plain}
+
+
+def _by_task(algorithm: str) -> set[str]:
+    """The settings that differ between tasks."""
+    found: set[str] = set()
+    for path in (CONFIG / "task").rglob("*.yaml"):
+        found |= set(map(str, OmegaConf.load(path))) - {"defaults", "family"}
+    families: Any = OmegaConf.load(CONFIG / "algorithm" / f"{algorithm}.yaml").families
+    return found.union(*families.values())
+
+
+def _check_file(group: str, name: str) -> None:
+    if not (CONFIG / group / f"{name}.yaml").exists():
+        near = difflib.get_close_matches(name, _files(group), n=1)
+        hint = f": did you mean {near[0]}?" if near else f": expected {' or '.join(_files(group))}"
+        raise SettingsError(f"{group}={name}{hint}")
+
+
+def _files(group: str) -> list[str]:
+    folder = CONFIG / group
+    paths = [path for path in folder.rglob("*.yaml") if path.stem != "base"]
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in paths)

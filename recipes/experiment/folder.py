@@ -1,0 +1,145 @@
+"""What a learner of a run leaves behind, metrics and checkpoints in one folder, and how a run is stopped."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torchrl.checkpoint import CheckpointRotation
+from torchrl.record.loggers import get_logger
+
+__all__ = ["RunFolder", "StopSignal", "newest_common_step"]
+
+KEPT = 2
+"""Checkpoints by step: learners of a run that is killed while they are saved differ by one."""
+
+
+class RunFolder:
+    """The folder of one learner.
+
+    ``metrics.csv`` has one line per logged step, whose first column is ``step``; a new metric adds a
+    column, and cells are empty where a metric was not logged. ``checkpoints`` holds the latest two, and
+    ``last.ckpt`` and ``best.ckpt`` are names of the latest and of the one that scored highest.
+
+    Args:
+        path: created if it does not exist.
+        backend: a logger of TorchRL to send the metrics to as well: ``"tensorboard"``, ``"wandb"`` or
+            ``""`` for none.
+    """
+
+    def __init__(self, path: Path, backend: str = "") -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.metrics = path / "metrics.csv"
+        self.last = path / "last.ckpt"
+        self.best = path / "best.ckpt"
+        self.rotation = CheckpointRotation(path / "checkpoints", keep_last=KEPT, prefix="step")
+        self._rows: dict[int, dict[str, Any]] = {}
+        self._logger = get_logger(backend, str(path), path.name)
+        if self.metrics.exists():  # a resumed run
+            with self.metrics.open(newline="") as file:
+                self._rows = {int(row["step"]): row for row in csv.DictReader(file)}
+        self._columns = {"step": None}
+        self._columns |= {key: None for row in self._rows.values() for key in row}
+
+    # --- Metrics -----------------------------------------------------------------------------------------
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the line of a step."""
+        appends = step > max(self._rows, default=-1) and metrics.keys() <= self._columns.keys()
+        self._rows.setdefault(step, {"step": step}).update(metrics)
+        self._columns.update(dict.fromkeys(metrics))
+        if appends and self.metrics.exists():
+            with self.metrics.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(self._rows[step])
+        else:
+            self._write()
+        if self._logger is not None:
+            self._logger.log_metrics(dict(metrics), step=step)
+
+    def _write(self) -> None:
+        new = self.metrics.with_suffix(".new")
+        with new.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(row for _, row in sorted(self._rows.items()))
+        new.replace(self.metrics)  # whole or not at all
+
+    def scores(self) -> dict[int, float]:
+        """Those of all evaluations, by step."""
+        key = "eval/score"
+        rows = sorted(self._rows.items())
+        return {step: float(row[key]) for step, row in rows if row.get(key, "") != ""}
+
+    def best_score(self) -> dict[str, Any] | None:
+        """The highest score and its step, the first one of several; None before the first evaluation."""
+        scores = self.scores()
+        step = max(scores, key=scores.__getitem__, default=None)
+        return None if step is None else {"score": scores[step], "step": step}
+
+    # --- Checkpoints -------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> dict[int, Path]:
+        """Those that are kept by step."""
+        return {int(path.stem.rpartition("-")[2]): path for path in self.rotation.checkpoints()}
+
+    def name_checkpoints(self) -> None:
+        """Gives ``last.ckpt`` and, if it is still there, ``best.ckpt`` to the right ones."""
+        kept, best = self.checkpoints(), self.best_score()
+        if kept:
+            _link(kept[max(kept)], self.last)
+        if best is not None and best["step"] in kept:
+            _link(kept[best["step"]], self.best)
+
+    def return_to(self, step: int) -> None:
+        """Drop what comes after a step, from which a run goes on."""
+        self._rows = {at: row for at, row in self._rows.items() if at <= step}
+        if self.metrics.exists():
+            self._write()
+        for at, path in self.checkpoints().items():
+            if at > step:
+                path.unlink()
+        self.name_checkpoints()
+
+
+def newest_common_step(folders: Sequence[RunFolder]) -> int | None:
+    """The latest step of which every learner has a checkpoint; None if there is none."""
+    return max(set.intersection(*(set(each.checkpoints()) for each in folders)), default=None)
+
+
+def _link(path: Path, name: Path) -> None:
+    """Another name for a file, replaced in one piece."""
+    new = name.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    try:
+        os.link(path, new)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, new)
+    new.replace(name)
+
+
+class StopSignal:
+    """Turns the first Ctrl-C into a request, so that no gradient step is left half done.
+
+    Attributes:
+        requested: whether Ctrl-C was pressed. A second one raises KeyboardInterrupt as usual.
+    """
+
+    requested = False
+
+    def __enter__(self) -> StopSignal:
+        self._previous = signal.signal(signal.SIGINT, self._request)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, self._previous)

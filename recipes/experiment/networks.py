@@ -1,0 +1,72 @@
+"""The networks that an algorithm asks for, in the sizes of the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gymnasium.spaces import Discrete
+from tensordict.nn import TensorDictModule
+from torchrl_iql_recipes.experiment import settings
+
+from torchrl_iql import OfflineDataset
+from torchrl_iql.models import Architecture, Statistics
+
+__all__ = ["Networks", "architecture_for"]
+
+
+class Networks:
+    """Freshly initialised networks of one learner, one after the other.
+
+    Args:
+        architecture: of them.
+        statistics: mean and deviation of the observations, ``[D]`` each, if they are known.
+    """
+
+    def __init__(self, architecture: Architecture, statistics: Statistics | None = None) -> None:
+        self.architecture = architecture
+        self.discrete = architecture.discrete
+        self._statistics = statistics
+
+    def policy(self) -> TensorDictModule:
+        return self.architecture.policy_network(self._statistics)
+
+    def qvalues(self, number: int) -> list[TensorDictModule]:
+        return [self.architecture.qvalue_network(self._statistics) for _ in range(number)]
+
+    def value(self) -> TensorDictModule:
+        return self.architecture.value_network(self._statistics)
+
+
+def architecture_for(networks: settings.Networks, dataset: OfflineDataset) -> Architecture:
+    """The networks of the settings, in the sizes of the data."""
+    space = dataset.action_space
+    if isinstance(space, Discrete):
+        actions: dict[str, Any] = {"action_size": int(space.n)}
+    else:
+        data = dataset.transitions["action"]
+        bounds = {"space": (space.low.ravel().tolist(), space.high.ravel().tolist())}  # pyright: ignore
+        if len(data):
+            low, high = data.amin(0), data.amax(0)
+            if networks.action_bounds == "data" and (constant := (low == high).nonzero()).numel():
+                column = int(constant[0])
+                raise ValueError(
+                    f"action_bounds=data: action {column} of {dataset.name} is always {low[column]}; "
+                    "give action_bounds=space"
+                )
+            bounds["data"] = low.tolist(), high.tolist()
+        if networks.action_bounds not in bounds:
+            raise ValueError(
+                f"action_bounds={networks.action_bounds}: without a data set give action_bounds=space"
+            )
+        actions = {
+            "action_size": data.shape[-1],
+            "action_bounds": bounds[networks.action_bounds],
+        }
+    return Architecture(
+        observation_size=dataset.transitions["observation"].shape[-1],
+        policy="categorical" if isinstance(space, Discrete) else networks.policy,
+        hidden_sizes=networks.hidden_sizes,
+        dropout=networks.dropout,
+        normalize_observation=networks.normalize_observation,
+        **actions,
+    )

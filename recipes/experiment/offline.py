@@ -1,0 +1,154 @@
+"""Training on a data set, one learner or many at once."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torchrl_iql_recipes.experiment import build, results
+from torchrl_iql_recipes.experiment.evaluations import Evaluations
+from torchrl_iql_recipes.experiment.folder import StopSignal
+from torchrl_iql_recipes.experiment.networks import architecture_for
+from torchrl_iql_recipes.experiment.records import Records, Times
+from torchrl_iql_recipes.experiment.settings import Settings
+from tqdm import tqdm
+
+from torchrl_iql import OfflineDataset, TrainStep
+from torchrl_iql.data import Minibatches
+
+__all__ = ["report", "run", "train"]
+
+STEPS_PER_CALL = 100
+"""Gradient steps between two looks at Ctrl-C."""
+
+
+def run(settings: Settings, path: Path) -> dict[str, Any]:
+    """One run in a folder, continued if the folder holds a part of it.
+
+    Returns:
+        what ``scores.json`` holds.
+    """
+    build.set_up(settings.compute)
+    algorithm = settings.algorithm
+    dataset = build.dataset_for(settings.data, getattr(algorithm, "discount", None))
+    print(describe(dataset))
+    learned = algorithm.data(dataset)
+    if learned is not dataset:
+        print(f"{algorithm} learns from {len(learned.transitions)} transitions of them")
+    make = build.evaluator_for(settings.evaluation, settings.data, dataset)
+    architecture = architecture_for(settings.networks, learned)
+    step = build.step_for(
+        settings.learners, architecture, learned, settings.compute, settings.training.steps
+    )
+    path.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(dict(settings.values)), path / "config.yaml")
+    records = Records(path, settings, step, architecture, dataset.name)
+    records.resume()
+    times = Times(path, step)
+    seeds = [learner.seed for learner in settings.learners]
+    maze = None if make is None else maze_of(make)
+    workers = settings.evaluation.eval_workers
+    play = make and partial(Evaluations, make, architecture, seeds, workers)
+    with (
+        play(keep_trajectories=maze is not None) if play else nullcontext() as evaluations,
+        learned.minibatches(
+            settings.training.batch_size,
+            seeds=seeds,
+            device=settings.compute.device,
+            streaming=settings.compute.streaming,
+        ) as minibatches,
+    ):
+        train(settings, step, minibatches, records, evaluations)
+        times.write(evaluations)
+    records.draw(maze)
+    unfinished = step.steps < settings.training.steps
+    evaluated = records.latest or [None] * len(settings.learners)
+    replicas = [
+        results.outcome(
+            learner,
+            evaluation,
+            steps=step.steps,
+            interrupted=unfinished,
+            best=folder.best_score(),
+        )
+        for learner, evaluation, folder in zip(
+            settings.learners, evaluated, records.folders, strict=True
+        )
+    ]
+    return results.write(path, settings, dataset.name, replicas)
+
+
+def train(
+    settings: Settings,
+    step: TrainStep,
+    minibatches: Minibatches,
+    records: Records,
+    evaluations: Evaluations | None,
+) -> None:
+    """Takes the gradient steps that are missing, evaluating and saving on the way.
+
+    Ctrl-C saves a checkpoint and ends the training; a second one stops at once.
+    """
+    end, interval = settings.training.steps, settings.evaluation.eval_interval
+    log_interval = settings.training.log_interval
+    with (
+        StopSignal() as stop,
+        tqdm(total=end, initial=step.steps, desc=settings.algorithm.title, unit="step") as bar,
+    ):
+        at_event = step.steps > 0 and step.steps % interval == 0
+        if step.steps == end or (at_event and not records.has_evaluated()):
+            # A run that is over, for its results; or that was killed while this was evaluated.
+            records.evaluate(evaluations)
+        while step.steps < end and not stop.requested:
+            done = step.steps
+            events = (STEPS_PER_CALL, log_interval, interval)
+            steps = min(end - done, *(each - done % each for each in events))
+            metrics = step.run(minibatches, steps)
+            bar.update(steps)
+            records.evaluated(evaluations)
+            if step.steps % log_interval == 0:
+                bar.set_postfix(records.log(metrics))
+            if step.steps % interval == 0 or step.steps == end:
+                records.evaluate(evaluations)
+                records.save()
+        records.evaluated(evaluations, wait=True)
+    if stop.requested:
+        records.save()
+
+
+def describe(dataset: OfflineDataset) -> str:
+    return (
+        f"{dataset.name}: {len(dataset.transitions)} transitions in "
+        f"{len(dataset.episode_lengths)} episodes, mean return {dataset.episode_returns.mean():.1f}; "
+        f"environment: {dataset.env_spec and dataset.env_spec.id}"
+    )
+
+
+def maze_of(make: Any) -> Any:
+    """The maze that is played in, if it is one."""
+    with make(episodes=1) as evaluate:
+        return getattr(evaluate.envs[0].unwrapped, "maze", None)
+
+
+def report(scores: dict[str, Any], path: Path) -> str:
+    """What the user reads at the end."""
+    replicas = scores["replicas"]
+    shown = os.path.relpath(path)
+    lines = results.report(scores)
+    if replicas[0]["interrupted"]:
+        lines.append(
+            f"Interrupted after {replicas[0]['steps']} steps. "
+            f"Continue with: python recipes/offline.py resume={shown}"
+        )
+    elif not lines:
+        lines.append("Not evaluated (eval_episodes=0).")
+    policy = Path(shown, replicas[0]["name"], "last.ckpt")
+    lines += [
+        f"Results: {shown} (scores.json, times.json; for each learner metrics.csv, *.png, *.ckpt)",
+        f"Load a policy: torchrl_iql.load_policy({str(policy)!r})",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,207 @@
+"""What is recorded of a run while it lasts: metrics, evaluations and checkpoints of all its learners."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl_iql_recipes.experiment import plots
+from torchrl_iql_recipes.experiment.evaluations import Evaluations, Round
+from torchrl_iql_recipes.experiment.folder import RunFolder, newest_common_step
+from torchrl_iql_recipes.experiment.settings import Settings
+
+from torchrl_iql import Evaluation, TrainStep, checkpoint
+from torchrl_iql.models import Architecture
+
+__all__ = ["Records", "Times"]
+
+
+class Records:
+    """The folders of all learners of a run.
+
+    Args:
+        path: of the run. A learner that is not alone has a folder of its own name there.
+        settings: of the run.
+        step: what trains the learners.
+        architecture: of their networks.
+        dataset: the name of what they learn from.
+
+    Attributes:
+        folders: one per learner.
+        latest: the last evaluation of each learner, None before the first.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings,
+        step: TrainStep,
+        architecture: Architecture,
+        dataset: str,
+    ) -> None:
+        self.settings = settings
+        self.step = step
+        self.architecture = architecture
+        self.folders = [
+            RunFolder(path / learner.name, settings.logger.backend) for learner in settings.learners
+        ]
+        self.latest: Sequence[Evaluation] | None = None
+        self._dataset = dataset
+
+    # --- Metrics -----------------------------------------------------------------------------------------
+
+    def log(self, metrics: TensorDictBase, **common: float) -> dict[str, float]:
+        """Writes a line of metrics for every learner.
+
+        Args:
+            metrics: of the last gradient step.
+            **common: others, the same for all learners.
+
+        Returns:
+            what a progress bar shows: mean losses, and the mean of the last scores.
+        """
+        values = {key: value.reshape(-1).tolist() for key, value in metrics.items()}
+        values["policy_lr"] = self.step.learning_rates()["actor_network"]
+        for r, folder in enumerate(self.folders):
+            own = {key: value[r] for key, value in values.items()}
+            folder.log(self.step.steps, common | own)
+        shown = {key[5:]: mean(v) for key, v in values.items() if key.startswith("loss_")}
+        if self.latest is not None:
+            shown["score"] = mean(evaluation.score for evaluation in self.latest)
+        return shown
+
+    # --- Evaluations -------------------------------------------------------------------------------------
+
+    def policies(self) -> list[dict[str, Tensor]]:
+        """The state of each learner's policy."""
+        return [loss.get_stateful_net("actor_network").state_dict() for loss in self.step.losses]
+
+    def evaluate(self, evaluations: Evaluations | None) -> None:
+        """Starts a round, once the one before is over."""
+        if evaluations is not None:
+            self.evaluated(evaluations, wait=True)
+            evaluations.start(self.step.steps, self.policies())
+            self.evaluated(evaluations)
+
+    def evaluated(self, evaluations: Evaluations | None, *, wait: bool = False) -> None:
+        """Takes note of a round that is over."""
+        for its in () if evaluations is None else evaluations.finished(wait=wait):
+            self._note(its)
+
+    def _note(self, its: Round) -> None:
+        self.latest = its.evaluations
+        for folder, evaluation in zip(self.folders, its.evaluations, strict=True):
+            folder.log(its.step, {f"eval/{k}": v for k, v in evaluation.summary().items()})
+            folder.name_checkpoints()
+
+    # --- Checkpoints -------------------------------------------------------------------------------------
+
+    def save(self, components: Mapping[str, Any] = MappingProxyType({}), **metadata: Any) -> None:
+        """Writes a checkpoint of every learner; one that is killed meanwhile leaves the ones before."""
+        for r, (learner, folder) in enumerate(
+            zip(self.settings.learners, self.folders, strict=True)
+        ):
+            checkpoint.save(
+                folder.rotation,
+                self.step,
+                self.architecture,
+                replica=r,
+                components=components,
+                best=folder.best_score(),
+                dataset=self._dataset,
+                config=self.settings.of_learner(learner),
+                **metadata,
+            )
+        for folder in self.folders:
+            folder.name_checkpoints()
+
+    def resume(self, components: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any] | None:
+        """Returns to the newest step of which every learner has a checkpoint.
+
+        Returns:
+            the metadata of the first learner's; None if a run begins.
+        """
+        step, saved = newest_common_step(self.folders), None
+        for r, folder in reversed(list(enumerate(self.folders))):
+            if step is not None:
+                path = folder.checkpoints()[step]
+                saved = checkpoint.load_learner(path, self.step, replica=r, components=components)
+            folder.return_to(-1 if step is None else step)
+        return saved
+
+    def has_evaluated(self) -> bool:
+        """Whether every learner has been evaluated as it is now."""
+        return all(self.step.steps in folder.scores() for folder in self.folders)
+
+    # --- Pictures ----------------------------------------------------------------------------------------
+
+    def draw(self, maze: Any = None, **earlier: Any) -> None:
+        """Learning curves, and in a maze the learned V with a few evaluation trajectories.
+
+        Args:
+            maze: that was played in, if it was one.
+            **earlier: of :func:`plots.learning_curves`.
+        """
+        for r, folder in enumerate(self.folders):
+            if folder.metrics.exists():
+                plots.learning_curves(
+                    folder.metrics, folder.path / "learning_curves.png", **earlier
+                )
+            value = self._value_function(r)
+            if maze is not None and self.latest is not None and value is not None:
+                trajectories = self.latest[r].trajectories or []
+                plots.value_map(value, maze, trajectories[:5], folder.path / "value_map.png")
+
+    def _value_function(self, replica: int) -> Callable[[np.ndarray], np.ndarray] | None:
+        loss = self.step.losses[replica]
+        if "value_network_params" not in loss._modules:
+            return None
+        value = loss.get_stateful_net("value_network").eval()
+
+        @torch.no_grad()
+        def v(observations: np.ndarray) -> np.ndarray:
+            batch = torch.as_tensor(observations, device=self.step.device)
+            return value(batch).squeeze(-1).cpu().numpy()
+
+        return v
+
+
+class Times:
+    """How long a run took: ``times.json``, a file of its own, since the others are the same in every run.
+
+    Args:
+        path: of the run.
+        step: what trains.
+    """
+
+    def __init__(self, path: Path, step: TrainStep) -> None:
+        self._file = path / "times.json"
+        self._step = step
+        self._from = step.steps
+        self._started = datetime.now(UTC)
+        self._began = time.monotonic()
+
+    def write(self, evaluations: Evaluations | None) -> None:
+        """Adds a line for the time since this was made."""
+        lines = json.loads(self._file.read_text()) if self._file.exists() else []
+        seconds = time.monotonic() - self._began
+        line = {
+            "started": self._started.isoformat(timespec="seconds"),
+            "seconds": round(seconds, 3),
+            "waited_for_evaluations": round(evaluations.waited if evaluations else 0.0, 3),
+            "from_step": self._from,
+            "to_step": self._step.steps,
+        }
+        new = self._file.with_suffix(".new")
+        new.write_text(json.dumps([*lines, line], indent=2) + "\n")
+        new.replace(self._file)

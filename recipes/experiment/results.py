@@ -1,0 +1,130 @@
+"""What a run has come to: ``scores.json``, the same for every script, and what the user reads."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from scipy.stats import t as student_t
+from torchrl_iql_recipes.experiment.settings import Learner, Settings
+
+from torchrl_iql import Evaluation
+
+__all__ = ["VERSION", "outcome", "read", "report", "summaries", "write"]
+
+VERSION = 2
+"""Of ``scores.json``. Without one: written before there were versions."""
+
+
+def outcome(
+    learner: Learner,
+    evaluation: Evaluation | None,
+    *,
+    steps: int,
+    interrupted: bool,
+    best: Mapping[str, Any] | None,
+    **more: Any,
+) -> dict[str, Any]:
+    """What is said of a learner: its settings, how it scored at last, and at best.
+
+    Args:
+        learner: one of the run.
+        evaluation: the last one, if there was any.
+        steps: gradient steps taken.
+        interrupted: whether there should have been more.
+        best: ``score`` and ``step`` of its best evaluation.
+        **more: what a script adds.
+    """
+    scored = {} if evaluation is None else evaluation.summary()
+    state = {"steps": steps, "interrupted": interrupted, "best": best}
+    return {**learner.settings(), "title": str(learner.algorithm), **scored, **state, **more}
+
+
+def write(
+    path: Path, settings: Settings, dataset: str, replicas: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Writes ``scores.json`` in a folder, whole or not at all.
+
+    Args:
+        path: the folder.
+        settings: of the run.
+        dataset: the name of what was learned from.
+        replicas: the outcome of each learner.
+
+    Returns:
+        what is written: these, a ``version``, and the ``summary`` over seeds of what was evaluated.
+    """
+    scores: dict[str, Any] = {
+        "version": VERSION,
+        "dataset": dataset,
+        "algorithm": settings.values["algorithm"],
+        "replicas": list(replicas),
+    }
+    if all("score" in each for each in replicas):
+        scores["summary"] = summaries(replicas, settings.algorithm.axes())
+    new = path / "scores.new"
+    new.write_text(json.dumps(scores, indent=2) + "\n")
+    new.replace(path / "scores.json")
+    return scores
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The ``scores.json`` of a folder, of any version; None if there is none.
+
+    Raises:
+        ValueError: it was written by a later version.
+    """
+    file = path / "scores.json"
+    if not file.exists():
+        return None
+    scores = json.loads(file.read_text())
+    if scores.get("version", 1) > VERSION:
+        raise ValueError(f"{file} has version {scores['version']}, this reads up to {VERSION}")
+    return scores if "replicas" in scores else {**scores, "replicas": [scores]}  # once of online.py
+
+
+def summaries(replicas: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[dict[str, Any]]:
+    """The mean score over the seeds for each combination of the other settings.
+
+    Args:
+        replicas: the outcome of each learner.
+        axes: the settings that may differ between them.
+
+    Returns:
+        for each: its ``title``, these settings, the number of ``seeds``, the mean ``score``, and half the width of its
+        95% confidence interval (Student's t), ``ci95``, None for a single seed.
+    """
+    groups: dict[tuple, list[float]] = {}
+    for each in replicas:
+        settings = tuple((key, each[key]) for key in ("title", *axes))
+        groups.setdefault(settings, []).append(each["score"])
+    rows = []
+    for settings, values in groups.items():
+        seeds = len(values)
+        quantile = student_t.ppf(0.975, seeds - 1) if seeds > 1 else None
+        ci95 = None if quantile is None else float(quantile * stdev(values) / math.sqrt(seeds))
+        rows.append({**dict(settings), "seeds": seeds, "score": mean(values), "ci95": ci95})
+    return rows
+
+
+def report(scores: Mapping[str, Any]) -> list[str]:
+    """A line for each combination of settings."""
+    rows = scores.get("summary", [])
+    score = "normalized score" if "normalized_score" in scores["replicas"][0] else "return"
+    lines = []
+    for row in rows:
+        settings = [key for key in row if key not in ("title", "seeds", "score", "ci95")]
+        varied = [key for key in settings if len({other[key] for other in rows}) > 1]
+        name = ", ".join(f"{key}={row[key]:g}" for key in varied)
+        title = row["title"]
+        seeds = (
+            "one seed" if row["seeds"] == 1 else f"± {row['ci95']:.1f}, 95% of {row['seeds']} seeds"
+        )
+        lines.append(
+            f"{f'{title}, {name}' if name else title}: {score} {row['score']:.1f} ({seeds})"
+        )
+    return lines

@@ -1,0 +1,318 @@
+"""The settings of a run, part by part; those of an algorithm are in its file of ``algorithms``.
+
+Whatever differs between families of tasks is in ``config/task`` and ``config/algorithm``; what stands here
+is the meaning of a setting, its range, and its default where a family says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from torchrl_iql_recipes.algorithms import Algorithm, algorithms
+from torchrl_iql_recipes.experiment.schema import (
+    Count,
+    Flag,
+    Fraction,
+    Natural,
+    NotNegative,
+    Part,
+    SettingsError,
+    Text,
+    combinations,
+)
+
+__all__ = [
+    "Collector",
+    "Compute",
+    "Data",
+    "Evaluation",
+    "Learner",
+    "Logger",
+    "Networks",
+    "Online",
+    "Settings",
+    "Training",
+]
+
+
+class Data(Part):
+    """What is learned from."""
+
+    dataset: Text | tuple[Text, ...] | None = Field(
+        None,
+        description="Minari id, or path to a Minari data set or to a D4RL file; several are joined; "
+        "null, online only: none",
+    )
+    env: Text | dict | None = Field(
+        None,
+        description="to evaluate in: an id, {id: ..., arguments of gymnasium.make}, or null for what "
+        "the data set names",
+    )
+    reward: Literal["none", "minus_one", "return_range"] = Field(
+        "none",
+        description="minus_one: less 1, for mazes; return_range: over the range of returns, times 1000",
+    )
+    episodes: Literal["as_stored", "until_success"] = Field(
+        "as_stored", description="until_success: they end at the first success"
+    )
+    n_steps: Count = Field(
+        1, description="rewards that are summed before V is asked; 1 is the paper's"
+    )
+
+    @model_validator(mode="after")
+    def _env_has_an_id(self) -> Data:
+        if isinstance(self.env, dict) and "id" not in self.env:
+            raise ValueError(
+                f"env={self.env}: expected an id beside the arguments of gymnasium.make"
+            )
+        return self
+
+
+class Networks(Part):
+    """What is trained."""
+
+    policy: Literal["gaussian", "squashed", "deterministic", "categorical"] = Field(
+        "gaussian", description="of continuous actions; discrete ones have a categorical"
+    )
+    action_bounds: Literal["space", "data"] = Field(
+        "space", description="data: the policy keeps within the actions that the data hold"
+    )
+    hidden_sizes: tuple[Count, ...] = Field((256, 256), description="units of every hidden layer")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the policy")
+    normalize_observation: Flag = Field(
+        False, description="to mean 0 and deviation 1, within the networks"
+    )
+
+
+class Training(Part):
+    """How long it is trained, by whom, and what is recorded."""
+
+    steps: Natural = Field(1_000_000, description="gradient steps; 0, online only: none offline")
+    seeds: Natural | tuple[Natural, ...] = Field(
+        0, description="of one learner, or of several different ones, [0,1,2,3]"
+    )
+    batch_size: Count = Field(256, description="transitions")
+    log_interval: Count = Field(500, description="steps between lines of metrics.csv")
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> Training:
+        given = self.seeds
+        if isinstance(given, tuple) and (not given or len(set(given)) < len(given)):
+            raise ValueError(f"seeds={list(given)}: expected one or several different ones")
+        return self
+
+
+class Evaluation(Part):
+    """How what is learned is tried out."""
+
+    eval_interval: Count = Field(
+        50_000, description="steps from one evaluation and one checkpoint to the next"
+    )
+    eval_episodes: Natural = Field(10, description="0 trains without an environment")
+    eval_workers: Natural = Field(
+        0, description="processes that evaluate while training goes on; 0: it waits"
+    )
+
+
+class Online(Part):
+    """Learning from an environment."""
+
+    checkpoint: Text | None = Field(
+        None,
+        description="of offline.py, which also gives every setting that is not on the command line; "
+        "null: an offline phase of `steps` gradient steps comes first, unless there is no data set",
+    )
+    env_steps: Count = Field(1_000_000, description="of the environment")
+    updates_per_frame: NotNegative = Field(1.0, description="gradient steps per environment step")
+    exploration: NotNegative = Field(
+        1.0, description="factor on the deviation of the policy that collects; 0: its mean"
+    )
+    offline_share: Fraction | None = Field(
+        None,
+        description="of each batch, from the data set; null: all transitions alike, as in the paper",
+    )
+    anneal_steps: Count | None = Field(
+        None, description="environment steps over which the share falls to 0; null: it stays"
+    )
+
+    @model_validator(mode="after")
+    def _only_a_share_falls(self) -> Online:
+        if self.anneal_steps is not None and self.offline_share is None:
+            raise ValueError(
+                f"anneal_steps={self.anneal_steps} needs an offline_share that can fall"
+            )
+        return self
+
+
+class Compute(Part):
+    """Where and how it is computed."""
+
+    group: ClassVar[str] = "compute"
+    device: Text = Field("cpu", description="of PyTorch, as cpu or cuda:1")
+    execution: Literal["auto", "eager", "compiled", "cudagraph"] = Field(
+        "auto", description="auto: the fastest that the machine allows"
+    )
+    streaming: Flag = Field(
+        False, description="the data stay in main memory or on disk, minibatches go to the device"
+    )
+    threads: Count | None = Field(None, description="of PyTorch; null: one per core")
+    matmul_precision: Literal["highest", "high", "medium"] = Field(
+        "highest", description="of float32 products, see torch.set_float32_matmul_precision"
+    )
+
+
+class Logger(Part):
+    """Who is told the metrics beside metrics.csv."""
+
+    group: ClassVar[str] = "logger"
+    backend: Literal["", "tensorboard", "wandb"] = Field("", description="a logger of TorchRL")
+
+
+class Collector(Part):
+    """Where transitions are collected."""
+
+    group: ClassVar[str] = "collector"
+    backend: Literal["direct", "process", "ray"] = Field(
+        "direct", description="this process, others on this machine, or Ray"
+    )
+    sync: Flag = Field(True, description="the learner waits for all of a batch")
+    num_collectors: Count = Field(1, description="environments that play at the same time")
+    frames_per_batch: Count = Field(100, description="environment steps between rounds of updates")
+    backend_options: dict | None = Field(
+        None, description="of the backend, see TorchRL's Collector"
+    )
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One of those that are trained together.
+
+    Attributes:
+        name: what tells it from the others, as ``"temperature=3.0,seed=1"``; empty if it is alone.
+        seed: of its networks, minibatches and random numbers.
+        algorithm: with its settings.
+    """
+
+    name: str
+    seed: int
+    algorithm: Algorithm
+
+    def settings(self) -> dict[str, Any]:
+        """What results say of it."""
+        axes = {axis: getattr(self.algorithm, axis) for axis in self.algorithm.axes()}
+        return {"name": self.name, **axes, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run, checked.
+
+    Attributes:
+        values: as they are recorded, by name, those of groups in dictionaries; with the names of the
+            ``task`` and of the ``algorithm``.
+        learners: one for each seed and for each combination of the settings with several values.
+    """
+
+    values: Mapping[str, Any]
+    data: Data
+    networks: Networks
+    training: Training
+    evaluation: Evaluation
+    compute: Compute
+    logger: Logger
+    online: Online
+    collector: Collector
+    learners: tuple[Learner, ...]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Settings:
+        """The settings with these values.
+
+        Raises:
+            SettingsError: one of them is refused.
+        """
+        parts = {
+            name: part.of(values.get(part.group) or {} if part.group else values)
+            for name, part in PARTS.items()
+        }
+        training = parts["training"]
+        assert isinstance(training, Training)
+        learners = _learners(values, training)
+        _n_steps(parts["data"], learners)
+        recorded = _recorded(values, parts, learners)
+        return cls(values=recorded, learners=learners, **parts)  # pyright: ignore
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """That of the first learner: what is not in its axes, all of them have."""
+        return self.learners[0].algorithm
+
+    def of_learner(self, learner: Learner) -> dict[str, Any]:
+        """The values of a run with this learner alone."""
+        its = {axis: getattr(learner.algorithm, axis) for axis in learner.algorithm.axes()}
+        return {**self.values, **its, "seeds": learner.seed}
+
+
+PARTS: dict[str, type[Part]] = {
+    "data": Data,
+    "networks": Networks,
+    "training": Training,
+    "evaluation": Evaluation,
+    "compute": Compute,
+    "logger": Logger,
+    "online": Online,
+    "collector": Collector,
+}
+
+
+def _learners(values: Mapping[str, Any], training: Training) -> tuple[Learner, ...]:
+    algorithm = algorithms()[values["algorithm"]]
+    axes = (*algorithm.axes(), "seed")
+    for axis in algorithm.axes():
+        if axis in values:
+            algorithm.check(axis, values[axis], several=True)
+    grid = combinations({**algorithm.defaults(), **values, "seed": training.seeds}, axes)
+    learners = [(each["seed"], algorithm.of({**values, **each})) for each in grid]
+    axis_values = {axis: {each[axis] for each in grid} for axis in axes}
+    varied = [axis for axis in axes if len(axis_values[axis]) > 1]
+    return tuple(
+        Learner(
+            ",".join(f"{k}={seed if k == 'seed' else getattr(its, k)}" for k in varied), seed, its
+        )
+        for seed, its in learners
+    )
+
+
+def _recorded(
+    values: Mapping[str, Any], parts: Mapping[str, Part], learners: tuple[Learner, ...]
+) -> dict[str, Any]:
+    """What is given, as the parts understood it."""
+    own: dict[str, Any] = {"task": values.get("task"), "algorithm": values["algorithm"]}
+    for part in (*parts.values(), learners[0].algorithm):
+        dump = part.model_dump(mode="json")
+        if part.group:
+            own |= {part.group: dump} if part.group in values else {}
+        else:
+            own |= {name: value for name, value in dump.items() if name in values}
+    for axis in learners[0].algorithm.axes():
+        found = list(dict.fromkeys(getattr(learner.algorithm, axis) for learner in learners))
+        if axis in values and len(found) > 1:
+            own[axis] = found
+    return own
+
+
+def _n_steps(data: Part, learners: tuple[Learner, ...]) -> None:
+    """Rewards are summed once for all learners, with their discount."""
+    assert isinstance(data, Data)
+    if data.n_steps == 1:
+        return
+    discounts = {getattr(learner.algorithm, "discount", None) for learner in learners}
+    if discounts == {None}:
+        raise SettingsError(
+            f"n_steps={data.n_steps}: {learners[0].algorithm.title} has no rewards to sum"
+        )
+    if len(discounts) > 1:
+        raise SettingsError(f"n_steps={data.n_steps}: give one discount, not {sorted(discounts)}")  # pyright: ignore

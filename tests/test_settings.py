@@ -1,0 +1,237 @@
+"""Settings: every one of every schema is refused where it should be, at once and by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pytest
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+from torchrl_iql_recipes.algorithms import algorithms
+from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE, Door
+from torchrl_iql_recipes.experiment.schema import Part, SettingsError, allowed, written
+from torchrl_iql_recipes.experiment.settings import PARTS, Settings
+
+SCHEMAS = {**PARTS, **algorithms()}
+FIELDS = [(part, name) for part in SCHEMAS for name in SCHEMAS[part].model_fields]
+EVERY = pytest.mark.parametrize(("part", "name"), FIELDS)
+EASILY_MISTYPED = {"env": "evn"}
+
+
+def leaves(annotation: Any, metadata: tuple = ()) -> Iterator[tuple[Any, tuple]]:
+    """The simple types that a setting may have, each with its bounds; None is left out."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        flat = (m.metadata if isinstance(m, FieldInfo) else [m] for m in arguments[1:])
+        yield from leaves(arguments[0], (*metadata, *(each for some in flat for each in some)))
+    elif origin in (Literal, tuple, dict) or not arguments:
+        if annotation is not type(None):
+            yield annotation, metadata
+    else:
+        for each in arguments:
+            yield from leaves(each, metadata)
+
+
+def of_another_type(annotation: Any) -> Iterator[Any]:
+    kinds = {get_origin(kind) or kind for kind, _ in leaves(annotation)}
+    yield from [[], ["x", {}]] if tuple not in kinds else [{"a": 1}]
+    if not kinds & {int, float}:
+        yield 2.5
+    if bool not in kinds:
+        yield True
+    if str not in kinds:
+        yield "something"
+    if int in kinds:
+        yield 1.5
+        yield "3"
+
+
+def out_of_range(field: FieldInfo) -> Iterator[Any]:
+    for kind, metadata in leaves(field.annotation, tuple(field.metadata)):
+        if kind is float:
+            yield from (float("nan"), float("inf"))
+        for bound in metadata:
+            if isinstance(bound, Ge):
+                yield bound.ge - 1
+            elif isinstance(bound, Gt):
+                yield bound.gt
+            elif isinstance(bound, Le):
+                yield bound.le + 1
+            elif isinstance(bound, Lt):
+                yield bound.lt
+
+
+def door_of(part: str) -> tuple[Door, list[str]]:
+    return ONLINE, [f"algorithm={part}"] if part in algorithms() else []
+
+
+def refused(part: str, name: str, value: Any) -> str:
+    """What is said of a value, as it was composed and as it is in a file."""
+    schema = SCHEMAS[part]
+    with pytest.raises(SettingsError) as error:
+        schema.of({name: value})
+    with pytest.raises(SettingsError):
+        schema.check(name, value, several=True)
+    return str(error.value)
+
+
+@EVERY
+def test_a_wrong_type_is_refused_with_what_is_allowed(part: str, name: str) -> None:
+    schema = SCHEMAS[part]
+    field = schema.model_fields[name]
+    shown = f"{schema.group}.{name}" if schema.group else name
+    for value in of_another_type(field.annotation):
+        message = refused(part, name, value)
+        assert message == f"{shown}={written(value)}: expected {allowed(field)}"
+        assert "\n" not in message
+
+
+@EVERY
+def test_a_value_out_of_range_is_refused(part: str, name: str) -> None:
+    field = SCHEMAS[part].model_fields[name]
+    values = list(out_of_range(field))
+    for value in values:
+        assert f"{name}={written(value)}: expected " in refused(part, name, value)
+    numeric = {kind for kind, _ in leaves(field.annotation)} & {int, float}
+    assert values or not numeric, "a number without a range"
+
+
+@EVERY
+def test_a_near_name_is_answered_by_the_right_one(part: str, name: str) -> None:
+    door, overrides = door_of(part)
+    schema = SCHEMAS[part]
+    shown = f"{schema.group}.{name}" if schema.group else name
+    near = EASILY_MISTYPED.get(name, shown[:-1])
+    with pytest.raises(SettingsError, match=f"there is no setting {near}: did you mean {shown}\\?"):
+        door.check([*overrides, f"{near}=1"])
+
+
+@EVERY
+def test_the_default_is_allowed_and_explained(part: str, name: str) -> None:
+    schema = SCHEMAS[part]
+    field = schema.model_fields[name]
+    schema.check(name, field.get_default())
+    assert field.description
+    assert f"      {field.description}" in ONLINE.help("", part if part in algorithms() else "iql")
+
+
+@pytest.mark.parametrize("axis", ["learning_rate", "discount", "expectile", "temperature"])
+def test_of_an_axis_several_different_values_may_be_given(axis: str) -> None:
+    settings = OFFLINE.settings(["task=antmaze/umaze", f"{axis}=[0.5,0.25]"])
+    assert [getattr(each.algorithm, axis) for each in settings.learners] == [0.5, 0.25]
+    for wrong in ("[]", "[0.5,0.5]", "[0.5,no]"):
+        with pytest.raises(SettingsError, match=f"{axis}=.*, or several"):
+            OFFLINE.settings([f"{axis}={wrong}"])
+
+
+def test_integral_numbers_may_be_written_with_an_exponent() -> None:
+    settings = ONLINE.settings(["steps=1e6", "env_steps=2e5", "temperature=3"])
+    assert (settings.training.steps, settings.online.env_steps) == (1_000_000, 200_000)
+    assert isinstance(settings.values["steps"], int)  # what is recorded is what ran
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("eval_interval=0", "eval_interval=0: expected an integer of at least 1"),
+        ("seeds=a", "seeds=a: expected an integer of at least 0 or "),
+        ("seeds=[1,1]", "seeds=[1, 1]: expected one or several different ones"),
+        ("hidden_sizes=256", "hidden_sizes=256: expected [a, b, ...]"),
+        ("steps=ten", "steps=ten: expected an integer of at least 0"),
+        ("expectil=0.8", "there is no setting expectil: did you mean expectile?"),
+        ("decay_actor=true", "decay_actor is now decay_steps"),
+        ("share=0.2", "share is no setting of algorithm=iql, but of percent_bc"),
+        ("algorithm=bcc", "algorithm=bcc: did you mean bc?"),
+        ("task=antmaze/umase", "task=antmaze/umase: did you mean antmaze/umaze?"),
+        ("compute.thread=1", "there is no setting compute.thread: did you mean compute.threads?"),
+        ("+new=1", "there is no setting new"),
+        ("temperature=3,-1", "temperature=-1: expected a number of at least 0"),
+        ("env={frame_skip:2}", "env={'frame_skip': 2}: expected an id beside"),
+        ("steps=[", "steps=["),
+    ],
+)
+def test_what_people_mistype_is_answered_in_one_line(given: str, message: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        OFFLINE.settings([given])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_n_steps_need_rewards_and_one_discount() -> None:
+    assert OFFLINE.settings(["n_steps=3"]).data.n_steps == 3
+    with pytest.raises(SettingsError, match="n_steps=3: BC has no rewards to sum"):
+        OFFLINE.settings(["n_steps=3", "algorithm=bc"])
+    with pytest.raises(SettingsError, match=r"n_steps=3: give one discount, not \[0.9, 0.99\]"):
+        OFFLINE.settings(["n_steps=3", "discount=[0.99,0.9]"])
+
+
+def test_what_is_recorded_gives_the_same_settings_again() -> None:
+    for door, overrides in ((OFFLINE, ["task=kitchen/mixed", "seeds=[0,1]"]), (ONLINE, [])):
+        settings = door.settings(overrides)
+        assert Settings.of(settings.values) == settings
+
+
+def test_every_family_of_a_task_is_one_that_an_algorithm_may_name() -> None:
+    families = {
+        str(OFFLINE.compose([f"task={name}"])["task"]): name
+        for name in ("antmaze/umaze", "mini/antmaze-umaze", "pointmaze/stitch")
+    }
+    assert len(families) == 3
+    known = set()
+    for path in (CONFIG / "task").rglob("*.yaml"):
+        lines = path.read_text().splitlines()
+        known |= {line.partition(": ")[2] for line in lines if line.startswith("family: ")}
+    import yaml
+
+    for name, schema in algorithms().items():
+        content = yaml.safe_load((CONFIG / "algorithm" / f"{name}.yaml").read_text())
+        assert content["families"].keys() <= known
+        parts: list[type[Part]] = [schema, *(p for p in PARTS.values() if not p.group)]
+        for settings in content["families"].values():
+            for key, value in settings.items():
+                (part,) = (each for each in parts if key in each.model_fields)
+                part.check(key, value, several=True)
+
+
+# --- From the command line -----------------------------------------------------------------------------
+
+
+def started(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script, in a Python that fails as soon as PyTorch or TorchRL is imported."""
+    program = (
+        "import sys, runpy; sys.modules |= dict.fromkeys(['torch', 'torchrl', 'tensordict']); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program, str(CONFIG.parent / arguments[0]), *arguments[1:]]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("script", ["offline.py", "online.py"])
+def test_a_refusal_comes_before_pytorch_and_before_a_folder(script: str, tmp_path: Path) -> None:
+    done = started(tmp_path, script, "expectil=0.8")
+    assert done.returncode == 1
+    assert done.stderr == f"{script}: there is no setting expectil: did you mean expectile?\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["offline.py", "online.py"])
+def test_help_needs_no_pytorch(script: str, tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = started(tmp_path, script, "--help", "algorithm=percent_bc")
+    assert done.returncode == 0, done.stderr
+    assert "share  (a number above 0 and at most 1; default: 0.1)" in done.stdout
+    assert "algorithm=bc | iql | onestep | percent_bc" in done.stdout
+    assert time.monotonic() - began < 30
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_resumed_as_it_was_started(tmp_path: Path) -> None:
+    done = started(tmp_path, "offline.py", "resume=there", "steps=7")
+    assert done.returncode == 1
+    expected = "offline.py: resume=there goes on with the settings stored there: leave out steps\n"
+    assert done.stderr == expected
