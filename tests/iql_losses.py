@@ -205,3 +205,12 @@ class Concatenate(nn.Module):
         observation, *others = inputs
         others = [x.reshape(*observation.shape[:-1], -1).to(observation.dtype) for x in others]
         return self.linear(torch.cat([observation, *others], -1))
+
+
+def built(
+    architecture: models.Architecture, statistics: models.Statistics | None = None, num: int = 2
+) -> tuple[TensorDictModule, list[TensorDictModule], TensorDictModule]:
+    """Policy, Q networks and V, in the order of the losses' arguments."""
+    policy = architecture.policy_network(statistics)
+    qvalues = [architecture.qvalue_network(statistics) for _ in range(num)]
+    return policy, qvalues, architecture.value_network(statistics)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from iql_losses import built
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from test_training import make_loss
@@ -605,7 +606,7 @@ def test_a_state_of_format_1_continues(kind: str) -> None:
     saved = torch.load(Path(__file__).with_name("format-1.pt"), weights_only=True)[kind]
     architecture = Architecture(observation_size=3, action_size=2, hidden_sizes=(4, 5), policy=kind)
     torch.manual_seed(1)
-    networks = architecture.build()
+    networks = built(architecture)
     loss = IQLLoss(*networks)
     if architecture.discrete:
         loss = DiscreteIQLLoss(*networks, action_space="categorical")

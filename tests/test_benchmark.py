@@ -210,7 +210,7 @@ class TestJax:
 
     def test_losses_and_gradients_are_ours(self):
         import jax
-        from jax_iql import columns, losses
+        from torchrl_iql_recipes.speed.jax_iql import columns, losses
 
         loss, batch = our_loss(SMALL), self.batch()
         expected = loss(batch.clone())
@@ -239,7 +239,7 @@ class TestJax:
 
     def test_a_step_is_adam_and_the_targets_follow(self):
         import jax
-        from jax_iql import columns, initial_state, step
+        from torchrl_iql_recipes.speed.jax_iql import columns, initial_state, step
 
         loss, batch = our_loss(SMALL), self.batch()
         optimizer = torch.optim.Adam(loss.parameters(), lr=SMALL.learning_rate)
@@ -261,7 +261,7 @@ class TestJax:
     def test_initialisation_is_orthogonal(self):
         import jax
         import numpy as np
-        from jax_iql import initial_state
+        from torchrl_iql_recipes.speed.jax_iql import initial_state
 
         state = initial_state(SMALL, jax.random.key(0))
         for weight, bias in state.parameters["qvalue"]:
@@ -275,7 +275,7 @@ class TestJax:
         self.check_close(state.target, state.parameters["qvalue"])
 
     def test_on_a_cpu_its_memory_is_not_counted(self):
-        from jax_iql import JaxIQL
+        from torchrl_iql_recipes.speed.jax_iql import JaxIQL
 
         assert JaxIQL(SMALL).peak_memory() is None
 
@@ -283,7 +283,7 @@ class TestJax:
     def test_run_takes_the_steps(self, replicas: int, steps: int):
         import jax
         import numpy as np
-        from jax_iql import JaxIQL
+        from torchrl_iql_recipes.speed.jax_iql import JaxIQL
 
         peer = JaxIQL(SMALL, replicas=replicas)
         before = jax.tree.map(np.array, (peer.state.parameters, peer.state.target))

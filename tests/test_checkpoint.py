@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from iql_losses import built
 from test_training import transitions
 
 from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep, checkpoint, load_policy
@@ -26,7 +27,7 @@ STATISTICS = (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 2.0]))
 
 
 def learner(architecture: Architecture = ARCHITECTURE) -> TrainStep:
-    networks = architecture.build(STATISTICS)
+    networks = built(architecture, STATISTICS)
     if architecture.discrete:
         return TrainStep(DiscreteIQLLoss(*networks, action_space="categorical"))
     return TrainStep(IQLLoss(*networks), schedule={"actor_network": cosine_decay(10)})
@@ -92,7 +93,7 @@ def test_the_target_networks_are_those_of_the_checkpoint(tmp_path: Path) -> None
 
 def test_a_checkpoint_holds_one_replica_and_no_more(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    together = TrainStep([IQLLoss(*ARCHITECTURE.build(STATISTICS)) for _ in range(20)])
+    together = TrainStep([IQLLoss(*built(ARCHITECTURE, STATISTICS)) for _ in range(20)])
     together(torch.stack([transitions(16) for _ in range(20)]))
     path = checkpoint.save(tmp_path / "a.ckpt", together, ARCHITECTURE, replica=7)
     alone = learner()
@@ -131,7 +132,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
             OSError, match=r"could not write the checkpoint .*a\.ckpt \(0 MB are free"
         ):
             checkpoint.save(
-                tmp_path / "a.ckpt", TrainStep(IQLLoss(*architecture.build())), architecture
+                tmp_path / "a.ckpt", TrainStep(IQLLoss(*built(architecture))), architecture
             )
         assert list(tmp_path.iterdir()) == []
     finally:

@@ -21,6 +21,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from iql_losses import built
 from minari import EpisodeData, MinariDataset
 from omegaconf import OmegaConf
 from torchrl_iql_recipes import collect
@@ -31,7 +32,7 @@ from torchrl_iql_recipes.behaviors.rollouts import CheckpointRollouts
 from torchrl_iql import IQLLoss, TrainStep, checkpoint, load_dataset, load_policy
 from torchrl_iql.models import Architecture
 
-RECIPES = Path(collect.__file__).parent
+RECIPES = Path(collect.__file__).resolve().parent
 STITCH = collect.behavior("pointmaze/stitch")
 PATIENCE = 300
 """Seconds that a process may take on a busy machine."""
@@ -260,7 +261,7 @@ class TestBuilding:
         assert list(store.iterdir()) == []
 
     def test_goes_on_after_it_was_killed(self, dataset: MinariDataset, store: Path):
-        build = "import collect; collect.build('walks-v0', collect.behavior('pointmaze/stitch'), 12_000, workers=1)"
+        build = "from torchrl_iql_recipes import collect; collect.build('walks-v0', collect.behavior('pointmaze/stitch'), 12_000, workers=1)"
         with started([sys.executable, "-c", build], cwd=RECIPES) as process:
             wait_for(lambda: list(store.glob(".*/*/*.pkl")), process)
         assert not minari.list_local_datasets()
@@ -305,7 +306,7 @@ class TestBuilding:
         assert {path.name for path in store.iterdir()} == {"walks-v0", ".walks-v0.lock"}
 
     def test_two_at_once(self, store: Path):
-        build = "import collect; collect.build('walks-v0', collect.behavior('pointmaze/stitch'), 3000, workers=1)"
+        build = "from torchrl_iql_recipes import collect; collect.build('walks-v0', collect.behavior('pointmaze/stitch'), 3000, workers=1)"
         command = [sys.executable, "-c", build]
         with ExitStack() as stack:
             processes = [stack.enter_context(started(command, cwd=RECIPES)) for _ in range(2)]
@@ -367,7 +368,7 @@ class TestCheckpoint:
         architecture = Architecture(
             observation_size=3, action_size=1, hidden_sizes=(8,), action_bounds=([-2.0], [2.0])
         )
-        learner = TrainStep(IQLLoss(*architecture.build()), execution="eager")
+        learner = TrainStep(IQLLoss(*built(architecture)), execution="eager")
         return checkpoint.save(tmp_path / "last.ckpt", learner, architecture)
 
     def run(self, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from episodes import FORMATS, UNIT, assert_transitions, joined, record, replay, stacked, walk, write
 from gymnasium import spaces
+from torchrl.data.postprocs import MultiStep
 
 from torchrl_iql.data import OfflineDataset, load
 
@@ -359,3 +360,32 @@ class TestRewardRules:
     def test_without_a_range(self):
         with pytest.raises(ValueError, match=r"^walks: .* 'return_range' .* all of them are 1.5"):
             joined(walk(3), walk(3), reward_rule="return_range")
+
+
+class TestNSteps:
+    @pytest.mark.parametrize("n", [1, 2, 3, 10])
+    def test_are_those_of_torchrl(self, n: int) -> None:
+        dataset = joined(walk(4), walk(2, start=10.0), walk(1, start=20.0))
+        found = dataset.n_step(n, 0.9).transitions
+        first = 0
+        for length in (4, 2, 1):
+            rows = dataset.transitions[first : first + length].clone()
+            expected = MultiStep(gamma=0.9, n_steps=n)(rows.unsqueeze(0)).squeeze(0)
+            its = found[first : first + length]
+            assert torch.equal(its["steps_to_next_obs"], expected["steps_to_next_obs"])
+            torch.testing.assert_close(its["next", "reward"], expected["next", "reward"])
+            for key in ("observation", "terminated", "truncated", "done"):
+                assert torch.equal(its["next", key], expected["next", key]), key
+            assert torch.equal(its["observation"], rows["observation"])
+            first += length
+
+    def test_leave_the_data_set_as_it_is(self) -> None:
+        dataset = joined(walk(4))
+        before = dataset.transitions.clone()
+        dataset.n_step(3, 0.5)
+        assert (dataset.transitions == before).all()
+
+    @pytest.mark.parametrize(("n", "discount"), [(0, 0.9), (2, 1.5), (2, -0.1)])
+    def test_out_of_range(self, n: int, discount: float) -> None:
+        with pytest.raises(ValueError, match=r"n must be at least 1|discount must be from 0 to 1"):
+            joined(walk(3)).n_step(n, discount)

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from iql_losses import built
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -361,14 +362,13 @@ def test_architecture(policy, normalize_observation):
         policy=policy,
         hidden_sizes=HIDDEN,
         dropout=0.1,
-        num_qvalue_nets=3,
         normalize_observation=normalize_observation,
     )
     statistics = (torch.randn(OBS), torch.rand(OBS) + 0.5)
     again = models.Architecture(**json.loads(json.dumps(dataclasses.asdict(architecture))))
     assert again.discrete == discrete
-    actor, critics, value = map(flatten, architecture.build(statistics))
-    rebuilt = list(map(flatten, again.build()))
+    actor, critics, value = map(flatten, built(architecture, statistics, 3))
+    rebuilt = list(map(flatten, built(again, num=3)))
     assert len(critics) == 3
     td = batch()
     for first, second in zip((actor, critics, value), rebuilt, strict=True):

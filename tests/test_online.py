@@ -166,9 +166,8 @@ def test_actions_are_clipped_as_those_of_a_data_set() -> None:
 def test_actions_stay_within_the_bounds_of_the_policy() -> None:
     space = Box(-1, 1, (2,))
     bounds = ([-0.25, -2.0], [0.5, 0.25])  # -2: beyond the space
-    policy, _, _ = models.Architecture(
-        observation_size=3, action_size=2, action_bounds=bounds
-    ).build()
+    architecture = models.Architecture(observation_size=3, action_size=2, action_bounds=bounds)
+    policy = architecture.policy_network()
     executed = acted(behavior(policy, space, noise=3.0), "random")
     assert executed.amin(0).tolist() == [-0.25, action_support(space)[0][1]]
     assert executed.amax(0).tolist() == [0.5, 0.25]

@@ -247,7 +247,8 @@ def test_an_environment_of_another_size_is_refused_before_training(
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen:
-    command = [sys.executable, str(RECIPES / "offline.py"), *SMALL, *overrides]
+    small = [] if overrides[0].startswith(("resume=", "--")) else SMALL
+    command = [sys.executable, str(RECIPES / "offline.py"), *small, *overrides]
     return subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -69,8 +69,11 @@ class Door:
             description: what ``--help`` begins with.
         """
         arguments = sys.argv[1:]
-        overrides = [each for each in arguments if not each.startswith("-")]
         options = [each for each in arguments if each.startswith("-")]
+        # With options of Hydra, what has no equals sign may be their value.
+        overrides = [
+            each for each in arguments if each not in options and ("=" in each or not options)
+        ]
         try:
             if {"-h", "--help"} & set(options):
                 print(self.help(description, self._algorithm(_parsed(overrides))))
@@ -258,10 +261,14 @@ ONLINE = Door("online", tuple(PARTS.values()))
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise SettingsError(" ".join(str(error).split())) from None
+    parser, parsed = OverridesParser.create(), []
+    for each in overrides:
+        try:
+            parsed.append(parser.parse_override(each))
+        except HydraException as error:
+            reason = str(error).partition("See http")[0]
+            raise SettingsError(f"{each}: {' '.join(reason.split())}") from None
+    return parsed
 
 
 def _values_of(override: Override) -> Iterator[Any]:

@@ -115,6 +115,8 @@ def newest_common_step(folders: Sequence[RunFolder]) -> int | None:
 
 def _link(path: Path, name: Path) -> None:
     """Another name for a file, replaced in one piece."""
+    if name.exists() and name.samefile(path):
+        return
     new = name.with_suffix(".new")
     new.unlink(missing_ok=True)
     try:

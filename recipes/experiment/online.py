@@ -179,6 +179,7 @@ class FineTuning:
                 self.records.evaluated(self.evaluations, wait=True)
                 assert self.records.latest is not None
                 self.before = self.records.latest[0].summary()
+                self._save()
             if self.frames < env_steps:
                 with self._collecting() as collector:
                     self._train_with(collector, stop, bar)

@@ -178,8 +178,8 @@ class Collector(Part):
     backend: Literal["direct", "process", "ray"] = Field(
         "direct", description="this process, others on this machine, or Ray"
     )
-    sync: Flag = Field(True, description="the learner waits for all of a batch")
-    num_collectors: Count = Field(1, description="environments that play at the same time")
+    sync: Flag | None = Field(None, description="the learner waits for all of a batch")
+    num_collectors: Count | None = Field(None, description="processes, with another backend")
     frames_per_batch: Count = Field(100, description="environment steps between rounds of updates")
     backend_options: dict | None = Field(
         None, description="of the backend, see TorchRL's Collector"

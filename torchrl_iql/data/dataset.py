@@ -469,7 +469,7 @@ class OfflineDataset:
 
         The reward of each is the discounted sum of those of n steps, or of all that are left in its
         episode, and what comes next is what comes after the last of them. ``"steps_to_next_obs"``,
-        ``[n, 1]`` int64, holds their number, which TD targets discount by.
+        ``[n]`` int64, holds their number, which TD targets discount by.
 
         Args:
             n: At least 1.
@@ -497,7 +497,7 @@ class OfflineDataset:
         transitions = self.transitions.copy()
         transitions["next"] = self.transitions["next"][rows + taken - 1]
         transitions["next", "reward"] = summed.to(self.transitions["next", "reward"].dtype)
-        transitions["steps_to_next_obs"] = taken.unsqueeze(-1)
+        transitions["steps_to_next_obs"] = taken
         return replace(self, transitions=transitions)
 
     def replay_buffer(
