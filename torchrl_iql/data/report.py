@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Discrete
-from tensordict import TensorDict
 from torch import Tensor
 
 from torchrl_iql.data.episodes import EpisodeRule
@@ -103,7 +102,7 @@ class Described(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def transitions(self) -> TensorDict: ...
+    def transitions(self) -> Any: ...
     @property
     def episode_lengths(self) -> Tensor: ...
     @property
