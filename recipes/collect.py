@@ -105,22 +105,22 @@ class Behavior(Protocol):
         ...
 
     def play(self, env: gymnasium.Env, rng: np.random.Generator, share: float) -> EpisodeBuffer:
-        """One episode.
+        """Play one episode.
 
         Args:
-            env: The environment.
-            rng: The one source of all that is random.
-            share: Of the data set, what comes before the present part: in [0, 1).
+            env: the environment.
+            rng: the one source of all that is random.
+            share: of the data set, what comes before the present part: in [0, 1).
         """
         ...
 
 
 def behavior(name: str, stages: Path | None = None) -> Behavior:
-    """Who makes a data set.
+    """Find who makes a data set.
 
     Args:
-        name: One of ``NAMES``.
-        stages: What sac.py left of a training, instead of the shipped weights.
+        name: one of ``NAMES``.
+        stages: what sac.py left of a training, instead of the shipped weights.
 
     Raises:
         ValueError: if there is no such name, or it is not made by a policy of such stages.
@@ -150,7 +150,7 @@ def behavior(name: str, stages: Path | None = None) -> Behavior:
 
 
 def _policy(robot: str, stages: Path | None) -> Stages:
-    """The shipped one, or that of another training."""
+    """Load the shipped stages, or those of another training."""
     shipped = Stages.load(WEIGHTS / f"{robot}.pt")
     if stages is None:
         return shipped
@@ -164,12 +164,12 @@ def _policy(robot: str, stages: Path | None) -> Stages:
 
 
 def dataset_id(name: str) -> str:
-    """Of a data set made by name. Its version goes up whenever its data change."""
+    """Return the id of a data set made by name. Its version goes up whenever its data change."""
     return f"mini/{name}-v0"
 
 
 def ensure(source: str) -> str:
-    """Makes the data set ``mini/<name>-v0`` if it is not in Minari's store; other ids are left alone."""
+    """Make the data set ``mini/<name>-v0`` if Minari's store lacks it; leave other ids alone."""
     for name in NAMES:
         if source == dataset_id(name) and not get_dataset_path(source).exists():
             who = behavior(name)
@@ -180,14 +180,14 @@ def ensure(source: str) -> str:
 def build(
     id: str, behavior: Behavior, transitions: int, *, seed: int = 0, workers: int | None = None
 ) -> Path:
-    """Makes a data set in Minari's store, unless it is there.
+    """Make a data set in Minari's store, unless it is there.
 
     Args:
-        id: Its Minari id.
-        behavior: Who acts.
-        transitions: How many, at least: every part ends with a whole episode.
-        seed: Of everything.
-        workers: Processes; one per core by default. Their number does not change the data.
+        id: its Minari id.
+        behavior: who acts.
+        transitions: how many, at least: every part ends with a whole episode.
+        seed: of everything.
+        workers: processes; one per core by default. Their number does not change the data.
 
     Returns:
         the folder of the data set.
@@ -223,7 +223,7 @@ def build(
 
 
 def _recipe(behavior: Behavior, transitions: int, seed: int) -> dict[str, Any]:
-    """All that the data depend on, as JSON gives it back."""
+    """Return all that the data depend on, as JSON gives it back."""
     spec = json.loads(behavior.env_spec.to_json())
     return {
         "transitions": transitions,
@@ -238,7 +238,7 @@ def _recipe(behavior: Behavior, transitions: int, seed: int) -> dict[str, Any]:
 def _play_part(
     behavior: Behavior, env: gymnasium.Env, seed: int, part: int, parts: int, transitions: int
 ) -> list[EpisodeBuffer]:
-    """The episodes of one part of a data set: a function of its arguments alone."""
+    """Play the episodes of one part of a data set: a function of its arguments alone."""
     rng = np.random.default_rng([seed, part])
     episodes, steps = [], 0
     while steps < transitions:
@@ -248,7 +248,7 @@ def _play_part(
 
 
 def _play(folder: Path, id: str, behavior: Behavior, recipe: dict[str, Any], workers: int) -> None:
-    """Fills a folder with the parts that are missing there."""
+    """Fill a folder with the parts that are missing there."""
     transitions, seed = recipe["transitions"], recipe["seed"]
     parts = math.ceil(transitions / PART)
     paths = [folder / f"{part:05}.pkl" for part in range(parts)]
@@ -281,7 +281,7 @@ _player: tuple[Behavior, gymnasium.Env]
 
 
 def _start(behavior: Behavior) -> None:
-    """What a process needs for all of its parts."""
+    """Set up what a process needs for all of its parts."""
     global _player
     import torch
 
@@ -299,7 +299,7 @@ def _play_job(job: tuple[int, int, int, int, Path]) -> int:
 
 
 def _store(path: Path, parts: Path, id: str, behavior: Behavior, recipe: dict[str, Any]) -> None:
-    """Turns the parts into a data set, which appears in one piece."""
+    """Turn the parts into a data set, which appears in one piece."""
     unfinished = parts / "dataset"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
@@ -322,7 +322,7 @@ def _store(path: Path, parts: Path, id: str, behavior: Behavior, recipe: dict[st
 
 
 def summary(path: Path, behavior: Behavior) -> str:
-    """One line about a data set."""
+    """Describe a data set in one line."""
     dataset = minari.MinariDataset(path / "data")
     returns = [float(np.sum(episode.rewards)) for episode in dataset]
     line = f"{len(returns)} episodes, {dataset.total_steps} transitions, "
@@ -348,7 +348,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def _requests(cfg: DictConfig) -> list[tuple[str, Behavior, int]]:
-    """What to make: ids, behaviours and numbers of transitions."""
+    """Return what to make: ids, behaviours and numbers of transitions."""
     given = [key for key in ("suite", "data", "env") if cfg[key] is not None]
     if len(given) != 1:
         raise ValueError(f"give one of suite, data and env, got {given or 'none of them'}")

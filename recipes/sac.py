@@ -93,7 +93,7 @@ class Training:
             self._resume(checkpoints[-1])
 
     def train(self) -> None:
-        """Collects and updates in turns. Ctrl-C saves a checkpoint and ends the training."""
+        """Collect and update in turns. Ctrl-C saves a checkpoint and ends the training."""
         cfg = self.cfg
         # Not collector.set_seed: it resets the environment, but not the observation that it acts on.
         self.env.set_seed(cfg.seed + self.frames)
@@ -144,7 +144,7 @@ class Training:
             self._save()
 
     def _evaluate(self) -> float:
-        """Mean return of the last stage, acting as it will when data are made: stochastically."""
+        """Play the last stage as it does for data, stochastically, and return its mean return."""
         sample, rng = self.result().sampler(-1), np.random.default_rng(self.frames)
         episodes = [
             record(self.evaluation_env, lambda state: sample(state, rng), seed=EVALUATION_SEED + i)
@@ -173,11 +173,11 @@ class Training:
         }
 
     def _checkpoints(self) -> list[Path]:
-        """Folders, the newest last."""
+        """List the folders, the newest last."""
         return sorted(self.folder.path.glob("checkpoint-*[0-9]"))
 
     def _save(self) -> None:
-        """Replaces the checkpoint in one piece."""
+        """Replace the checkpoint in one piece."""
         earlier = self._checkpoints()
         folder = self.folder.path / f"checkpoint-{self.frames:09}"
         unfinished = folder.with_suffix(".new")
@@ -202,7 +202,7 @@ class Training:
 
 
 def _transitions(batch: TensorDictBase) -> TensorDictBase:
-    """What the loss and the data sets need of what was collected."""
+    """Select what the loss and the data sets need of what was collected."""
     next_keys = ("observation", "reward", "done", "terminated", "truncated")
     return batch.select("observation", "action", *(("next", key) for key in next_keys))
 

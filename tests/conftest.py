@@ -15,13 +15,13 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 @pytest.fixture(scope="session", autouse=True)
 def users_cache_is_left_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What tests load is not kept in the user's cache."""
+    """Keep what tests load out of the user's cache."""
     os.environ["TORCHRL_IQL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def maze_id(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The id of a small PointMaze data set, in a Minari store of the tests' own."""
+    """Store a small PointMaze data set, in a Minari store of the tests' own; return its id."""
     from torchrl_iql_recipes import collect
 
     os.environ["MINARI_DATASETS_PATH"] = str(tmp_path_factory.mktemp("minari"))
@@ -31,7 +31,7 @@ def maze_id(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache of one test."""
+    """Return the cache of one test."""
     folder = tmp_path_factory.mktemp("cache") / "torchrl_iql"
     monkeypatch.setenv("TORCHRL_IQL_CACHE", str(folder))
     return folder
@@ -39,7 +39,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The local Minari root of one test, without a remote one."""
+    """Return the local Minari root of one test, without a remote one."""
 
     def no_network(dataset_id: str) -> None:
         raise ConnectionError(f"no route to {dataset_id}")
@@ -56,5 +56,5 @@ def seed() -> None:
 
 @pytest.fixture(params=("continuous", "categorical", "one-hot"))
 def kind(request: pytest.FixtureRequest) -> str:
-    """Of actions."""
+    """Return the kind of actions."""
     return request.param

@@ -25,7 +25,7 @@ UNIT = spaces.Box(-1.0, 1.0, (1,))
 
 
 def walk(length: int = 3, start: float = 0.0, **changes: Any) -> EpisodeBuffer:
-    """Observation t is (start + t, -t), action t is t / length, reward t is start + t / 2."""
+    """Make an episode: at t observation (start + t, -t), action t / length, reward start + t / 2."""
     steps = np.arange(length + 1.0)
     recorded = {
         "observations": np.stack([start + steps, -steps], axis=1),
@@ -43,7 +43,7 @@ def joined(
     action_space: spaces.Space = UNIT,
     **rules: Any,
 ) -> OfflineDataset:
-    """A data set without storage in between."""
+    """Make a data set without storage in between."""
     keys = "observations", "actions", "rewards", "terminations", "truncations", "infos"
     return OfflineDataset.from_episodes(
         "walks",
@@ -90,7 +90,7 @@ def record(env: gymnasium.Env, seed: int, policy: Any) -> EpisodeBuffer:
 
 
 def replay(env: gymnasium.Env, seed: int | None, actions: Any) -> list[tuple]:
-    """(observation, next observation, reward, terminated, truncated) from the environment alone."""
+    """List (observation, next observation, reward, terminated, truncated), the environment's own."""
     env = gymnasium.wrappers.FlattenObservation(env)
     observation, _ = env.reset(seed=seed)
     transitions = []
@@ -126,7 +126,7 @@ def with_value(value: float, index: tuple[int, ...], shape: tuple[int, ...]) -> 
 
 
 def flat(episodes: list[EpisodeBuffer]) -> dict[str, np.ndarray]:
-    """Episodes in D4RL's layout, with next observations."""
+    """Make episodes in D4RL's layout, with next observations."""
     return {
         "observations": np.concatenate([e.observations[:-1] for e in episodes]),
         "actions": np.concatenate([e.actions for e in episodes]),
@@ -138,7 +138,7 @@ def flat(episodes: list[EpisodeBuffer]) -> dict[str, np.ndarray]:
 
 
 def as_tensordict(arrays: dict[str, np.ndarray]) -> TensorDict:
-    """Arrays in D4RL's layout as TorchRL would hold them."""
+    """Turn arrays in D4RL's layout into what TorchRL would hold."""
     tensors = {key: torch.from_numpy(values) for key, values in arrays.items()}
     return TensorDict(
         {
@@ -157,7 +157,7 @@ def as_tensordict(arrays: dict[str, np.ndarray]) -> TensorDict:
 
 
 def leaves(transitions: TensorDict) -> dict[Any, tuple]:
-    """Type, shape and bytes of each entry: two NaN are equal, 0 and -0 are not."""
+    """Return type, shape and bytes of each entry: two NaN are equal, 0 and -0 are not."""
     return {
         key: (value.dtype, value.shape, value.numpy().tobytes())
         for key, value in transitions.items(include_nested=True, leaves_only=True)

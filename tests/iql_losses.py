@@ -47,7 +47,7 @@ def own_critics(critics: list[TensorDictModule]) -> list[TensorDictModule]:
 
 
 def networks(kind: str = "continuous", num: int = 2, dropout: float = 0.0) -> dict:
-    """The arguments of a loss: a policy, a list of ``num`` Q networks and V.
+    """Make the arguments of a loss: a policy, a list of ``num`` Q networks and V.
 
     Those of the kind one-hot are critics of one's own.
     """
@@ -76,7 +76,7 @@ def iql_loss(kind: str = "continuous", nets: dict | None = None, **kwargs) -> IQ
 
 
 def torchrl_loss(kind: str, nets: dict, **kwargs) -> torchrl_objectives.IQLLoss:
-    """TorchRL's loss with the paper's defaults."""
+    """Make TorchRL's loss with the paper's defaults."""
     kwargs = {
         "loss_function": "l2",
         "expectile": EXPECTILE,
@@ -112,7 +112,7 @@ def transitions(kind: str = "continuous", batch: tuple[int, ...] = (BATCH,)) -> 
 
 
 def as_kwargs(td: TensorDict, keys: list) -> dict[str, Tensor]:
-    """The entries of a batch as the keyword arguments of a TensorDict module."""
+    """Return the entries of a batch as the keyword arguments of a TensorDict module."""
     return {
         key if isinstance(key, str) else "_".join(key): td[key] for key in unravel_key_list(keys)
     }
@@ -131,7 +131,7 @@ def by_hand(
     discount: float | Tensor = GAMMA,
     target: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The losses of the paper for each transition, from the networks called as ordinary modules."""
+    """Compute the paper's losses of each transition, calling the networks as ordinary modules."""
 
     def q_of_action(q: Tensor) -> Tensor:
         if q.shape[-1] == 1:
@@ -173,7 +173,7 @@ def mean_by_hand(*args, **kwargs) -> dict[str, Tensor]:
 
 
 def assert_entries(out, expected, **tolerance) -> None:
-    """Every entry of ``expected`` is in ``out``, with its value."""
+    """Check that every entry of ``expected`` is in ``out``, with its value."""
     for key, value in expected.items():
         assert_close(out[key], value, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
 
@@ -210,7 +210,7 @@ class Concatenate(nn.Module):
 def built(
     architecture: models.Architecture, statistics: models.Statistics | None = None, num: int = 2
 ) -> tuple[TensorDictModule, list[TensorDictModule], TensorDictModule]:
-    """Policy, Q networks and V, in the order of the losses' arguments."""
+    """Build policy, Q networks and V, in the order of the losses' arguments."""
     policy = architecture.policy_network(statistics)
     qvalues = [architecture.qvalue_network(statistics) for _ in range(num)]
     return policy, qvalues, architecture.value_network(statistics)

@@ -19,9 +19,9 @@ class Diary(gymnasium.Env):
     an even one, else terminated.
 
     Args:
-        success_at: The step of an episode that reports success, without an end.
-        nan_at: The step of the whole life that observes NaN.
-        fails_at: The step of the whole life that raises an error.
+        success_at: the step of an episode that reports success, without an end.
+        nan_at: the step of the whole life that observes NaN.
+        fails_at: the step of the whole life that raises an error.
     """
 
     observation_space = Box(-np.inf, np.inf, (3,))

@@ -164,7 +164,7 @@ def assert_equal(loss: nn.Module, other: nn.Module, tolerance: float = 1e-9) -> 
 
 
 def moved(loss: nn.Module, since: dict[str, torch.Tensor]) -> set[str]:
-    """The networks and targets of which something has changed."""
+    """Find the networks and targets of which something has changed."""
     return {
         key.partition("_params")[0]
         for key, tensor in loss.state_dict().items()

@@ -26,7 +26,7 @@ SMALL = Work(
 
 
 def our_loss(work: Work) -> IQLLoss:
-    """Our loss with parameters that differ in every entry, targets included."""
+    """Make our loss with parameters that differ in every entry, targets included."""
     loss = loss_for(work, seed=1)
     target = loss.target_qvalue_network_params.flatten_keys().values()
     with torch.no_grad():
@@ -36,7 +36,7 @@ def our_loss(work: Work) -> IQLLoss:
 
 
 def follow(loss: LossModule) -> None:
-    """Moves the target Q networks."""
+    """Move the target Q networks."""
     online = loss.qvalue_network_params.flatten_keys().data
     target = loss.target_qvalue_network_params.flatten_keys().data
     for key in online.keys():
@@ -44,7 +44,7 @@ def follow(loss: LossModule) -> None:
 
 
 def counted_flops(call: Callable[[], object]) -> int:
-    """The floating-point operations of all matrix products in a call."""
+    """Count the floating-point operations of all matrix products in a call."""
     counter = FlopCounterMode(display=False)
     # Its tracker of modules takes the truth value of a loss's parameters, a TensorDict, which has none.
     counter.mod_tracker = SimpleNamespace(
@@ -78,7 +78,7 @@ class TestTorchRL:
 
     @staticmethod
     def record(peer: TorchRL) -> list[TensorDict]:
-        """The minibatches that the peer will draw, a list that fills up."""
+        """Record the minibatches that the peer will draw, in a list that fills up."""
         batches, sample = [], peer.buffer.sample
 
         def recorded() -> TensorDict:
@@ -185,7 +185,7 @@ class TestJax:
 
     @staticmethod
     def as_jax(loss: IQLLoss, of: str = "data") -> tuple[dict, list]:
-        """The parameters of our loss, or their gradients, in the layout of the peer."""
+        """Return the parameters of our loss, or their gradients, in the layout of the peer."""
         import jax.numpy as jnp
 
         def layers(parameters: TensorDict) -> list:

@@ -20,7 +20,7 @@ SMALL = Work(hidden_sizes=(16,), transitions=50, batch_size=8)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With 250 transitions, made in three parts."""
+    """Fill a folder with 250 transitions, made in three parts."""
     monkeypatch.setattr(disk, "PART", 100)
     disk.write(tmp_path, SMALL, 250)
     return tmp_path

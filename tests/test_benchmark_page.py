@@ -29,7 +29,7 @@ class Learner:
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Makes the page without running anything; returns its exit status and what it says."""
+    """Make the page without running anything; return its exit status and what it says."""
     comparison = update.Comparison(Work(), [], ["JAX"], [], {"a": 0.5}, 1e11, None, {})
     outcome = SimpleNamespace(returncode=0, stdout="....\n4 passed in 1s\n", stderr="")
 

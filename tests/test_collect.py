@@ -40,7 +40,7 @@ PATIENCE = 300
 
 @contextmanager
 def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
-    """A process that does not outlive the test."""
+    """Start a process that does not outlive the test."""
     process = subprocess.Popen(command, **options)
     try:
         yield process
@@ -50,7 +50,7 @@ def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
 
 
 def wait_for(found: Callable[[], Any], process: subprocess.Popen) -> None:
-    """Until something is there that a process makes while it runs."""
+    """Wait until something is there that a process makes while it runs."""
     deadline = time.monotonic() + PATIENCE
     while not found():
         assert process.poll() is None, "the process has ended"
@@ -60,14 +60,14 @@ def wait_for(found: Callable[[], Any], process: subprocess.Popen) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty Minari store."""
+    """Make an empty Minari store."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     return tmp_path
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> MinariDataset:
-    """A small data set of several parts."""
+    """Make a small data set of several parts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
         collect.build("walks-v0", STITCH, 12_000, workers=1)
@@ -139,7 +139,7 @@ class TestEpisodes:
 
 
 def checksums() -> dict[str, str]:
-    """Of the first steps of each data set of the mini suite and of the default one."""
+    """Hash the first steps of each data set of the mini suite and of the default one."""
     found = {}
     for name in (*collect.MINI, "pointmaze/stitch"):
         who = collect.behavior(name)
@@ -261,7 +261,10 @@ class TestBuilding:
         assert list(store.iterdir()) == []
 
     def test_goes_on_after_it_was_killed(self, dataset: MinariDataset, store: Path):
-        build = "from torchrl_iql_recipes import collect; collect.build('walks-v0', collect.behavior('pointmaze/stitch'), 12_000, workers=1)"
+        build = (
+            "from torchrl_iql_recipes import collect; "
+            "collect.build('walks-v0', collect.behavior('pointmaze/stitch'), 12_000, workers=1)"
+        )
         with started([sys.executable, "-c", build], cwd=RECIPES) as process:
             wait_for(lambda: list(store.glob(".*/*/*.pkl")), process)
         assert not minari.list_local_datasets()
@@ -306,7 +309,10 @@ class TestBuilding:
         assert {path.name for path in store.iterdir()} == {"walks-v0", ".walks-v0.lock"}
 
     def test_two_at_once(self, store: Path):
-        build = "from torchrl_iql_recipes import collect; collect.build('walks-v0', collect.behavior('pointmaze/stitch'), 3000, workers=1)"
+        build = (
+            "from torchrl_iql_recipes import collect; "
+            "collect.build('walks-v0', collect.behavior('pointmaze/stitch'), 3000, workers=1)"
+        )
         command = [sys.executable, "-c", build]
         with ExitStack() as stack:
             processes = [stack.enter_context(started(command, cwd=RECIPES)) for _ in range(2)]
@@ -354,7 +360,7 @@ ANT = f"stages={collect.WEIGHTS / 'ant.pt'}"
 
 
 def requests(*overrides: str) -> list[tuple[str, collect.Behavior, int]]:
-    """What the command line asks for."""
+    """Return what the command line asks for."""
     defaults = OmegaConf.load(RECIPES / "config" / "collect.yaml")
     return collect._requests(OmegaConf.merge(defaults, OmegaConf.from_dotlist(list(overrides))))
 

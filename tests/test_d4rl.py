@@ -36,7 +36,7 @@ def d4rl_folder(tmp_path_factory, monkeypatch) -> Path:
 
 
 def recorded(rows: int = 300, seed: int = 0, size: int = 11, **changes: Any) -> dict[str, Any]:
-    """Rows of random episodes: terminations, time-outs, both at once and episodes of one row."""
+    """Make random episodes' rows: terminations, time-outs, both at once, episodes of one row."""
     rng = np.random.default_rng(seed)
     arrays = {
         "observations": rng.normal(size=(rows, size)).astype(np.float32),
@@ -54,7 +54,7 @@ def recorded(rows: int = 300, seed: int = 0, size: int = 11, **changes: Any) -> 
 
 
 def with_successors(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The same with next observations, which jump where an episode ends."""
+    """Return the same with next observations, which jump where an episode ends."""
     successors = np.roll(arrays["observations"], -1, axis=0)
     ends = arrays["terminals"] | arrays["timeouts"]
     successors[ends] += 100
@@ -72,7 +72,7 @@ def write(path: Path, arrays: dict[str, Any], **infos: Any) -> Path:
 
 
 def official(arrays: dict[str, Any], time_limit: int | None = None) -> SimpleNamespace:
-    """What the official code of IQL makes of a file: d4rl.qlearning_dataset and D4RLDataset."""
+    """Return what IQL's official code makes of a file: d4rl.qlearning_dataset and D4RLDataset."""
     kept, counter = [], 0
     for row in range(len(arrays["rewards"]) - 1):
         last_count = None if time_limit is None else time_limit - 1

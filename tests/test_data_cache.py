@@ -33,7 +33,7 @@ pytestmark = [
 
 
 def load_again_and_again(source: str, cache_folder: Path) -> bytes:
-    """Loads and removes the entry in turns; in a process of its own."""
+    """Load and remove the entry in turns; in a process of its own."""
     warnings.simplefilter("error")
     for _ in range(20):
         contents = str(leaves(load(source).transitions)).encode()
@@ -45,7 +45,7 @@ def load_again_and_again(source: str, cache_folder: Path) -> bytes:
 class TestCache:
     @pytest.fixture
     def parsed(self, monkeypatch) -> list[str]:
-        """The names of the data sets that were parsed."""
+        """List the names of the data sets that were parsed."""
         names = []
         from_episodes = OfflineDataset.from_episodes
 

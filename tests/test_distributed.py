@@ -83,7 +83,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def plain_networks(kind: str) -> dict:
-    """Sequences of layers, of which the loss makes an ensemble that it maps over."""
+    """Make sequences of layers, of which the loss makes an ensemble that it maps over."""
 
     def layers(inputs: int, outputs: int, *more: nn.Module) -> nn.Sequential:
         return nn.Sequential(nn.Linear(inputs, UNITS), nn.Tanh(), nn.Linear(UNITS, outputs), *more)
@@ -108,7 +108,7 @@ def plain_networks(kind: str) -> dict:
 
 
 def make_case(name: str) -> tuple[IQLLoss, TensorDict]:
-    """A loss in double precision and a batch for each step."""
+    """Make a loss in double precision and a batch for each step."""
     kind, nets = name.split(", ")
     torch.manual_seed(CASES.index(name))
     loss = iql_loss(kind, networks(kind) if nets == "models" else plain_networks(kind)).double()
@@ -116,7 +116,7 @@ def make_case(name: str) -> tuple[IQLLoss, TensorDict]:
 
 
 def train_alone(loss: IQLLoss, batches: TensorDict) -> Found:
-    """What the script does, in one process with the whole of each batch."""
+    """Do what the script does, in one process with the whole of each batch."""
     loss = copy.deepcopy(loss)
     target = SoftUpdate(loss, tau=0.1)
     optimizer = torch.optim.Adam(loss.parameters(), lr=0.01)
@@ -158,7 +158,7 @@ def cases() -> dict[str, tuple[IQLLoss, TensorDict]]:
 
 @pytest.fixture(scope="module")
 def ranks(cases: dict, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What each of two processes found."""
+    """Return what each of two processes found."""
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "cases.pickle").write_bytes(pickle.dumps(cases))
     (folder / "script.py").write_text(SCRIPT)

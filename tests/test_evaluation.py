@@ -84,13 +84,13 @@ def policy_from(function: Any) -> TensorDictModule:
 
 
 def constant(action: Any) -> TensorDictModule:
-    """A policy that always writes the same action."""
+    """Make a policy that always writes the same action."""
     action = torch.as_tensor(action)
     return policy_from(lambda observation: action.expand(len(observation), *action.shape))
 
 
 def by_hand(env: gymnasium.Env, seed: int, act: Any) -> tuple[float, list[np.ndarray]]:
-    """Return and observations of one episode, in the words of the gymnasium documentation."""
+    """Play one episode as the gymnasium documentation does; give its return and observations."""
     observation, _ = env.reset(seed=seed)
     total, observations, over = 0.0, [observation], False
     while not over:

@@ -84,7 +84,7 @@ def test_temperature_0_is_behaviour_cloning(kind):
 
 
 def test_expectile_1_counts_only_values_that_are_too_low(kind):
-    """tau = 1 is accepted: the loss of a value above Q vanishes."""
+    """Check that tau = 1 is accepted: the loss of a value above Q vanishes."""
     nets, td = networks(kind), transitions(kind)
     advantage = by_hand(nets, td)["advantage"]
     loss = iql_loss(kind, nets, expectile=1.0)
@@ -415,7 +415,7 @@ def test_value_loss():
 
 
 def test_td_target():
-    """r + gamma V(s'), without V(s') at a terminal, be it NaN, and without its gradient."""
+    """Check r + gamma V(s'), without V(s') at a terminal, be it NaN, and without its gradient."""
     next_v = torch.tensor([2.0, math.nan, 4.0], requires_grad=True)
     target = iql.td_target(
         torch.tensor([1.0, 1.0, 1.0]),

@@ -51,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("seed")
 
 
 def evaluations(loss, td: TensorDict, method: str = "forward") -> Counter:
-    """How often each network runs; vmap runs a whole ensemble in one call."""
+    """Count how often each network runs; vmap runs a whole ensemble in one call."""
     calls = Counter()
 
     def counter(name: str) -> Callable:
@@ -115,7 +115,7 @@ VALID = torch.arange(BATCH) % 3 > 0
 
 
 def with_mask(td: TensorDict, key, shape: tuple[int, ...] = (BATCH,)) -> TensorDict:
-    """The batch with a mask, and garbage where it is False."""
+    """Return the batch with a mask, and garbage where it is False."""
     spoilt = td.apply(lambda x: 50 * x if x.is_floating_point() else x)
     spoilt = TensorDict.where(td, VALID, spoilt)
     return spoilt.set(key, VALID.reshape(shape))
@@ -241,7 +241,7 @@ def test_the_key_of_the_importance_weights_can_be_nested(kind):
 
 
 def heads(loss, given: nn.Module, name: str) -> Tensor:
-    """The N copies of one parameter of the given Q network."""
+    """Return the N copies of one parameter of the given Q network."""
     return loss.qvalue_network_params.get(tuple(name.split("."))).detach()
 
 

@@ -278,7 +278,7 @@ def test_select_out_keys(kind, key):
 
 
 def networks_with_a_trunk(num: int, as_list: bool, policy_too: bool) -> tuple[nn.Linear, dict]:
-    """V and Q on the same trunk, and the policy too if asked."""
+    """Make V and Q on the same trunk, and the policy too if asked."""
     trunk = nn.Linear(OBS, 4)
     shared = TensorDictModule(trunk, in_keys=["observation"], out_keys=["hidden"])
 
@@ -356,7 +356,7 @@ def test_shared_parameters_are_trained_by_every_loss(as_list):
 
 
 def returns(td: TensorDict, next_v: Tensor, gamma: float, lmbda: float) -> Tensor:
-    """TD(lambda) backwards in time; what follows the end of a trajectory is another one."""
+    """Compute TD(lambda) backwards in time; what follows a trajectory's end is another one."""
     reward, done, terminated = (
         td["next", key].squeeze(-1) for key in ("reward", "done", "terminated")
     )
@@ -499,7 +499,7 @@ def test_state_dicts_move_between_torchrls_loss_and_ours(kind, num, used):
 
 
 def fresh_state(loss: nn.Module) -> dict[str, Tensor]:
-    """The state of a loss that has not made its value estimator yet."""
+    """Return the state of a loss that has not made its value estimator yet."""
     return {k: v for k, v in loss.state_dict().items() if not k.startswith("_value_estimator")}
 
 

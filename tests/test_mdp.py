@@ -62,12 +62,12 @@ class MDP:
         return self.behaviour > 0
 
     def q(self, v: Array) -> Array:
-        """Q(s, a) = E[r + gamma (1 - terminated) V(s')], ``[S, A]``."""
+        """Compute Q(s, a) = E[r + gamma (1 - terminated) V(s')], ``[S, A]``."""
         return (self.transition * (self.reward + GAMMA * ~self.terminated * v)).sum(axis=2)
 
 
 def random_mdp(seed: int, successors: int = SUCCESSORS) -> MDP:
-    """One action per state is never taken, though it earns the most."""
+    """Draw an MDP. One action per state is never taken, though it earns the most."""
     rng = np.random.default_rng(seed)
     transition = np.zeros((STATES, ACTIONS, STATES))
     for s, a in np.ndindex(STATES, ACTIONS):
@@ -83,7 +83,7 @@ def random_mdp(seed: int, successors: int = SUCCESSORS) -> MDP:
 
 
 def expectile_of(x: Array, weight: Array, expectile: float) -> Array:
-    """The expectile of each row: the mean of x when x above it counts tau and x below it 1 - tau."""
+    """Compute each row's expectile: the mean of x, counting x above it tau and below it 1 - tau."""
     mean = (weight * x).sum(axis=-1) / weight.sum(axis=-1)
     for _ in range(100):
         w = weight * np.where(x > mean[..., None], expectile, 1 - expectile)
@@ -105,13 +105,13 @@ def fixed_point(backup: Callable[[Array], Array], start: Array) -> Array:
 
 @cache
 def iql_value(seed: int, expectile: float) -> Array:
-    """V(s) = expectile over a ~ behaviour of Q(s, a): what IQL should converge to, ``[S]``."""
+    """Compute V(s) = expectile over a ~ behaviour of Q(s, a), ``[S]``: IQL should converge to it."""
     mdp = random_mdp(seed)
     return fixed_point(lambda v: expectile_of(mdp.q(v), mdp.behaviour, expectile), np.zeros(STATES))
 
 
 def behaviour_value(mdp: MDP) -> Array:
-    """The value of the behaviour policy, by the linear solve (I - gamma P_b) V = r_b."""
+    """Solve the linear (I - gamma P_b) V = r_b for the value of the behaviour policy."""
     p = mdp.behaviour[:, :, None] * mdp.transition
     return np.linalg.solve(
         np.eye(STATES) - GAMMA * (p * ~mdp.terminated).sum(axis=1),
@@ -120,7 +120,7 @@ def behaviour_value(mdp: MDP) -> Array:
 
 
 def optimal_value(mdp: MDP, allowed: NDArray[np.bool_]) -> Array:
-    """Value iteration over the allowed actions, ``[S]``."""
+    """Run value iteration over the allowed actions, ``[S]``."""
     return fixed_point(lambda v: np.where(allowed, mdp.q(v), -np.inf).max(axis=1), np.zeros(STATES))
 
 
@@ -139,12 +139,12 @@ class JointTable(nn.Module):
 
 
 def table(columns: int) -> nn.Linear:
-    """One free entry for each state and column: linear in the one-hot state."""
+    """Make one free entry for each state and column: linear in the one-hot state."""
     return nn.Linear(STATES, columns, bias=False, dtype=torch.float64)
 
 
 def entries(params: TensorDict) -> Tensor:
-    """The table in the parameters of a network: ``[..., columns, S]``, writable."""
+    """Return the table in the parameters of a network: ``[..., columns, S]``, writable."""
     (weight,) = params.values(True, True)
     return weight.data
 
@@ -174,7 +174,7 @@ def tabular_loss(kind: str, expectile: float) -> IQLLoss:
 
 
 def data_set(mdp: MDP, kind: str) -> TensorDict:
-    """Every transition that the behaviour policy can make, weighted by its probability."""
+    """List every transition that the behaviour policy can make, weighted by its probability."""
     probability = mdp.behaviour[:, :, None] * mdp.transition
     where = np.nonzero(probability)
     s, a, next_s = map(torch.as_tensor, where)
@@ -215,7 +215,7 @@ class Learned:
 
 @cache
 def train(seed: int, expectile: float, garbage: bool = False) -> Learned:
-    """Full-batch gradient descent on the sum of the three losses, from targets of their own.
+    """Run full-batch gradient descent on the sum of the three losses, from targets of their own.
 
     A state has 1 / S of the weight, so steps of almost S contract every entry of the tables; slowly
     if hardly any action pulls V down.
@@ -326,7 +326,7 @@ def test_policy_reweights_the_behaviour(seed: int, expectile: float) -> None:
 
 
 def td_expectile_reference(mdp: MDP, expectile: float) -> Array:
-    """Q(s, a) = expectile over s' and a' of r + gamma (1 - terminated) Q(s', a'), ``[S, A]``."""
+    """Solve Q(s, a) = expectile over s', a' of r + gamma (1 - terminated) Q(s', a'), ``[S, A]``."""
     weight = mdp.transition[..., None] * mdp.behaviour
 
     def backup(q: Array) -> Array:
@@ -338,7 +338,7 @@ def td_expectile_reference(mdp: MDP, expectile: float) -> Array:
 
 
 def train_td_expectile(mdp: MDP, expectile: float, steps: int = 3000) -> Array:
-    """Gradient descent on L2^tau(r + gamma Q(s', a') - Q(s, a)) over the data, ``[S, A]``."""
+    """Run gradient descent on L2^tau(r + gamma Q(s', a') - Q(s, a)) over the data, ``[S, A]``."""
     probability = mdp.behaviour[:, :, None, None] * mdp.transition[..., None] * mdp.behaviour
     where = np.nonzero(probability)
     s, a, next_s, next_a = map(torch.as_tensor, where)

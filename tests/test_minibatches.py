@@ -21,7 +21,7 @@ N, B = 500, 16
 
 
 def transitions(n: int = N) -> TensorDict:
-    """Observation i is (i, -i), the action and the reward of transition i are i."""
+    """Make transitions: observation i is (i, -i), action and reward of transition i are i."""
     numbers = torch.arange(n)
     observations = torch.stack([numbers, -numbers], dim=1).float()
     return TensorDict(
@@ -39,7 +39,7 @@ def transitions(n: int = N) -> TensorDict:
 
 
 def batches(minibatches: Minibatches, block: int) -> TensorDictBase:
-    """What a learner sees in a block, ``[BLOCK, R, B]``."""
+    """Return what a learner sees in a block, ``[BLOCK, R, B]``."""
     source, indices = minibatches(block)
     return source[indices].clone()
 
@@ -59,7 +59,7 @@ def streaming(request) -> bool:
 
 @pytest.fixture
 def build(streaming):
-    """Builds Minibatches that end with the test."""
+    """Build Minibatches that end with the test."""
     built = []
 
     def build(data: TensorDictBase | None = None, batch_size: int = B, **options: Any):

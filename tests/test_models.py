@@ -58,7 +58,7 @@ def bounded(*batch: int) -> Bounded:
 
 
 def network(name: str, from_specs: bool = True, **kwargs) -> nn.Module:
-    """A small network from TorchRL specs (actions with asymmetric bounds), or from sizes."""
+    """Make a small network from TorchRL specs (actions with asymmetric bounds), or from sizes."""
     discrete = name in DISCRETE
     observation = Unbounded((OBS,)) if from_specs else OBS
     if from_specs:
@@ -88,7 +88,7 @@ def batch(size: int = BATCH, scale: float = 1.0) -> TensorDict:
 
 
 def mlp(module: nn.Module, x: np.ndarray) -> np.ndarray:
-    """The ReLU network of the module's linear layers, in NumPy."""
+    """Compute the ReLU network of the module's linear layers, in NumPy."""
     *hidden, last = [
         (layer.weight.detach().numpy(), layer.bias.detach().numpy())
         for layer in linear_layers(module)

@@ -44,7 +44,7 @@ def converted(layers: Layers, dtype: torch.dtype) -> Layers:
 
 
 def tensors(networks: Sequence[Learner]) -> list[Tensor]:
-    """All that a step changes."""
+    """Return all that a step changes."""
     return [
         tensor
         for x in networks
@@ -57,7 +57,7 @@ def tensors(networks: Sequence[Learner]) -> list[Tensor]:
 def make(
     widths: Sequence[int], batch: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Networks, list[Learner], list[Layers]]:
-    """As in IQL: three that learn, one with a target; the second also frozen, and the target."""
+    """Make them as in IQL: three learn, one with a target; the second and the target also frozen."""
     random = torch.Generator().manual_seed(0)
 
     def layers(positive: bool = False) -> Layers:
@@ -77,7 +77,7 @@ def make(
 
 
 def forward(weights, biases, x: np.ndarray) -> list[np.ndarray]:
-    """The input of each layer, and the output, in NumPy."""
+    """Compute the input of each layer, and the output, in NumPy."""
     activations = [x]
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         x = x @ weight + bias
@@ -88,7 +88,7 @@ def forward(weights, biases, x: np.ndarray) -> list[np.ndarray]:
 
 
 def backward(weights, activations, gradient: np.ndarray) -> tuple[list, list]:
-    """The gradients of weights and biases, in NumPy."""
+    """Compute the gradients of weights and biases, in NumPy."""
     of_weights, of_biases = [], []
     for weight, x in reversed(list(zip(weights, activations[:-1], strict=True))):
         of_weights.insert(0, x.T @ gradient)

@@ -50,7 +50,7 @@ class Transitions(NamedTuple):
 
 
 def mlp(x: Array, parameters: Arrays) -> tuple[Array, Arrays]:
-    """A ReLU MLP of parameters W, b, W, b, ...: its output, and the input of each layer."""
+    """Compute a ReLU MLP of parameters W, b, W, b, ...: its output, and the input of each layer."""
     inputs = []
     for layer in range(0, len(parameters), 2):
         inputs.append(x if layer == 0 else np.maximum(x, 0.0))
@@ -59,7 +59,7 @@ def mlp(x: Array, parameters: Arrays) -> tuple[Array, Arrays]:
 
 
 def mlp_gradients(output_gradient: Array, parameters: Arrays, inputs: Arrays) -> Arrays:
-    """From dL / d output ``[B, O]`` to dL / d parameters, by the chain rule from the last layer on."""
+    """Turn dL / d output ``[B, O]`` into dL / d parameters, by the chain rule from the last layer."""
     gradients: Arrays = []
     delta = output_gradient
     for layer in reversed(range(len(inputs))):
@@ -88,7 +88,7 @@ class NumpyIQL:
         return (observation - self.mean) / self.std
 
     def q(self, network: str, index: int, batch: Transitions) -> tuple[Array, Arrays, Arrays]:
-        """Q_index(s, a) ``[B]``, its parameters and the inputs of its layers."""
+        """Compute Q_index(s, a) ``[B]``, its parameters and the inputs of its layers."""
         own = [p[index] for p in self.parameters[network]]
         output, inputs = mlp(
             np.concatenate([self.normalize(batch.observation), batch.action], axis=1), own
@@ -179,7 +179,7 @@ class NumpyIQL:
 
 
 def trained_tensors(loss: IQLLoss, network: str) -> list[torch.Tensor]:
-    """The parameters of a network in the order of its layers, without its buffers."""
+    """Return the parameters of a network in the order of its layers, without its buffers."""
     params = getattr(loss, f"{network}_network_params")
     return [
         tensor
@@ -304,7 +304,7 @@ def test_consecutive_steps_equal_numpy(seed: int) -> None:
 
 
 def assert_both_branches(reference: NumpyIQL, batch: Transitions, clip_fraction: float) -> None:
-    """Each condition in the equations holds for some of the transitions and fails for others."""
+    """Check that each condition in the equations holds for some transitions, fails for others."""
     assert 0 < clip_fraction < 1
     for condition in (
         reference.u < 0,

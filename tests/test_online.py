@@ -74,7 +74,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def offline_run(maze_id: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of two learners that differ in their expectiles."""
+    """Make a run of two learners that differ in their expectiles."""
     folder = tmp_path_factory.mktemp("offline")
     cfg = offline_config(f"dataset={maze_id}", "expectile=[0.6,0.8]", "weight_clip=50")
     offline.run(cfg, folder)
@@ -82,7 +82,7 @@ def offline_run(maze_id: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def from_checkpoint(path: Path, *overrides: str) -> Settings:
-    """The settings that main runs with these arguments."""
+    """Return the settings that main runs with these arguments."""
     small = [each for each in SMALL if each.split("=")[0] in ONLINE_KEYS]
     return ONLINE.settings([f"checkpoint='{path}'", *small, "log_interval=20", *overrides])
 
@@ -227,7 +227,7 @@ def test_the_observation_after_a_termination_may_be_nan() -> None:
 
 
 def numbered(first: int, n: int) -> TensorDict:
-    """Transitions whose reward is their number."""
+    """Make transitions whose reward is their number."""
     rows = OfflineDataset.empty("MountainCarContinuous-v0").transitions.new_zeros(n)
     rows["next", "reward"] = torch.arange(first, first + n, dtype=torch.float32).unsqueeze(-1)
     return rows
@@ -305,13 +305,13 @@ COLLECTORS = ["sync", "multi_sync", "multi_async"]
 
 
 def arguments(collector: str) -> dict[str, Any]:
-    """Those of the configuration, for small batches."""
+    """Return the arguments of the configuration, for small batches."""
     cfg = config(f"collector={collector}", "collector.frames_per_batch=20")
     return cfg.collector.model_dump(exclude_none=True)
 
 
 def descendants(pid: int) -> set[int]:
-    """The processes that a process has started, and those that they have started."""
+    """Find the processes that a process has started, and those that they have started."""
     found = set()
     for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
         children = {int(child) for child in tasks.read_text().split()}
@@ -320,7 +320,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def workers(pid: int) -> set[int]:
-    """The descendants that are not there for multiprocessing or Ray itself."""
+    """Find the descendants that are not there for multiprocessing or Ray itself."""
     return {each for each in descendants(pid) if is_worker(each)}
 
 
@@ -344,7 +344,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def constant_policy(value: float) -> TensorDictModule:
-    """Of a parameter alone, whatever it observes."""
+    """Make a policy of a parameter alone, whatever it observes."""
     policy = models.deterministic_policy(3, 1, hidden_sizes=())
     for parameter in policy.parameters():
         parameter.data.zero_()
@@ -353,7 +353,7 @@ def constant_policy(value: float) -> TensorDictModule:
 
 
 def check_a_collector(settings: dict[str, Any]) -> None:
-    """It collects what the environment gives, by the policy it was told last."""
+    """Check that it collects what the environment gives, by the policy it was told last."""
     before = workers(os.getpid())
     threads = torch.get_num_threads()
     policy = constant_policy(0.25)
@@ -632,7 +632,7 @@ def test_a_fine_tuned_policy_can_be_fine_tuned_again(offline_run: Path, tmp_path
 
 
 def of_diary(tmp_path: Path, *overrides: str, **trouble: int) -> FineTuning:
-    """A run from scratch in an environment with troubles."""
+    """Make a run from scratch in an environment with troubles."""
     cfg = config(
         "dataset=null", "normalize_observation=false", "reward=none", "seeds=0", *overrides
     )
@@ -708,7 +708,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_last_checkpoint(tmp_path: Path)
 
 
 def interrupted(signal_of: Callable[[subprocess.Popen], None], folder: Path) -> tuple[str, str]:
-    """What a run with real workers prints that ends by a signal; it leaves no worker behind."""
+    """Return what a run with real workers prints that a signal ends; it leaves no worker behind."""
     overrides = [each for each in SMALL if not each.startswith("env_steps")]
     overrides += [
         "dataset=null",
@@ -734,7 +734,7 @@ def interrupted(signal_of: Callable[[subprocess.Popen], None], folder: Path) -> 
 
 
 def continued(folder: Path, settings: Settings | None = None) -> FineTuning:
-    """The run of a folder, checked for what it knows of its past."""
+    """Return the run of a folder, checked for what it knows of its past."""
     its = started(settings or ONLINE.stored(folder), folder)
     assert its.frames >= 30
     assert (its.switch, its.step.steps) == (0, its.frames)

@@ -14,7 +14,7 @@ from torchrl_iql_recipes.experiment import plots
 
 
 def count(picture: np.ndarray, color: str) -> int:
-    """How many pixels have the color."""
+    """Count the pixels that have the color."""
     return int((np.abs(picture[..., :3] - to_rgb(color)).max(axis=-1) < 0.02).sum())
 
 
@@ -77,7 +77,7 @@ class TestValueMap:
 
     @pytest.fixture
     def maze(self) -> Maze:
-        """Three free cells around a corner, centred on (-2, 1), (0, 1) and (0, -1)."""
+        """Make three free cells around a corner, centred on (-2, 1), (0, 1) and (0, -1)."""
         rows = ["#####", "#r.##", "##g##", "#####"]
         cells = [[{"#": 1, ".": 0}.get(cell, cell) for cell in row] for row in rows]
         return Maze(cells, maze_size_scaling=self.scaling, maze_height=0.5)

@@ -54,7 +54,7 @@ class Joined(nn.Linear):
 
 
 def linear_loss(kind: str, dtype: torch.dtype, **options: str) -> IQLLoss:
-    """Networks of one layer, which NumPy can repeat in a line each."""
+    """Make a loss on networks of one layer, which NumPy can repeat in a line each."""
     if kind == "continuous":
         layers = nn.Sequential(nn.Linear(OBS, 2 * ACT), NormalParamExtractor(scale_mapping="exp"))
         parameters, distribution, cls = ["loc", "scale"], IndependentNormal, IQLLoss
@@ -93,7 +93,7 @@ def filled(data: TensorDict, batch_size: int = BATCH) -> TensorDictPrioritizedRe
 
 
 def stored_priorities(buffer: TensorDictPrioritizedReplayBuffer) -> NDArray[np.float64]:
-    """What the sampler draws in proportion to, of every transition."""
+    """Return what the sampler draws in proportion to, of every transition."""
     sums = buffer.sampler._sum_tree[torch.arange(len(buffer))].double().numpy()
     smallest = buffer.sampler._min_tree[torch.arange(len(buffer))].double().numpy()
     np.testing.assert_array_equal(sums, smallest)
@@ -101,10 +101,10 @@ def stored_priorities(buffer: TensorDictPrioritizedReplayBuffer) -> NDArray[np.f
 
 
 def by_hand(loss: IQLLoss, batch: TensorDict) -> Arrays:
-    """The losses and the priority of each transition, from the parameters alone."""
+    """Compute the losses and the priority of each transition, from the parameters alone."""
 
     def layer(network: str, x: NDArray) -> NDArray:
-        """``[B, out]``, or ``[N, B, out]`` of an ensemble."""
+        """Compute ``[B, out]``, or ``[N, B, out]`` of an ensemble."""
         weight, bias = (
             next(v for k, v in parameters.items() if k.startswith(network) and k.endswith(name))
             for name in ("weight", "bias")
@@ -138,13 +138,13 @@ def by_hand(loss: IQLLoss, batch: TensorDict) -> Arrays:
 
 
 def weights_by_hand(priorities: NDArray) -> NDArray[np.float64]:
-    """Schaul et al., 2016: (N P(i)) ** -beta, relative to the largest of the buffer."""
+    """Compute (N P(i)) ** -beta, relative to the largest of the buffer: Schaul et al., 2016."""
     weights = (len(priorities) * priorities / priorities.sum()) ** -BETA
     return weights / weights.max()
 
 
 def sample_of_various_weights(kind: str) -> TensorDict:
-    """A batch in double precision whose transitions have had priorities from 0.01 to 100."""
+    """Draw a batch in double precision whose transitions have had priorities from 0.01 to 100."""
     buffer = filled(cast(transitions(kind, (SIZE,)), torch.float64))
     errors = np.geomspace(1e-2, 1e2, SIZE)
     buffer.update_priority(torch.arange(SIZE), torch.as_tensor(errors).float())
@@ -244,7 +244,7 @@ REWARDS = torch.tensor([[0.0, 1.0, -1.0], [1.0, 0.0, 0.5], [-1.0, 0.0, 1.0], [0.
 
 
 def bandit(kind: str) -> TensorDict:
-    """Every choice in every state once, with its reward, after which the episode ends."""
+    """Make every choice in every state once, with its reward, after which the episode ends."""
     state = torch.arange(STATES).repeat_interleave(CHOSEN)
     choice = torch.arange(CHOSEN).repeat(STATES)
     observation = F.one_hot(state, STATES).float()
@@ -260,7 +260,7 @@ def bandit(kind: str) -> TensorDict:
 
 
 def expectile_by_hand(samples: NDArray) -> float:
-    """Where the weighted distances of the samples above and below are equal."""
+    """Find where the weighted distances of the samples above and below are equal."""
     low, high = samples.min(), samples.max()
     for _ in range(60):
         middle = (low + high) / 2

@@ -342,7 +342,7 @@ def test_what_cannot_be_resumed_is_named(tmp_path: Path) -> None:
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """Files cannot grow beyond 1000 bytes."""
+    """Let no file grow beyond 1000 bytes."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:

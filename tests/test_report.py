@@ -24,7 +24,7 @@ PLANE = spaces.Box(-np.inf, np.inf, (2,))
 
 
 def walks(rewards: list[list[float]], ends: str, **changes: Any) -> OfflineDataset:
-    """Episodes with these rewards; each ends by a "t"ermination or by a time limit, "|"."""
+    """Make episodes with these rewards; each ends by a "t"ermination or by a time limit, "|"."""
     lengths = [len(each) for each in rewards]
     rows = sum(lengths)
     is_end = np.zeros(rows, bool)

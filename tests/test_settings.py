@@ -24,7 +24,7 @@ EASILY_MISTYPED = {"env": "evn"}
 
 
 def leaves(annotation: Any, metadata: tuple = ()) -> Iterator[tuple[Any, tuple]]:
-    """The simple types that a setting may have, each with its bounds; None is left out."""
+    """Yield the simple types that a setting may have, each with its bounds; None is left out."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         flat = (m.metadata if isinstance(m, FieldInfo) else [m] for m in arguments[1:])
@@ -71,7 +71,7 @@ def door_of(part: str) -> tuple[Door, list[str]]:
 
 
 def refused(part: str, name: str, value: Any) -> str:
-    """What is said of a value, as it was composed and as it is in a file."""
+    """Return what is said of a value, as it was composed and as it is in a file."""
     schema = SCHEMAS[part]
     with pytest.raises(SettingsError) as error:
         schema.of({name: value})
@@ -202,7 +202,7 @@ def test_every_family_of_a_task_is_one_that_an_algorithm_may_name() -> None:
 
 
 def started(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A script, in a Python that fails as soon as PyTorch or TorchRL is imported."""
+    """Run a script, in a Python that fails as soon as PyTorch or TorchRL is imported."""
     program = (
         "import sys, runpy; sys.modules |= dict.fromkeys(['torch', 'torchrl', 'tensordict']); "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"

@@ -131,7 +131,7 @@ def config(task: str, *overrides: str) -> Settings:
 
 
 def family_settings(cfg: Settings) -> tuple:
-    """Those in which the families of the paper differ, in the order of ``PAPER``."""
+    """Return the settings in which the families of the paper differ, in the order of ``PAPER``."""
     iql = cfg.algorithm
     rules = cfg.data.reward, cfg.data.episodes, cfg.evaluation.eval_episodes
     return iql.expectile, iql.temperature, cfg.networks.dropout, *rules
@@ -173,7 +173,7 @@ class TestSettings:
 
 
 def record_minari(task: str) -> None:
-    """A few episodes of random actions, as Farama's scripts store them."""
+    """Record a few episodes of random actions, as Farama's scripts store them."""
     family, name = task.split("/")
     dataset_id, env_id, _ = TASKS[task]
     make: dict[str, Any] = {"max_episode_steps": 60}
@@ -208,7 +208,7 @@ def record_minari(task: str) -> None:
 
 
 def record_d4rl(task: str, path: Path) -> None:
-    """A file of D4RL's v2 layout; the optional arrays differ between the levels."""
+    """Write a file of D4RL's v2 layout; the optional arrays differ between the levels."""
     _, env_id, _ = TASKS[task]
     columns: dict[str, list[Any]] = {}
     env = gymnasium.make(env_id, max_episode_steps=40)
@@ -241,7 +241,7 @@ def record_d4rl(task: str, path: Path) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Stores of the tests' own, in which each task's data set is recorded on first use."""
+    """Make stores of the tests' own, in which each task's data set is recorded on first use."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("D4RL_DATASET_DIR", str(tmp_path_factory.mktemp("d4rl")))
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
@@ -250,7 +250,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def recorded(task: str) -> str:
-    """A task whose data set is there."""
+    """Record the data set of a task, unless it is there."""
     if task.startswith("locomotion"):
         path = Path(os.environ["D4RL_DATASET_DIR"], TASKS[task][0])
         if not path.exists():

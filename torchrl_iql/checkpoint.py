@@ -83,7 +83,7 @@ def save(
 
 
 def load_policy(path: str | Path, device: torch.device | str = "cpu") -> TensorDictModule:
-    """The policy of a checkpoint, in evaluation mode.
+    """Load the policy of a checkpoint, in evaluation mode.
 
     It reads ``"observation"`` ``[*B, D]``, normalises it if it was trained so, and writes ``"action"``.
     Wrap calls in ``torchrl.envs.set_exploration_type("DETERMINISTIC")`` for the mean action.
@@ -122,14 +122,14 @@ def load_learner(
 
 
 def load_architecture(path: str | Path) -> Architecture:
-    """The architecture of the networks in a checkpoint."""
+    """Load the architecture of the networks in a checkpoint."""
     known = dict(load_metadata(path)["architecture"])
     known.pop("num_qvalue_nets", None)  # of a setting that an algorithm has now
     return Architecture(**known)
 
 
 def load_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata given to :func:`save`, without anything else."""
+    """Load the metadata given to :func:`save`, without anything else."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     metadata = Checkpoint.manifest(path)["metadata"]

@@ -46,14 +46,14 @@ REFERENCE_SCORES: Mapping[str, tuple[float, float]] = MappingProxyType(
 
 
 def reference_scores_of(env_spec: EnvSpec | None) -> tuple[float, float] | None:
-    """The entry of :data:`REFERENCE_SCORES` under the exact name of an environment, if there is one."""
+    """Find the entry of :data:`REFERENCE_SCORES` under the exact name of an environment, if any."""
     if env_spec is None or env_spec.namespace is not None:
         return None
     return REFERENCE_SCORES.get(env_spec.name)
 
 
 def require_reference_scores(scores: tuple[float, float]) -> None:
-    """Raises a ValueError if these returns of a random and of an expert policy can not be used."""
+    """Raise a ValueError if these returns of a random and of an expert policy can not be used."""
     random, expert = scores
     if not -math.inf < random < expert < math.inf:
         raise ValueError(
@@ -63,10 +63,10 @@ def require_reference_scores(scores: tuple[float, float]) -> None:
 
 
 def spec_of(env: str | EnvSpec | None) -> EnvSpec | None:
-    """The specification of an environment that may be given by its id.
+    """Return the specification of an environment that may be given by its id.
 
     Raises:
-        ValueError: If gymnasium does not know the id.
+        ValueError: if gymnasium does not know the id.
     """
     if not isinstance(env, str):
         return env
@@ -77,7 +77,7 @@ def spec_of(env: str | EnvSpec | None) -> EnvSpec | None:
 
 
 def spaces_of(env_spec: EnvSpec) -> tuple[Space, Space]:
-    """Observation and action space of an environment, as recorded observations are to be read.
+    """Return an environment's observation and action space, as recordings are to be read.
 
     Compound observations are recorded as the vectors that they are flattened to, others as they are.
 
@@ -92,7 +92,7 @@ def spaces_of(env_spec: EnvSpec) -> tuple[Space, Space]:
 
 
 def flat_environment(env_spec: EnvSpec | str) -> gymnasium.Env:
-    """An environment whose observations are vectors.
+    """Make an environment whose observations are vectors.
 
     Raises:
         ValueError: it can not be built.
@@ -115,6 +115,6 @@ def _made(env_spec: EnvSpec | str) -> gymnasium.Env:
 
 
 def success(info: Mapping[str, Any]) -> bool | None:
-    """Whether an environment reports success in the info of a step; None if it does not say."""
+    """Return whether the info of a step reports success; None if it does not say."""
     reported = info.get("success", info.get("is_success"))
     return None if reported is None else bool(reported)

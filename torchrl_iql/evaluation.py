@@ -35,13 +35,13 @@ class Evaluation:
     """The outcome of ``E`` complete episodes.
 
     Args:
-        returns: Undiscounted sums of rewards, float64 ``[E]``.
-        lengths: Numbers of steps, int64 ``[E]``.
-        successes: Whether the environment reported success at any step, bool ``[E]``; ``None`` if
+        returns: undiscounted sums of rewards, float64 ``[E]``.
+        lengths: numbers of steps, int64 ``[E]``.
+        successes: whether the environment reported success at any step, bool ``[E]``; ``None`` if
             it never reported on it.
         normalized_scores: 0 for a random and 100 for an expert policy, float64 ``[E]``; ``None`` if
             neither reference returns nor successes are known.
-        trajectories: The flat observations of each episode, float32 ``[length + 1, D]``; ``None``
+        trajectories: the flat observations of each episode, float32 ``[length + 1, D]``; ``None``
             unless they were asked for.
 
     Example:
@@ -70,7 +70,7 @@ class Evaluation:
         return "return" if self.normalized_scores is None else "normalized_score"
 
     def summary(self) -> dict[str, float]:
-        """Means and standard errors, for a logger or a JSON file.
+        """Return means and standard errors, for a logger or a JSON file.
 
         Returns:
             ``score``, then ``return``, ``length``, ``success`` and ``normalized_score`` as far as
@@ -101,19 +101,19 @@ class Evaluator:
     not vectors are flattened by :class:`gymnasium.wrappers.FlattenObservation`.
 
     Args:
-        env_spec: The environment, as an id or as the spec stored with a data set.
-        episodes: The number of episodes ``E``, at least 1.
-        seed: Episode ``i`` is reset with ``seed + i``, at every call.
-        reference_scores: The returns of a random and of an expert policy, for the normalized score
+        env_spec: the environment, as an id or as the spec stored with a data set.
+        episodes: the number of episodes ``E``, at least 1.
+        seed: episode ``i`` is reset with ``seed + i``, at every call.
+        reference_scores: the returns of a random and of an expert policy, for the normalized score
             ``100 (return - random) / (expert - random)``. Default: those of
-            :data:`~torchrl_iql.environments.REFERENCE_SCORES` under the exact name of the environment; failing that the
-            normalized score is ``100 * success``, as D4RL scores its mazes, where the environment
-            reports success.
+            :data:`~torchrl_iql.environments.REFERENCE_SCORES` under the exact name of the
+            environment; failing that the normalized score is ``100 * success``, as D4RL scores its
+            mazes, where the environment reports success.
 
     Raises:
-        ValueError: If ``episodes`` or ``reference_scores`` are out of range, or the environment
+        ValueError: if ``episodes`` or ``reference_scores`` are out of range, or the environment
             cannot be built.
-        TypeError: If the action space is neither ``Box`` nor ``Discrete``.
+        TypeError: if the action space is neither ``Box`` nor ``Discrete``.
 
     Example:
         >>> from tensordict.nn import TensorDictModule
@@ -153,20 +153,20 @@ class Evaluator:
     def __call__(
         self, policy: TensorDictModuleBase, *, keep_trajectories: bool = False
     ) -> Evaluation:
-        """Plays one episode in each environment.
+        """Play one episode in each environment.
 
         Args:
-            policy: Reads ``"observation"``, float32 ``[E, D]``, and writes ``"action"``: ``[E, *A]``
+            policy: reads ``"observation"``, float32 ``[E, D]``, and writes ``"action"``: ``[E, *A]``
                 for a ``Box`` of shape ``A`` (clipped to its bounds); ``[E]`` or ``[E, 1]`` (index)
                 or ``[E, n]`` (one-hot) for a ``Discrete(n)``. It acts on the device of its
                 parameters, in eval mode, without gradients and without exploration.
-            keep_trajectories: Whether to return the observations of every episode.
+            keep_trajectories: whether to return the observations of every episode.
 
         Returns:
-            The outcome of the ``E`` episodes.
+            the outcome of the ``E`` episodes.
 
         Raises:
-            ValueError: If an action has another shape, or that of a running episode is NaN.
+            ValueError: if an action has another shape, or that of a running episode is NaN.
         """
         episodes = len(self.envs)
         returns = np.zeros(episodes)
@@ -208,7 +208,7 @@ class Evaluator:
         )
 
     def close(self) -> None:
-        """Closes the environments."""
+        """Close the environments."""
         for env in self.envs:
             env.close()
 
@@ -221,7 +221,7 @@ class Evaluator:
     def _actions(
         self, policy: TensorDictModuleBase, observations: np.ndarray, running: np.ndarray
     ) -> np.ndarray:
-        """Checked actions, ``[E, *A]`` in the type of the action space (``A`` is ``()`` if discrete)."""
+        """Return checked actions, ``[E, *A]`` in the space's type (``A`` is ``()`` if discrete)."""
         device = next((parameter.device for parameter in policy.parameters()), None)
         batch = TensorDict(
             {"observation": torch.tensor(observations, device=device)}, [len(observations)]
@@ -255,7 +255,7 @@ class Evaluator:
 
 @contextmanager
 def _eval_mode(module: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside; outside every submodule is back in its own mode."""
+    """Set eval mode inside; outside every submodule is back in its own mode."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
     try:

@@ -82,7 +82,7 @@ class Architecture:
         return self.policy == "categorical"
 
     def policy_network(self, statistics: Statistics | None = None) -> TensorDictModule:
-        """A policy, freshly initialised.
+        """Make a policy, freshly initialised.
 
         Args:
             statistics: mean and standard deviation of the observations, ``[D]`` each, used if
@@ -94,12 +94,12 @@ class Architecture:
         )
 
     def qvalue_network(self, statistics: Statistics | None = None) -> TensorDictModule:
-        """Q(s, a), or for discrete actions Q(s, .); ``statistics`` as for the policy."""
+        """Make Q(s, a), or for discrete actions Q(s, .); ``statistics`` as for the policy."""
         make = discrete_qvalue_network if self.discrete else qvalue_network
         return make(self.observation_size, self._action, **self._common(statistics))
 
     def value_network(self, statistics: Statistics | None = None) -> TensorDictModule:
-        """V(s); ``statistics`` as for the policy."""
+        """Make V(s); ``statistics`` as for the policy."""
         return value_network(self.observation_size, **self._common(statistics))
 
     @property
@@ -126,7 +126,7 @@ def gaussian_policy(
     dropout: float = 0.0,
     observation_statistics: Statistics | None = None,
 ) -> ProbabilisticActor:
-    """The paper's policy: a Gaussian whose mean is squashed by tanh and whose actions are not.
+    """Make the paper's policy: a Gaussian whose mean is squashed by tanh and whose actions are not.
 
     The log standard deviation is a parameter of its own, independent of the state, initially 0 and
     clipped to [-5, 2]. Evaluated deterministically, the policy returns its mean.
@@ -163,7 +163,7 @@ def squashed_policy(
     dropout: float = 0.0,
     observation_statistics: Statistics | None = None,
 ) -> ProbabilisticActor:
-    """A Gaussian squashed by tanh into the action bounds, with a state-independent deviation.
+    """Make a Gaussian squashed by tanh into the action bounds, with a state-independent deviation.
 
     Known to score lower than :func:`gaussian_policy`: actions of the data near a bound have extreme
     log-likelihoods. Arguments and returns as there.
@@ -190,7 +190,7 @@ def deterministic_policy(
     dropout: float = 0.0,
     observation_statistics: Statistics | None = None,
 ) -> Actor:
-    """An action within its bounds, no distribution; arguments as :func:`gaussian_policy`."""
+    """Make a policy without a distribution, within bounds; arguments as :func:`gaussian_policy`."""
     low, high = _bounds(action)
     torso = Torso(
         _size(observation),
@@ -211,7 +211,7 @@ def categorical_policy(
     dropout: float = 0.0,
     observation_statistics: Statistics | None = None,
 ) -> ProbabilisticActor:
-    """A policy over discrete actions.
+    """Make a policy over discrete actions.
 
     Args:
         observation: D, or a spec of shape ``[*B, D]``.
@@ -247,7 +247,7 @@ def value_network(
     hidden_sizes: Sequence[int] = HIDDEN_SIZES,
     observation_statistics: Statistics | None = None,
 ) -> ValueOperator:
-    """V(s): reads ``observation`` ``[*B, D]`` and writes ``state_value`` ``[*B, 1]``."""
+    """Make V(s): reads ``observation`` ``[*B, D]`` and writes ``state_value`` ``[*B, 1]``."""
     torso = Torso(_size(observation), 1, hidden_sizes, statistics=observation_statistics)
     return ValueOperator(torso, in_keys=["observation"])
 
@@ -259,7 +259,7 @@ def qvalue_network(
     hidden_sizes: Sequence[int] = HIDDEN_SIZES,
     observation_statistics: Statistics | None = None,
 ) -> ValueOperator:
-    """Q(s, a): reads ``observation`` and ``action``, writes ``state_action_value`` ``[*B, 1]``.
+    """Make Q(s, a): reads ``observation``, ``action``; writes ``state_action_value`` ``[*B, 1]``.
 
     With an action spec, the network sees actions in units of its bounds, from -1 to 1.
     """
@@ -276,7 +276,7 @@ def qvalue_network(
 def qvalue_ensemble(
     observation: int | TensorSpec, action: int | TensorSpec, *, num: int = 2, **kwargs
 ) -> list[ValueOperator]:
-    """``num`` independent :func:`qvalue_network`, the list that :class:`~torchrl_iql.IQLLoss` takes."""
+    """Make ``num`` independent :func:`qvalue_network`, a list for :class:`~torchrl_iql.IQLLoss`."""
     return [qvalue_network(observation, action, **kwargs) for _ in range(num)]
 
 
@@ -287,7 +287,7 @@ def discrete_qvalue_network(
     hidden_sizes: Sequence[int] = HIDDEN_SIZES,
     observation_statistics: Statistics | None = None,
 ) -> TensorDictModule:
-    """Q(s, .): reads ``observation``, writes ``state_action_value`` ``[*B, A]``, one per action."""
+    """Make Q(s, .): ``observation`` to ``state_action_value`` ``[*B, A]``, one per action."""
     torso = Torso(
         _size(observation), _choices(action), hidden_sizes, statistics=observation_statistics
     )
@@ -313,7 +313,7 @@ class _Linear(nn.Linear):
 
 
 def _per_batch(vector: Tensor) -> Tensor:
-    """A vector per feature; if N of them are stacked, ``[N, 1, features]``."""
+    """Return a vector per feature; if N of them are stacked, ``[N, 1, features]``."""
     return vector if vector.ndim == 1 else vector.unsqueeze(-2)
 
 
@@ -435,7 +435,7 @@ class GaussianParameters(nn.Module):
         return self.moments(self.torso(observation), self.log_std)
 
     def moments(self, output: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation, ``[*B, A]``, from what the torso puts out and the log deviation."""
+        """Return mean and deviation, ``[*B, A]``, of what the torso puts out and the log deviation."""
         mean = self.squash(output)
         std = log_std.clamp(*LOG_STD_BOUNDS).exp() * self.unit
         return mean, _per_batch(std).expand_as(mean)

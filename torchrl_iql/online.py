@@ -73,20 +73,20 @@ def environment(
     reward_transform: RewardTransform = UNCHANGED,
     episode_rule: EpisodeRule = "as_stored",
 ) -> EnvBase:
-    """A TorchRL environment whose transitions are like those of a data set.
+    """Make a TorchRL environment whose transitions are like those of a data set.
 
     Observations are flat float32 vectors, discrete actions are counted from 0, and ``("next", "reward")``
     is transformed. ``("next", "episode_reward")`` is the sum of the raw rewards and
     ``("next", "step_count")`` the number of steps of the present episode.
 
     Args:
-        env_spec: The environment, as an id or a specification.
-        reward_transform: That of the data set.
-        episode_rule: That of the data set. ``"until_success"`` terminates at the first success that
+        env_spec: the environment, as an id or a specification.
+        reward_transform: that of the data set.
+        episode_rule: that of the data set. ``"until_success"`` terminates at the first success that
             the environment reports.
 
     Raises:
-        ValueError: If the environment cannot be built.
+        ValueError: if the environment cannot be built.
 
     Example:
         >>> env = environment("Pendulum-v1", reward_transform=RewardTransform(shift=-1.0))
@@ -119,17 +119,17 @@ class _UntilSuccess(gymnasium.Wrapper):
 def behavior(
     policy: TensorDictModule, action_space: Space, *, noise: float = 1.0
 ) -> TensorDictSequential:
-    """A policy that acts within the support of a data set's actions.
+    """Make a policy that acts within the support of a data set's actions.
 
     Args:
-        policy: Of :mod:`torchrl_iql.models`, on the CPU. Its parameters are shared.
+        policy: of :mod:`torchrl_iql.models`, on the CPU. Its parameters are shared.
         action_space: ``Box`` or ``Discrete``. Into a ``Box``, actions are clipped before they are
             executed, as the data set's are, and into the bounds that the policy was built with.
-        noise: Factor on the standard deviation of the policy, at least 0. With 0, collect without
+        noise: factor on the standard deviation of the policy, at least 0. With 0, collect without
             exploration.
 
     Raises:
-        ValueError: If ``noise`` is out of range, or neither 0 nor 1 for a policy without a standard
+        ValueError: if ``noise`` is out of range, or neither 0 nor 1 for a policy without a standard
             deviation.
     """
     if noise < 0:
@@ -166,16 +166,16 @@ def collecting(
     seed: int = 0,
     **arguments: Any,
 ) -> Iterator[BaseCollector]:
-    """A collector that leaves no process behind.
+    """Yield a collector that leaves no process behind.
 
     Args:
-        create_env: As :func:`environment`, with its arguments in a :func:`functools.partial`: it is sent
+        create_env: as :func:`environment`, with its arguments in a :func:`functools.partial`: it is sent
             to the workers.
-        policy: Acts, and is sent to the workers anew by ``collector.update_policy_weights_()``.
-        total_frames: How many steps to take.
-        explore: Whether actions are drawn from its distribution, instead of taking its mean or mode.
-        seed: Of the environments.
-        **arguments: Others of :class:`torchrl.collectors.Collector`: ``frames_per_batch``, ``backend``,
+        policy: acts, and is sent to the workers anew by ``collector.update_policy_weights_()``.
+        total_frames: how many steps to take.
+        explore: whether actions are drawn from its distribution, instead of taking its mean or mode.
+        seed: of the environments.
+        **arguments: others of :class:`torchrl.collectors.Collector`: ``frames_per_batch``, ``backend``,
             ``num_collectors``, ``sync``, ``backend_options``.
     """
     backend = arguments.get("backend", "direct")
@@ -223,18 +223,18 @@ class _WeightSync(SharedMemWeightSyncScheme):
 def transitions(
     collected: TensorDictBase, like: TensorDictBase, *, first_step: int = 0
 ) -> TensorDictBase:
-    """Rows of a data set from what a collector gave.
+    """Make rows of a data set from what a collector gave.
 
     Args:
-        collected: Transitions of any batch shape.
-        like: Transitions with the entries that are wanted.
-        first_step: What messages call the first of them.
+        collected: transitions of any batch shape.
+        like: transitions with the entries that are wanted.
+        first_step: what messages call the first of them.
 
     Returns:
         TensorDict ``[n]`` with the entries of ``like``.
 
     Raises:
-        ValueError: If a value is NaN or infinite, other than in the observation after a termination,
+        ValueError: if a value is NaN or infinite, other than in the observation after a termination,
             which is never used.
     """
     keys = list(like.keys(include_nested=True, leaves_only=True))
@@ -257,10 +257,10 @@ def transitions(
 
 
 def check_mixture(offline_share: float | None, anneal_steps: int | None) -> None:
-    """Refuses what :class:`Experience` cannot mix.
+    """Refuse what :class:`Experience` cannot mix.
 
     Raises:
-        ValueError: If an argument is out of range, or there is no share to anneal.
+        ValueError: if an argument is out of range, or there is no share to anneal.
     """
     if offline_share is not None and not 0 < offline_share < 1:
         raise ValueError(f"offline_share must be None or in (0, 1), got {offline_share!r}")
@@ -274,17 +274,17 @@ class Experience:
     """The transitions of a data set, and those collected since, to be sampled together.
 
     Args:
-        dataset: The offline part; it may be empty.
-        capacity: How many transitions can be collected.
-        batch_size: Transitions per sample.
-        offline_share: Of each sample, from the data set, in (0, 1): TorchRL's
+        dataset: the offline part; it may be empty.
+        capacity: how many transitions can be collected.
+        batch_size: transitions per sample.
+        offline_share: of each sample, from the data set, in (0, 1): TorchRL's
             :class:`~torchrl.data.OfflineToOnlineReplayBuffer`. None samples all transitions alike.
-        anneal_steps: Collected transitions after which the share has fallen, linearly, to 0. None keeps
+        anneal_steps: collected transitions after which the share has fallen, linearly, to 0. None keeps
             it.
-        device: Where the transitions lie.
+        device: where the transitions lie.
 
     Raises:
-        ValueError: If an argument is out of range, or there is a share of nothing.
+        ValueError: if an argument is out of range, or there is a share of nothing.
     """
 
     def __init__(
@@ -322,7 +322,7 @@ class Experience:
         self._offline_size = len(offline)
 
     def __len__(self) -> int:
-        """How many transitions were collected."""
+        """Count the transitions that were collected."""
         return len(self._rows) - self._first
 
     @property
@@ -333,20 +333,20 @@ class Experience:
         return self._offline_size / max(1, len(self._rows))
 
     def extend(self, transitions: TensorDictBase) -> None:
-        """Adds collected transitions, ``[n]``."""
+        """Add collected transitions, ``[n]``."""
         self._rows.extend(transitions)
         if self._anneal_steps is not None:
             self._buffer.anneal(len(self), self._anneal_steps)  # pyright: ignore
 
     def sample(self) -> TensorDictBase:
-        """A batch, drawn with replacement by the global random number generator."""
+        """Draw a batch, with replacement, by the global random number generator."""
         return self._buffer.sample()
 
     def state_dict(self) -> dict[str, Any]:
-        """The collected transitions, copied; those of the data set are stored elsewhere."""
+        """Return the collected transitions, copied; those of the data set are stored elsewhere."""
         return self._rows[self._first :].clone().to_dict() if len(self) else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Adds the transitions of another one's :meth:`state_dict`."""
+        """Add the transitions of another one's :meth:`state_dict`."""
         if state:
             self.extend(TensorDict(state).auto_batch_size_(1))

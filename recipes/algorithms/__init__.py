@@ -18,7 +18,7 @@ __all__ = ["Algorithm", "algorithms"]
 
 @cache
 def algorithms() -> dict[str, type[Algorithm]]:
-    """Every algorithm, by the name of its file."""
+    """Return every algorithm, by the name of its file."""
     names = sorted(module.name for module in iter_modules(__path__) if module.name != "base")
     return {name: _the_algorithm_of(name) for name in names}
 

@@ -39,15 +39,15 @@ class Algorithm(Part):
     )
 
     def data(self, dataset: OfflineDataset) -> OfflineDataset:
-        """What it learns from of a data set."""
+        """Return what it learns from of a data set."""
         return dataset
 
     def loss(self, networks: Networks) -> LossModule:
-        """Its loss on freshly initialised networks; the policy's is ``actor_network``."""
+        """Make its loss on freshly initialised networks; the policy's is ``actor_network``."""
         raise NotImplementedError
 
     def optimization(self, steps: int) -> dict[str, Any]:
-        """Arguments of :class:`torchrl_iql.TrainStep` for a run of so many gradient steps."""
+        """Return :class:`torchrl_iql.TrainStep` arguments for a run of so many gradient steps."""
         from torchrl_iql.training import cosine_decay
 
         decay = steps if self.decay_steps is None else self.decay_steps

@@ -1,4 +1,7 @@
-"""Implicit Q-Learning (Kostrikov, Nair, Levine, 2021): values by expectiles, a policy by weighted regression."""
+"""Implicit Q-Learning (Kostrikov, Nair, Levine, 2021).
+
+Values are learned by expectiles, a policy by weighted regression.
+"""
 
 from __future__ import annotations
 

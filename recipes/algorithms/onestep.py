@@ -1,7 +1,7 @@
 """One step of policy improvement (Brandfonbrener et al., 2021), by IQL's losses at expectile 0.5.
 
-V is then the mean of Q over the actions of the data, and Q that of the behaviour: what SARSA learns. The policy
-is improved on it once, by the same weighted regression.
+V is then the mean of Q over the actions of the data, and Q that of the behaviour: what SARSA
+learns. The policy is improved on it once, by the same weighted regression.
 """
 
 from __future__ import annotations

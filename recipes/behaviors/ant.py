@@ -33,14 +33,14 @@ ACTUATORS = np.array([3, 0, 1, 2])
 
 
 def _legs(joints: np.ndarray, turns: int) -> np.ndarray:
-    """Hips and ankles ``[8]`` by leg, ankles of one sign, each leg renamed ``turns`` legs further."""
+    """Order hips and ankles ``[8]`` by leg, ankles of one sign, each leg ``turns`` legs further."""
     legs = joints.reshape(4, 2).copy()
     legs[:, 1] *= ANKLE_SIGNS
     return np.roll(legs, turns, axis=0).ravel()
 
 
 def _turn(angle: float) -> np.ndarray:
-    """The quaternion of a rotation about the vertical."""
+    """Return the quaternion of a rotation about the vertical."""
     return np.array([np.cos(angle / 2), 0.0, 0.0, np.sin(angle / 2)])
 
 
@@ -55,7 +55,7 @@ def _rotated(xy: np.ndarray, angle: float) -> np.ndarray:
 
 
 def to_canonical(observation: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, int]:
-    """The ant as it looks with the goal ahead.
+    """Return the ant as it looks with the goal ahead.
 
     Args:
         observation: ``[27]``, the ant's observation without its position: height, orientation,
@@ -88,14 +88,14 @@ def to_canonical(observation: np.ndarray, direction: np.ndarray) -> tuple[np.nda
 
 
 def from_canonical(action: np.ndarray, turns: int) -> np.ndarray:
-    """The action ``[8]`` for the ant as it is, given one for the canonical ant, both in [-1, 1]."""
+    """Turn an action ``[8]`` of the canonical ant into one of the ant as it is, both in [-1, 1]."""
     legs = np.roll(action.reshape(4, 2), -turns, axis=0)
     legs = legs * np.stack([np.ones(4), ANKLE_SIGNS], axis=1)
     return (TORQUE * legs[ACTUATORS]).ravel().astype(np.float32)
 
 
 def fallen(observation: np.ndarray) -> bool:
-    """Whether the ant, given by its observation ``[27]``, lies on its side or back."""
+    """Return whether the ant, given by its observation ``[27]``, lies on its side or back."""
     w, x, y, z = observation[1:5]
     return bool(w * w - x * x - y * y + z * z < UPRIGHT * (w * w + x * x + y * y + z * z))
 

@@ -77,12 +77,12 @@ ANT_STEPS = {"umaze": 700, "medium": 1000, "large": 1000}
 
 
 def point_maze(name: str) -> EnvSpec:
-    """A point mass in a maze; ends with reward 1 within 0.45 m of the goal."""
+    """Describe a point mass in a maze; ends with reward 1 within 0.45 m of the goal."""
     return _spec("point_maze:PointMazeEnv", f"PointMaze_{name.title()}-v3", name, POINT_STEPS)
 
 
 def ant_maze(name: str) -> EnvSpec:
-    """An ant in a maze of four times the size; ends with reward 1 within 0.45 m of the goal.
+    """Describe an ant in a maze 4 times the size; ends with reward 1 within 0.45 m of the goal.
 
     Start and goal are within 1 m of the centres of their cells.
     """
@@ -119,16 +119,16 @@ class Plan:
         self.distances = {cell: _distances(cell, set(self.free)) for cell in self.free}
 
     def centre(self, cell: Cell) -> np.ndarray:
-        """Of a cell, in metres."""
+        """Return the centre of a cell, in metres."""
         return self.maze.cell_rowcol_to_xy(np.array(cell))
 
     def cell(self, position: np.ndarray) -> Cell:
-        """Around a position."""
+        """Return the cell around a position."""
         i, j = self.maze.cell_xy_to_rowcol(position)
         return int(i), int(j)
 
     def next_cell(self, cell: Cell, end: Cell) -> Cell:
-        """The cell to walk to: one nearer to the end, or the end itself."""
+        """Return the cell to walk to: one nearer to the end, or the end itself."""
         return min((cell, *_adjacent(cell)), key=lambda c: self.distances[end].get(c, math.inf))
 
 
@@ -138,7 +138,7 @@ def _adjacent(cell: Cell) -> list[Cell]:
 
 
 def _distances(goal: Cell, free: set[Cell]) -> dict[Cell, int]:
-    """Steps from every free cell to the goal, by breadth-first search."""
+    """Count the steps from every free cell to the goal, by breadth-first search."""
     distances = {goal: 0}
     queue = deque([goal])
     while queue:
@@ -181,7 +181,7 @@ class PointWalks:
         return {"farthest": self.farthest, "longest": self.longest}
 
     def play(self, env: gymnasium.Env, rng: np.random.Generator, share: float) -> EpisodeBuffer:
-        """One walk; ``"end_cell"`` in its options says where it leads."""
+        """Play one walk; ``"end_cell"`` in its options says where it leads."""
         plan = Plan(env)
         start, end = self._command(plan, rng)
         steps = 0
@@ -218,9 +218,9 @@ class AntWalks:
 
     Attributes:
         maze: ``"umaze"``, ``"medium"`` or ``"large"``.
-        kind: Where the walks lead, as in D4RL: ``"goal"`` from ``r`` to ``g``; ``"play"`` from one of a
+        kind: where the walks lead, as in D4RL: ``"goal"`` from ``r`` to ``g``; ``"play"`` from one of a
             few hand-picked cells to another; ``"diverse"`` from any cell to any other.
-        policy: The stages of the walking policy, of which the last one is used.
+        policy: the stages of the walking policy, of which the last one is used.
     """
 
     maze: str
@@ -253,7 +253,7 @@ class AntWalks:
         return {"kind": self.kind, "weights": self.policy.digest([-1])}
 
     def play(self, env: gymnasium.Env, rng: np.random.Generator, share: float) -> EpisodeBuffer:
-        """One walk; ``"end_cell"`` in its options says where it should lead."""
+        """Play one walk; ``"end_cell"`` in its options says where it should lead."""
         plan = Plan(env)
         start, end = self._command(plan, rng)
         path = _path(plan, start, end)
@@ -277,10 +277,10 @@ class Walker:
     """An ant on its way along waypoints.
 
     Args:
-        policy: The stages of the walking policy.
-        waypoints: Positions, in metres.
-        to_goal: Whether the last one is the goal: then the ant walks to where that really is.
-        rng: Source of the noise of the actions.
+        policy: the stages of the walking policy.
+        waypoints: positions, in metres.
+        to_goal: whether the last one is the goal: then the ant walks to where that really is.
+        rng: source of the noise of the actions.
     """
 
     def __init__(
@@ -310,7 +310,7 @@ class Walker:
         return from_canonical(self.sample(view, self.rng), turns)
 
     def stop(self, observation: dict[str, np.ndarray]) -> bool:
-        """Whether the walk is over: arrived, or given up."""
+        """Return whether the walk is over: arrived, or given up."""
         self.lying = self.lying + 1 if fallen(observation["observation"]) else 0
         last = len(self.waypoints) - 1
         arrived = not self.to_goal and self.passed == last
@@ -323,10 +323,10 @@ class Walker:
 
 
 def share_arrived(dataset: MinariDataset, within: float) -> float:
-    """Of the walks of a data set, how many end where they should: not at a goal that lies on the way.
+    """Return the share of walks that end where they should: not at a goal that lies on the way.
 
     Args:
-        dataset: Made by :class:`PointWalks` or :class:`AntWalks`.
+        dataset: made by :class:`PointWalks` or :class:`AntWalks`.
         within: ``ARRIVED`` of these.
     """
     plan = Plan(dataset.recover_environment())
@@ -341,7 +341,7 @@ def share_arrived(dataset: MinariDataset, within: float) -> float:
 
 
 def _path(plan: Plan, start: Cell, end: Cell) -> list[Cell]:
-    """The cells after the start, to the end."""
+    """Return the cells after the start, to the end."""
     path = []
     while start != end:
         start = plan.next_cell(start, end)

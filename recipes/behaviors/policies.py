@@ -22,7 +22,7 @@ MEDIUM = 1 / 3
 def actor(
     observation_size: int, action_size: int, hidden_sizes: Sequence[int]
 ) -> ProbabilisticActor:
-    """A Gaussian squashed into [-1, 1], mean and deviation from the state: the policy of SAC."""
+    """Make a Gaussian squashed into [-1, 1], mean and deviation from the state: SAC's policy."""
     network = nn.Sequential(
         MLP(
             in_features=observation_size,
@@ -57,13 +57,13 @@ class Stages:
     weights: dict[str, Tensor]
 
     def policy(self, stage: int) -> ProbabilisticActor:
-        """The policy at a stage; negative ones count from the end."""
+        """Return the policy at a stage; negative ones count from the end."""
         policy = actor(*self.sizes)
         policy.load_state_dict({key: value[stage] for key, value in self.weights.items()})
         return policy.eval().requires_grad_(False)
 
     def sampler(self, stage: int) -> Callable[[np.ndarray, np.random.Generator], np.ndarray]:
-        """The policy at a stage as a function from an observation ``[D]`` to a random action ``[A]``.
+        """Return the policy at a stage as a function: observation ``[D]`` to random action ``[A]``.
 
         In float64, and with NumPy's noise: an episode then depends on its generator alone, and little
         on the machine.
@@ -88,7 +88,7 @@ class Stages:
         """The first stage with a third of the expert's return, as in D4RL.
 
         Raises:
-            ValueError: If the expert's return is negative.
+            ValueError: if the expert's return is negative.
         """
         best = float(self.returns[self.expert])
         if best < 0:
@@ -96,19 +96,19 @@ class Stages:
         return int((self.returns >= MEDIUM * best).nonzero()[0])
 
     def digest(self, stages: Sequence[int]) -> str:
-        """What tells the weights of some stages from others."""
+        """Return what tells the weights of some stages from others."""
         digest = hashlib.sha256(repr(self.sizes).encode())
         for _, value in sorted(self.weights.items()):
             digest.update(value[list(stages)].numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        """Replaces the file in one piece."""
+        """Replace the file in one piece."""
         unfinished = path.with_suffix(".new")
         torch.save(dict(vars(self)), unfinished)
         unfinished.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Stages:
-        """Reads tensors and plain values only: the file can not run code."""
+        """Read tensors and plain values only: the file can not run code."""
         return cls(**torch.load(path, weights_only=True))

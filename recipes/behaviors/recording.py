@@ -23,14 +23,14 @@ def record(
     options: dict[str, Any] | None = None,
     stop: Stop | None = None,
 ) -> EpisodeBuffer:
-    """Plays an episode until the environment, or ``stop``, ends it.
+    """Play an episode until the environment, or ``stop``, ends it.
 
     Args:
-        env: The environment.
-        act: From an observation to an action.
-        seed: Of the reset.
-        options: Of the reset.
-        stop: Whether to end the episode at an observation. Without a flag of the environment, such an
+        env: the environment.
+        act: from an observation to an action.
+        seed: of the reset.
+        options: of the reset.
+        stop: whether to end the episode at an observation. Without a flag of the environment, such an
             end is recorded as a truncation.
 
     Returns:

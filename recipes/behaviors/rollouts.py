@@ -49,9 +49,9 @@ class StageRollouts:
     """Episodes of a policy at one stage of its training after the other.
 
     Attributes:
-        env_spec: The environment.
-        policy: The stages.
-        stages: Those to play, in order: each gives an equal share of the data.
+        env_spec: the environment.
+        policy: the stages.
+        stages: those to play, in order: each gives an equal share of the data.
     """
 
     env_spec: EnvSpec
@@ -83,8 +83,8 @@ class CheckpointRollouts:
     """Episodes of a policy that this project trained, in any environment that it fits.
 
     Attributes:
-        env_spec: The environment.
-        checkpoint: A file that :func:`torchrl_iql.load_policy` reads.
+        env_spec: the environment.
+        checkpoint: a file that :func:`torchrl_iql.load_policy` reads.
     """
 
     env_spec: EnvSpec

@@ -19,7 +19,7 @@ from torchrl_iql_recipes.experiment import plots
 
 
 def offline_folder(name: str, seed: int, args: argparse.Namespace) -> Path:
-    """Of one learner; that of the run, if there is no other."""
+    """Return the folder of one learner; that of the run, if there is no other."""
     folder = suite.runs(name, args)["iql"].folder
     return folder if len(args.seeds) == 1 else folder / f"seed={seed}"
 
@@ -36,13 +36,13 @@ def online_run(name: str, seed: int, args: argparse.Namespace) -> Job:
 
 
 def evaluations(metrics: Path) -> list[float]:
-    """The scores, in order."""
+    """Read the scores, in order."""
     with metrics.open(newline="") as file:
         return [float(row["eval/score"]) for row in csv.DictReader(file) if row["eval/score"]]
 
 
 def table(args: argparse.Namespace) -> str:
-    """Mean over the seeds, and each of them.
+    """Make a table of the mean over the seeds, and each of them.
 
     A single evaluation of 50 episodes is uncertain by several points, the mean of the second half is less so.
     """

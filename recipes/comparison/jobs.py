@@ -22,9 +22,9 @@ class Job:
     """One run of a recipe.
 
     Attributes:
-        script: The recipe.
-        folder: Where it leaves its results.
-        settings: What it is started with.
+        script: the recipe.
+        folder: where it leaves its results.
+        settings: what it is started with.
     """
 
     script: Path
@@ -32,14 +32,14 @@ class Job:
     settings: Sequence[str]
 
     def result(self) -> dict[str, Any] | None:
-        """What its ``scores.json`` holds, once it is finished."""
+        """Return what its ``scores.json`` holds, once it is finished."""
         result = results.read(self.folder)
         if result is None or any(each.get("interrupted", False) for each in result["replicas"]):
             return None
         return result
 
     def finish(self) -> None:
-        """Starts it, or goes on with it, unless it is finished.
+        """Start it, or go on with it, unless it is finished.
 
         Raises:
             ValueError: if the folder holds a run with other settings.
@@ -69,7 +69,7 @@ class Job:
 
 
 def finish(jobs: Sequence[Job], processes: int) -> None:
-    """Finishes them, so many at a time; what is finished stays if one fails."""
+    """Finish them, so many at a time; what is finished stays if one fails."""
     with ThreadPoolExecutor(processes) as executor:
         pending = [executor.submit(job.finish) for job in jobs]
         try:

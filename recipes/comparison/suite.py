@@ -25,7 +25,7 @@ EVALUATIONS = 4
 
 
 def runs(name: str, args: argparse.Namespace) -> dict[str, Job]:
-    """Of a data set, by algorithm; the learners of all seeds are one run."""
+    """Return the runs of a data set, by algorithm; the learners of all seeds are one run."""
     settings = [
         f"task=mini/{name.replace('/', '-')}",
         f"steps={args.steps}",
@@ -44,7 +44,7 @@ def runs(name: str, args: argparse.Namespace) -> dict[str, Job]:
 
 
 def behaviour_score(name: str) -> float:
-    """The mean normalized score of the data."""
+    """Return the mean normalized score of the data."""
     dataset = load_dataset(collect.dataset_id(name))
     mean_return = float(dataset.episode_returns.mean())
     if dataset.reference_scores is None:  # a maze, with reward 1 at the goal
@@ -54,7 +54,7 @@ def behaviour_score(name: str) -> float:
 
 
 def cell(run: Job) -> str:
-    """Mean and range over the seeds, of the scores after the last step."""
+    """Write mean and range over the seeds, of the scores after the last step."""
     result = run.result()
     if result is None:
         return "-"

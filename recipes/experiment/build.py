@@ -22,7 +22,7 @@ __all__ = ["dataset_for", "environment", "evaluator_for", "set_up", "step_for"]
 
 
 def set_up(compute: Compute) -> None:
-    """Sets PyTorch up for a run."""
+    """Set PyTorch up for a run."""
     if compute.threads is not None:
         torch.set_num_threads(compute.threads)
     torch.set_float32_matmul_precision(compute.matmul_precision)
@@ -30,7 +30,7 @@ def set_up(compute: Compute) -> None:
 
 
 def dataset_for(data: Data, discount: float | None = None) -> OfflineDataset:
-    """The transitions to train on, made or downloaded if they are not there.
+    """Load the transitions to train on, made or downloaded if they are not there.
 
     Args:
         data: which.
@@ -52,7 +52,7 @@ def dataset_for(data: Data, discount: float | None = None) -> OfflineDataset:
 
 
 def environment(env: dict | str | None) -> EnvSpec | str | None:
-    """What is evaluated in: an id, alone or with arguments of ``gymnasium.make``."""
+    """Return what is evaluated in: an id, alone or with arguments of ``gymnasium.make``."""
     if not isinstance(env, dict):
         return env
     arguments = dict(env)
@@ -65,7 +65,7 @@ def environment(env: dict | str | None) -> EnvSpec | str | None:
 def evaluator_for(
     evaluation: Evaluation, data: Data, dataset: OfflineDataset
 ) -> Callable[..., Evaluator] | None:
-    """What makes the environments that the policies are evaluated in, which the data have to fit.
+    """Return what makes the environments to evaluate policies in, which the data have to fit.
 
     Returns:
         a function that takes ``episodes``, or none for as many as in the settings; None if there are 0.
@@ -108,7 +108,7 @@ def step_for(
     compute: Compute,
     steps: int,
 ) -> TrainStep:
-    """What trains the learners.
+    """Build what trains the learners.
 
     Args:
         learners: with their algorithms.

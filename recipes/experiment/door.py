@@ -52,7 +52,7 @@ class Door:
         return ("task", "algorithm", *(part.group for part in self.parts if part.group))
 
     def known(self, algorithm: str) -> dict[str, tuple[type[Part], str]]:
-        """The part of every setting, and its name there, by the name that it is given by."""
+        """Return the part of every setting, and its name there, by the name that it is given by."""
         return {
             given: (part, name)
             for part in (*self.parts, algorithms()[algorithm])
@@ -62,7 +62,7 @@ class Door:
     # --- The command line --------------------------------------------------------------------------------
 
     def open(self, run: Callable[[Settings, Path], None], description: str | None) -> None:
-        """Does what the command line asks for: all that a script's ``main`` has to do.
+        """Do what the command line asks for: all that a script's ``main`` has to do.
 
         Args:
             run: given the settings, and the folder of the run: a new one, or that of the run to resume.
@@ -99,7 +99,7 @@ class Door:
         hydra.main(config_path=str(CONFIG), config_name=self.name, version_base="1.3")(job)()
 
     def settings(self, overrides: Sequence[str] = ()) -> Settings:
-        """The settings of a new run: those given, else those of the family, else the defaults.
+        """Compose the settings of a new run: as given, else of the family, else the defaults.
 
         Args:
             overrides: as on the command line.
@@ -111,7 +111,7 @@ class Door:
         return self._inheriting(self.compose(overrides), overrides)
 
     def stored(self, folder: Path) -> Settings:
-        """The settings that a run was started with.
+        """Return the settings that a run was started with.
 
         Raises:
             SettingsError: the folder is not that of a run.
@@ -136,7 +136,7 @@ class Door:
     # --- Checks --------------------------------------------------------------------------------------------
 
     def check(self, overrides: Sequence[str]) -> None:
-        """Refuses names and values that no run could have.
+        """Refuse names and values that no run could have.
 
         Raises:
             SettingsError: with one line that says which, and what is allowed.
@@ -178,7 +178,7 @@ class Door:
     # --- Values --------------------------------------------------------------------------------------------
 
     def compose(self, overrides: Sequence[str] = ()) -> dict[str, Any]:
-        """All settings as plain values, by name, those of groups in dictionaries."""
+        """Return all settings as plain values, by name, those of groups in dictionaries."""
         self._register()
         GlobalHydra.instance().clear()
         try:
@@ -189,7 +189,7 @@ class Door:
             raise SettingsError(" ".join(str(error).split())) from None
 
     def _inheriting(self, values: dict[str, Any], overrides: Sequence[str]) -> Settings:
-        """With a checkpoint, every setting of its run that is not given; what was learned says how.
+        """Take what is not given from the run of the checkpoint, if any; what was learned says how.
 
         Raises:
             SettingsError: the checkpoint has no settings, or one that is given contradicts its networks.
@@ -222,7 +222,7 @@ class Door:
         return Settings.of({**values, **taken, "checkpoint": str(Path(path).resolve())})
 
     def _register(self) -> None:
-        """Tells Hydra the settings, each with where its value comes from if nobody gives one."""
+        """Tell Hydra the settings, each with where its value comes from if nobody gives one."""
         store = ConfigStore.instance()
         own: dict[str, Any] = {part.group: part.defaults() for part in self.parts if part.group}
         for part in (part for part in self.parts if not part.group):
@@ -234,7 +234,7 @@ class Door:
     # --- Help ----------------------------------------------------------------------------------------------
 
     def help(self, description: str | None, algorithm: str) -> str:
-        """Every setting with its default, its meaning and its range."""
+        """Describe every setting with its default, its meaning and its range."""
         lines = [(description or "").strip(), "", f"Settings (of algorithm={algorithm}):"]
         by_task = _by_task(algorithm)
         for part in (*self.parts, algorithms()[algorithm]):
@@ -272,7 +272,7 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
 
 
 def _values_of(override: Override) -> Iterator[Any]:
-    """The value that is given, or each of several runs'."""
+    """Yield the value that is given, or each of several runs'."""
     if override.is_sweep_override():
         for each in override.sweep_iterator(Transformer.identity):
             yield OmegaConf.to_object(OmegaConf.create({"value": each}))["value"]  # pyright: ignore
@@ -281,7 +281,7 @@ def _values_of(override: Override) -> Iterator[Any]:
 
 
 def _node(part: type[Part]) -> dict[str, str]:
-    """Of every setting: that of the algorithm in the family, else that of the task, else the default."""
+    """Give each setting the algorithm's value in the family, else the task's, else the default."""
     return {
         name: f"${{oc.select:algorithm.families.${{task.family}}.{name},"
         f"${{oc.select:task.{name},{_literal(default)}}}}}"
@@ -290,14 +290,14 @@ def _node(part: type[Part]) -> dict[str, str]:
 
 
 def _literal(value: Any) -> str:
-    """A default in OmegaConf's grammar."""
+    """Write a default in OmegaConf's grammar."""
     if isinstance(value, tuple):
         return f"[{','.join(map(_literal, value))}]"
     return f"'{value}'" if isinstance(value, str) else written(value)
 
 
 def _values(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
-    """The choices of task and algorithm, and every setting, resolved."""
+    """Return the choices of task and algorithm, and every setting, resolved."""
     values = {
         str(key): cfg[key] for key in cfg if key not in ("hydra", "task", "algorithm", "resume")
     }
@@ -311,7 +311,7 @@ def _values(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _by_task(algorithm: str) -> set[str]:
-    """The settings that differ between tasks."""
+    """Find the settings that differ between tasks."""
     found: set[str] = set()
     for path in (CONFIG / "task").rglob("*.yaml"):
         found |= set(map(str, OmegaConf.load(path))) - {"defaults", "family"}

@@ -76,7 +76,7 @@ class Evaluations:
             self._player = _Player(make(), architecture)
 
     def start(self, step: int, policies: Sequence[Mapping[str, Tensor]]) -> None:
-        """Starts a round. The one before has to be over: see :meth:`finished`.
+        """Start a round. The one before has to be over: see :meth:`finished`.
 
         Args:
             step: the number of gradient steps taken.
@@ -98,7 +98,7 @@ class Evaluations:
                 self._pending[-1].set_result(self._player(*job))
 
     def finished(self, *, wait: bool = False) -> Iterator[Round]:
-        """The round under way if it is over, once; or, with ``wait``, when it is over.
+        """Yield the round under way if it is over, once; or, with ``wait``, when it is over.
 
         Raises:
             RuntimeError: a worker has died.
@@ -117,7 +117,7 @@ class Evaluations:
         self.waited += time.monotonic() - began
 
     def close(self) -> None:
-        """Ends the workers, and what they are doing."""
+        """End the workers, and what they are doing."""
         if self._player is not None:
             self._player.evaluate.close()
         if self._pool is not None:
@@ -155,7 +155,7 @@ _player: _Player
 
 
 def _start(make: Callable[[], Evaluator], architecture: Architecture) -> None:
-    """Sets up a worker. Ctrl-C is for the process that trains."""
+    """Set up a worker. Ctrl-C is for the process that trains."""
     global _player
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

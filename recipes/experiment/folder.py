@@ -72,13 +72,13 @@ class RunFolder:
         new.replace(self.metrics)  # whole or not at all
 
     def scores(self) -> dict[int, float]:
-        """Those of all evaluations, by step."""
+        """Return the scores of all evaluations, by step."""
         key = "eval/score"
         rows = sorted(self._rows.items())
         return {step: float(row[key]) for step, row in rows if row.get(key, "") != ""}
 
     def best_score(self) -> dict[str, Any] | None:
-        """The highest score and its step, the first one of several; None before the first evaluation."""
+        """Find the highest score and its step, the first of several; None before any evaluation."""
         scores = self.scores()
         step = max(scores, key=scores.__getitem__, default=None)
         return None if step is None else {"score": scores[step], "step": step}
@@ -86,11 +86,11 @@ class RunFolder:
     # --- Checkpoints -------------------------------------------------------------------------------------
 
     def checkpoints(self) -> dict[int, Path]:
-        """Those that are kept by step."""
+        """Return the checkpoints that are kept by step."""
         return {int(path.stem.rpartition("-")[2]): path for path in self.rotation.checkpoints()}
 
     def name_checkpoints(self) -> None:
-        """Gives ``last.ckpt`` and, if it is still there, ``best.ckpt`` to the right ones."""
+        """Give ``last.ckpt`` and, if it is still there, ``best.ckpt`` to the right ones."""
         kept, best = self.checkpoints(), self.best_score()
         if kept:
             _link(kept[max(kept)], self.last)
@@ -109,12 +109,12 @@ class RunFolder:
 
 
 def newest_common_step(folders: Sequence[RunFolder]) -> int | None:
-    """The latest step of which every learner has a checkpoint; None if there is none."""
+    """Return the latest step of which every learner has a checkpoint; None if there is none."""
     return max(set.intersection(*(set(each.checkpoints()) for each in folders)), default=None)
 
 
 def _link(path: Path, name: Path) -> None:
-    """Another name for a file, replaced in one piece."""
+    """Give a file another name, replaced in one piece."""
     if name.exists() and name.samefile(path):
         return
     new = name.with_suffix(".new")

@@ -38,7 +38,7 @@ class Networks:
 
 
 def architecture_for(networks: settings.Networks, dataset: OfflineDataset) -> Architecture:
-    """The networks of the settings, in the sizes of the data."""
+    """Describe the networks of the settings, in the sizes of the data."""
     space = dataset.action_space
     if isinstance(space, Discrete):
         actions: dict[str, Any] = {"action_size": int(space.n)}

@@ -27,7 +27,7 @@ STEPS_PER_CALL = 100
 
 
 def run(settings: Settings, path: Path) -> dict[str, Any]:
-    """One run in a folder, continued if the folder holds a part of it.
+    """Do one run in a folder, continued if the folder holds a part of it.
 
     Returns:
         what ``scores.json`` holds.
@@ -89,7 +89,7 @@ def train(
     records: Records,
     evaluations: Evaluations | None,
 ) -> None:
-    """Takes the gradient steps that are missing, evaluating and saving on the way.
+    """Take the gradient steps that are missing, evaluating and saving on the way.
 
     Ctrl-C saves a checkpoint and ends the training; a second one stops at once.
     """
@@ -129,13 +129,13 @@ def describe(dataset: OfflineDataset) -> str:
 
 
 def maze_of(make: Any) -> Any:
-    """The maze that is played in, if it is one."""
+    """Return the maze that is played in, if it is one."""
     with make(episodes=1) as evaluate:
         return getattr(evaluate.envs[0].unwrapped, "maze", None)
 
 
 def report(scores: dict[str, Any], path: Path) -> str:
-    """What the user reads at the end."""
+    """Write what the user reads at the end."""
     replicas = scores["replicas"]
     shown = os.path.relpath(path)
     lines = results.report(scores)

@@ -29,7 +29,7 @@ __all__ = ["FineTuning", "report", "run"]
 
 
 def run(settings: Settings, path: Path) -> dict[str, Any]:
-    """One run in a folder, continued if the folder holds a part of it.
+    """Do one run in a folder, continued if the folder holds a part of it.
 
     Returns:
         what ``scores.json`` holds.
@@ -75,14 +75,14 @@ def _require_one_learner(settings: Settings) -> None:
 
 
 def _offline(settings: Settings) -> Settings:
-    """Those of the offline phase, as offline.py has them."""
+    """Return the settings of the offline phase, as offline.py has them."""
     online = {*type(settings.online).model_fields, settings.collector.group}
     values = {key: value for key, value in settings.values.items() if key not in online}
     return Settings.of(values)
 
 
 def dataset_for(settings: Settings) -> OfflineDataset:
-    """The offline transitions; from scratch, none."""
+    """Load the offline transitions; from scratch, none."""
     data, algorithm = settings.data, settings.algorithm
     if data.n_steps > 1:
         raise ValueError(f"n_steps={data.n_steps}: transitions are collected one by one, give 1")
@@ -162,7 +162,7 @@ class FineTuning:
         return len(self.experience)
 
     def train(self) -> None:
-        """Collects and learns in turns until all is done, evaluating and saving on the way.
+        """Collect and learn in turns until all is done, evaluating and saving on the way.
 
         Ctrl-C saves a checkpoint and ends the training; a second one stops at once.
 
@@ -210,7 +210,7 @@ class FineTuning:
                 self._save()
 
     def _reached(self, interval: int, start: int) -> bool:
-        """Whether a multiple of the interval, or the end, lies behind the last batch of frames."""
+        """Return whether the last batch of frames passed a multiple of the interval, or the end."""
         end = self.settings.online.env_steps
         return self.frames // interval > start // interval or self.frames == end
 
@@ -232,7 +232,7 @@ class FineTuning:
         )
 
     def _load_policy(self) -> None:
-        """Copies what was learned into the policy that acts."""
+        """Copy what was learned into the policy that acts."""
         self.policy.load_state_dict(self.records.policies()[0])
 
     @contextmanager
@@ -247,14 +247,14 @@ class FineTuning:
             ) from error
 
     def _add(self, collected: TensorDictBase, rows: TensorDictBase) -> None:
-        """Adds what was collected to the experience, and the episodes that ended to the statistics."""
+        """Add what was collected to the experience, and ended episodes to the statistics."""
         self.experience.extend(rows[: self.settings.online.env_steps - self.frames])
         done = collected["next", "done"]
         outcomes = (collected["next", key][done] for key in ("episode_reward", "step_count"))
         self._episodes += zip(*(each.tolist() for each in outcomes), strict=True)
 
     def _update(self) -> TensorDictBase | None:
-        """Takes the gradient steps that are due; the metrics of the last one."""
+        """Take the gradient steps that are due; return the metrics of the last one."""
         metrics = None
         due = self.switch + int(self.frames * self.settings.online.updates_per_frame)
         while self.step.steps < due:
@@ -262,7 +262,7 @@ class FineTuning:
         return metrics
 
     def _collected(self) -> dict[str, float]:
-        """What is logged of the frames since the last time."""
+        """Return what is logged of the frames since the last time."""
         metrics = {"frames": self.frames, "offline_share": self.experience.offline_share}
         if self._episodes:
             returns, lengths = zip(*self._episodes, strict=True)
@@ -277,7 +277,7 @@ class FineTuning:
     # --- Results -----------------------------------------------------------------------------------------
 
     def outcome(self) -> dict[str, Any]:
-        """What ``scores.json`` says of the learner."""
+        """Return what ``scores.json`` says of the learner."""
         latest = self.records.latest and self.records.latest[0]
         return results.outcome(
             self.settings.learners[0],
@@ -291,7 +291,7 @@ class FineTuning:
         )
 
     def draw(self, maze: Any) -> None:
-        """As offline, with the curves of the offline run, and a line where this one begins."""
+        """Draw as offline, with the curves of the offline run, and a line where this one begins."""
         earlier = {}
         if self.switch and self._start is not None:
             earlier = {
@@ -306,7 +306,7 @@ def _continue(path: Path) -> str:
 
 
 def report(scores: dict[str, Any], path: Path) -> str:
-    """What the user reads at the end."""
+    """Write what the user reads at the end."""
     (learner,) = scores["replicas"]
     lines = []
     if learner.get("after"):

@@ -28,17 +28,17 @@ PIXELS_PER_CELL = 32
 def learning_curves(
     metrics_csv: Path, png: Path, *, earlier: Path | None = None, switch: int | None = None
 ) -> None:
-    """Draws every metric of a run over its gradient steps, a panel each.
+    """Draw every metric of a run over its gradient steps, a panel each.
 
     Args:
-        metrics_csv: Has a column ``step`` and one per metric, whose cells are empty where it was not
+        metrics_csv: has a column ``step`` and one per metric, whose cells are empty where it was not
             logged. ``x_stderr`` is drawn as a band around ``x``.
-        png: The picture to write.
-        earlier: The metrics of the run that this one continues, if it left any; drawn up to the switch.
-        switch: The step at which this run took over, to mark by a line.
+        png: the picture to write.
+        earlier: the metrics of the run that this one continues, if it left any; drawn up to the switch.
+        switch: the step at which this run took over, to mark by a line.
 
     Raises:
-        ValueError: If no metric was ever logged.
+        ValueError: if no metric was ever logged.
     """
     rows = _rows(metrics_csv)
     if earlier is not None and switch is not None and earlier.exists():
@@ -76,12 +76,12 @@ def learning_curves(
 
 
 def fine_tuning(panels: Mapping[str, Sequence[tuple[Path, Path]]], png: Path) -> None:
-    """Draws how scores went on from offline to online training.
+    """Draw how scores went on from offline to online training.
 
     Args:
-        panels: By title, for each seed the metrics of the offline and those of the online run, both
+        panels: by title, for each seed the metrics of the offline and those of the online run, both
             evaluated by several episodes that have a normalized score.
-        png: The picture to write.
+        png: the picture to write.
     """
     figure = Figure(figsize=(3.4 * len(panels), 2.9), layout="constrained")
     for axes, (title, seeds) in zip(
@@ -121,7 +121,7 @@ def value_map(
     trajectories: Sequence[np.ndarray],
     png: Path,
 ) -> None:
-    """Draws V over the free cells of a maze, for a body at rest, and trajectories on top.
+    """Draw V over the free cells of a maze, for a body at rest, and trajectories on top.
 
     A flat observation of a maze is ``(achieved goal [2], desired goal [2], body [D - 4])``. The map
     moves the body of the first trajectory's first observation, which is at rest and knows the goal,
@@ -129,9 +129,9 @@ def value_map(
 
     Args:
         value: V of flat observations, float32 ``[n, D]`` to ``[n]``.
-        maze: The maze of the environment, ``env.unwrapped.maze``.
-        trajectories: Flat observations ``[length + 1, D]`` of one or more episodes.
-        png: The picture to write.
+        maze: the maze of the environment, ``env.unwrapped.maze``.
+        trajectories: flat observations ``[length + 1, D]`` of one or more episodes.
+        png: the picture to write.
     """
     free = np.array([[cell != 1 for cell in row] for row in maze.maze_map])
     pixels = np.kron(free, np.ones((PIXELS_PER_CELL, PIXELS_PER_CELL), dtype=bool))

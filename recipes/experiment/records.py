@@ -61,7 +61,7 @@ class Records:
     # --- Metrics -----------------------------------------------------------------------------------------
 
     def log(self, metrics: TensorDictBase, **common: float) -> dict[str, float]:
-        """Writes a line of metrics for every learner.
+        """Write a line of metrics for every learner.
 
         Args:
             metrics: of the last gradient step.
@@ -83,18 +83,18 @@ class Records:
     # --- Evaluations -------------------------------------------------------------------------------------
 
     def policies(self) -> list[dict[str, Tensor]]:
-        """The state of each learner's policy."""
+        """Return the state of each learner's policy."""
         return [loss.get_stateful_net("actor_network").state_dict() for loss in self.step.losses]
 
     def evaluate(self, evaluations: Evaluations | None) -> None:
-        """Starts a round, once the one before is over."""
+        """Start a round, once the one before is over."""
         if evaluations is not None:
             self.evaluated(evaluations, wait=True)
             evaluations.start(self.step.steps, self.policies())
             self.evaluated(evaluations)
 
     def evaluated(self, evaluations: Evaluations | None, *, wait: bool = False) -> None:
-        """Takes note of a round that is over."""
+        """Take note of a round that is over."""
         for its in () if evaluations is None else evaluations.finished(wait=wait):
             self._note(its)
 
@@ -107,7 +107,7 @@ class Records:
     # --- Checkpoints -------------------------------------------------------------------------------------
 
     def save(self, components: Mapping[str, Any] = MappingProxyType({}), **metadata: Any) -> None:
-        """Writes a checkpoint of every learner; one that is killed meanwhile leaves the ones before."""
+        """Write a checkpoint of every learner; if killed meanwhile, the ones before remain."""
         for r, (learner, folder) in enumerate(
             zip(self.settings.learners, self.folders, strict=True)
         ):
@@ -126,7 +126,7 @@ class Records:
             folder.name_checkpoints()
 
     def resume(self, components: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any] | None:
-        """Returns to the newest step of which every learner has a checkpoint.
+        """Return to the newest step of which every learner has a checkpoint.
 
         Returns:
             the metadata of the first learner's; None if a run begins.
@@ -140,13 +140,13 @@ class Records:
         return saved
 
     def has_evaluated(self) -> bool:
-        """Whether every learner has been evaluated as it is now."""
+        """Return whether every learner has been evaluated as it is now."""
         return all(self.step.steps in folder.scores() for folder in self.folders)
 
     # --- Pictures ----------------------------------------------------------------------------------------
 
     def draw(self, maze: Any = None, **earlier: Any) -> None:
-        """Learning curves, and in a maze the learned V with a few evaluation trajectories.
+        """Draw learning curves, and in a maze the learned V with a few evaluation trajectories.
 
         Args:
             maze: that was played in, if it was one.
@@ -192,7 +192,7 @@ class Times:
         self._began = time.monotonic()
 
     def write(self, evaluations: Evaluations | None) -> None:
-        """Adds a line for the time since this was made."""
+        """Add a line for the time since this was made."""
         lines = json.loads(self._file.read_text()) if self._file.exists() else []
         seconds = time.monotonic() - self._began
         line = {

@@ -29,7 +29,7 @@ def outcome(
     best: Mapping[str, Any] | None,
     **more: Any,
 ) -> dict[str, Any]:
-    """What is said of a learner: its settings, how it scored at last, and at best.
+    """Return what is said of a learner: its settings, how it scored at last, and at best.
 
     Args:
         learner: one of the run.
@@ -47,7 +47,7 @@ def outcome(
 def write(
     path: Path, settings: Settings, dataset: str, replicas: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Writes ``scores.json`` in a folder, whole or not at all.
+    """Write ``scores.json`` in a folder, whole or not at all.
 
     Args:
         path: the folder.
@@ -73,7 +73,7 @@ def write(
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The ``scores.json`` of a folder, of any version; None if there is none.
+    """Read the ``scores.json`` of a folder, of any version; None if there is none.
 
     Raises:
         ValueError: it was written by a later version.
@@ -88,15 +88,16 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def summaries(replicas: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[dict[str, Any]]:
-    """The mean score over the seeds for each combination of the other settings.
+    """Compute the mean score over the seeds for each combination of the other settings.
 
     Args:
         replicas: the outcome of each learner.
         axes: the settings that may differ between them.
 
     Returns:
-        for each: its ``title``, these settings, the number of ``seeds``, the mean ``score``, and half the width of its
-        95% confidence interval (Student's t), ``ci95``, None for a single seed.
+        for each: its ``title``, these settings, the number of ``seeds``, the mean ``score``, and
+        half the width of its 95% confidence interval (Student's t), ``ci95``, None for a single
+        seed.
     """
     groups: dict[tuple, list[float]] = {}
     for each in replicas:
@@ -112,7 +113,7 @@ def summaries(replicas: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> lis
 
 
 def report(scores: Mapping[str, Any]) -> list[str]:
-    """A line for each combination of settings."""
+    """Write a line for each combination of settings."""
     rows = scores.get("summary", [])
     score = "normalized score" if "normalized_score" in scores["replicas"][0] else "return"
     lines = []

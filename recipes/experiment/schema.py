@@ -80,7 +80,7 @@ class Part(BaseModel):
 
     @classmethod
     def axes(cls) -> tuple[str, ...]:
-        """The settings of which several values may be given."""
+        """Return the settings of which several values may be given."""
         return tuple(name for name, field in cls.model_fields.items() if field.json_schema_extra)
 
     @classmethod
@@ -89,13 +89,13 @@ class Part(BaseModel):
 
     @classmethod
     def names(cls) -> dict[str, str]:
-        """The settings, by the names that they are given by."""
+        """Return the settings, by the names that they are given by."""
         prefix = f"{cls.group}." if cls.group else ""
         return {f"{prefix}{name}": name for name in cls.model_fields}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """The part with these values; those of other parts are left alone.
+        """Make the part with these values; those of other parts are left alone.
 
         Raises:
             SettingsError: one of them is refused, in one line that names it, the value and what is allowed.
@@ -110,7 +110,7 @@ class Part(BaseModel):
 
     @classmethod
     def check(cls, name: str, value: Any, *, several: bool = False) -> None:
-        """Raises a SettingsError if a setting can not have this value, whatever the others are.
+        """Raise a SettingsError if a setting can not have this value, whatever the others are.
 
         Args:
             name: of a setting of this part.
@@ -141,7 +141,7 @@ def _adapter(part: type[Part], name: str) -> TypeAdapter:
 
 
 def written(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Return a value as it is written on the command line."""
     match value:
         case None:
             return "null"
@@ -168,7 +168,7 @@ def _is_number(value: str) -> bool:
 
 
 def allowed(field: FieldInfo) -> str:
-    """What a setting may be, in words."""
+    """Say in words what a setting may be."""
     return _words(field.annotation, field.metadata)
 
 
@@ -210,7 +210,7 @@ def _interval(metadata: Sequence[Any]) -> str:
 
 
 def combinations(values: Mapping[str, Any], axes: Sequence[str]) -> list[dict[str, Any]]:
-    """Every combination of the values of the axes, the last one changing fastest.
+    """Return every combination of the values of the axes, the last one changing fastest.
 
     Args:
         values: of each axis, one or a list of several.

@@ -201,7 +201,7 @@ class Learner:
     algorithm: Algorithm
 
     def settings(self) -> dict[str, Any]:
-        """What results say of it."""
+        """Return what results say of it."""
         axes = {axis: getattr(self.algorithm, axis) for axis in self.algorithm.axes()}
         return {"name": self.name, **axes, "seed": self.seed}
 
@@ -229,7 +229,7 @@ class Settings:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
-        """The settings with these values.
+        """Make the settings with these values.
 
         Raises:
             SettingsError: one of them is refused.
@@ -251,7 +251,7 @@ class Settings:
         return self.learners[0].algorithm
 
     def of_learner(self, learner: Learner) -> dict[str, Any]:
-        """The values of a run with this learner alone."""
+        """Return the values of a run with this learner alone."""
         its = {axis: getattr(learner.algorithm, axis) for axis in learner.algorithm.axes()}
         return {**self.values, **its, "seeds": learner.seed}
 
@@ -289,7 +289,7 @@ def _learners(values: Mapping[str, Any], training: Training) -> tuple[Learner, .
 def _recorded(
     values: Mapping[str, Any], parts: Mapping[str, Part], learners: tuple[Learner, ...]
 ) -> dict[str, Any]:
-    """What is given, as the parts understood it."""
+    """Return what is given, as the parts understood it."""
     own: dict[str, Any] = {"task": values.get("task"), "algorithm": values["algorithm"]}
     for part in (*parts.values(), learners[0].algorithm):
         dump = part.model_dump(mode="json")
@@ -305,7 +305,7 @@ def _recorded(
 
 
 def _n_steps(data: Part, learners: tuple[Learner, ...]) -> None:
-    """Rewards are summed once for all learners, with their discount."""
+    """Check that rewards can be summed once for all learners, with their discount."""
     assert isinstance(data, Data)
     if data.n_steps == 1:
         return

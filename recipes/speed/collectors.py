@@ -33,7 +33,7 @@ WARM_UP_BATCHES = 5
 
 
 def arguments(collector: str, workers: int) -> dict[str, Any]:
-    """Those of a configuration, with another number of workers where it has some."""
+    """Read the arguments of a configuration, with another number of workers where it has some."""
     given: dict[str, Any] = OmegaConf.to_container(
         OmegaConf.load(CONFIGURATIONS / f"{collector}.yaml")
     )  # pyright: ignore
@@ -41,7 +41,7 @@ def arguments(collector: str, workers: int) -> dict[str, Any]:
 
 
 def learner_for(dataset: OfflineDataset, device: str) -> tuple[TrainStep, Architecture]:
-    """The networks of the paper."""
+    """Make a training step with the networks of the paper."""
     space = dataset.action_space
     architecture = Architecture(
         observation_size=dataset.transitions["observation"].shape[-1],
@@ -56,7 +56,7 @@ def learner_for(dataset: OfflineDataset, device: str) -> tuple[TrainStep, Archit
 def rate(
     dataset: OfflineDataset, collector: dict[str, Any], frames: int, *, learn: bool, device: str
 ) -> float:
-    """Environment steps per second; learning, also gradient steps per second."""
+    """Measure environment steps per second; learning, also gradient steps per second."""
     learner, architecture = learner_for(dataset, device)
     policy = architecture.policy_network()
     experience = Experience(dataset, 10 * frames, 256, device=device)

@@ -47,7 +47,7 @@ QUICK = {**update.QUICK, "on_disk": 20_000, "execution": "eager", "only": ()}
 
 
 def write(folder: Path, work: Work, transitions: int) -> None:
-    """Random transitions, as :meth:`tensordict.TensorDict.memmap` lays them out."""
+    """Write random transitions, as :meth:`tensordict.TensorDict.memmap` lays them out."""
     mapped = replace(work, transitions=1).data().expand(transitions).memmap_like(folder)
     for number, first in enumerate(range(0, transitions, PART)):
         size = min(PART, transitions - first)
@@ -127,7 +127,7 @@ class Training(Sampling):
 def contenders(
     kind: Callable[..., Contender], work: Work, folder: Path, on_disk: int
 ) -> dict[str, Callable[[], Contender]]:
-    """How to build each contender, by name, that of small data in memory first.
+    """Return how to build each contender, by name, that of small data in memory first.
 
     Args:
         kind: takes work, folder, streaming and name.
@@ -152,7 +152,7 @@ def table(
     training: Sequence[Result],
     memory: Mapping[str, tuple[float, float]],
 ) -> str:
-    """In Markdown, one line per contender.
+    """Write a table in Markdown, one line per contender.
 
     Args:
         names: of the contenders.
@@ -174,7 +174,7 @@ def table(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures and prints.
+    """Measure and print.
 
     Returns:
         the exit status: 1 if a contender failed.

@@ -58,7 +58,7 @@ def mlp(layers: Layers, x: Array) -> Array:
 
 
 def losses(work: Work, parameters: dict, target: Layers, batch: dict) -> dict[str, Array]:
-    """The three losses, all from the same parameters, under the names of ``torchrl_iql.IQLLoss``.
+    """Compute the three losses from the same parameters, by the names of ``torchrl_iql.IQLLoss``.
 
     Args:
         work: expectile, temperature and discount.
@@ -92,13 +92,13 @@ def losses(work: Work, parameters: dict, target: Layers, batch: dict) -> dict[st
 
 
 def stack(trees: Sequence[Any]) -> Any:
-    """Trees of arrays as one tree, whose arrays have the number of trees in front."""
+    """Stack trees of arrays into one, whose arrays have the number of trees in front."""
     # Initialised one by one: a vmapped orthogonal initialiser can hang on the threads of a CPU.
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
 
 
 def initial_state(work: Work, key: Array) -> State:
-    """Orthogonal weights with gain sqrt 2, zero biases, targets equal to the Q networks."""
+    """Draw orthogonal weights with gain sqrt 2, zero biases, targets equal to the Q networks."""
     orthogonal = jax.nn.initializers.orthogonal(math.sqrt(2))
 
     def layers(key: Array, inputs: int, outputs: int) -> Layers:
@@ -124,7 +124,7 @@ def initial_state(work: Work, key: Array) -> State:
 
 
 def step(work: Work, state: State, batch: dict) -> tuple[State, dict[str, Array]]:
-    """One gradient step on a minibatch."""
+    """Take one gradient step on a minibatch."""
 
     def total(parameters: dict) -> tuple[Array, dict[str, Array]]:
         parts = losses(work, parameters, state.target, batch)
@@ -198,13 +198,13 @@ class JaxIQL:
         jax.block_until_ready(self.state)
 
     def peak_memory(self) -> int | None:
-        """The most bytes of the GPU that were in use; None on a CPU, where JAX does not count them."""
+        """Return the most bytes of the GPU in use; None on a CPU, where JAX does not count them."""
         statistics = next(iter(self._key.devices())).memory_stats() or {}
         return statistics.get("peak_bytes_in_use")
 
 
 def columns(transitions: TensorDict) -> dict[str, np.ndarray]:
-    """Transitions ``[n]`` as the arrays that a batch consists of."""
+    """Return transitions ``[n]`` as the arrays that a batch consists of."""
     arrays = {
         "observation": transitions["observation"],
         "action": transitions["action"],

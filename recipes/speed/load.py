@@ -63,7 +63,7 @@ CONTENDERS = {
 
 
 def write(folder: Path, transitions: int) -> None:
-    """Writes random episodes of 400 to 600 steps with Minari's own storage class."""
+    """Write random episodes of 400 to 600 steps with Minari's own storage class."""
     folder.mkdir()
     storage = MinariStorage.new(
         folder,
@@ -94,7 +94,7 @@ def episode(length: int, rng: np.random.Generator) -> EpisodeBuffer:
 
 
 def compress(source: Path, target: Path) -> None:
-    """Copies a data set with every array compressed by gzip."""
+    """Copy a data set with every array compressed by gzip."""
 
     def copy(name: str, item: h5py.Group | h5py.Dataset) -> None:
         if isinstance(item, h5py.Dataset):
@@ -107,7 +107,7 @@ def compress(source: Path, target: Path) -> None:
 
 
 def timed(name: str, folder: Path) -> tuple[float, float]:
-    """Seconds on the clock and of the CPU."""
+    """Measure seconds on the clock and of the CPU."""
     clock, cpu = time.perf_counter(), time.process_time()
     result = CONTENDERS[name](folder)
     times = time.perf_counter() - clock, time.process_time() - cpu
@@ -122,7 +122,7 @@ def peak_memory(name: str, folder: Path) -> int:
 
 
 def memory(entry: str) -> int:
-    """An entry of the status of this process, in bytes."""
+    """Read an entry of the status of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(entry))
 

@@ -168,13 +168,13 @@ LOSSES: dict[str, tuple[Callable[[Work], LossModule], tuple[str, ...]]] = {
 
 
 def build_loss(name: str, work: Work) -> LossModule:
-    """A loss on the device, on freshly initialised networks."""
+    """Build a loss on the device, on freshly initialised networks."""
     torch.manual_seed(work.seed)
     return LOSSES[name][0](work).to(work.device)
 
 
 def data_for(name: str, work: Work) -> TensorDict:
-    """The transitions of ``work``, for DQN with actions that are counted."""
+    """Return the transitions of ``work``, for DQN with actions that are counted."""
     data = work.data()
     if name == "DQNLoss":
         generator = torch.Generator().manual_seed(work.seed)
@@ -268,7 +268,7 @@ def step_name(execution: Execution) -> str:
 
 
 def pairs(device: str, ways: Sequence[Way]) -> list[tuple[Way, Execution]]:
-    """What is compared: a plain loop, and a training step."""
+    """Return what is compared: a plain loop, and a training step."""
     found: list[tuple[Way, Execution]] = [(way, way) for way in ways]
     if device == "cuda" and "compiled" in ways:
         found.append(("compiled", "cudagraph"))
@@ -276,7 +276,7 @@ def pairs(device: str, ways: Sequence[Way]) -> list[tuple[Way, Execution]]:
 
 
 def contenders(loss: str, work: Work, ways: Sequence[Way]) -> dict[str, Callable[[], Contender]]:
-    """How to build each contender of a loss, by name."""
+    """Return how to build each contender of a loss, by name."""
     builders: dict[str, Callable[[], Contender]] = {}
     for way, execution in pairs(work.device, ways):
         builders[plain_name(way)] = partial(Plain, loss, work, way)
@@ -288,7 +288,7 @@ def contenders(loss: str, work: Work, ways: Sequence[Way]) -> dict[str, Callable
 
 
 def heading(compared: Sequence[tuple[Way, Execution]]) -> list[str]:
-    """The first two lines of a table in Markdown: a column of updates per second, or of ratios.
+    """Write the first two lines of a Markdown table: a column of updates per second, or of ratios.
 
     Args:
         compared: of :func:`pairs`.
@@ -300,7 +300,7 @@ def heading(compared: Sequence[tuple[Way, Execution]]) -> list[str]:
 
 
 def row(loss: str, results: Sequence[Result], compared: Sequence[tuple[Way, Execution]]) -> str:
-    """The line of a loss: medians, ratios being taken within a round.
+    """Write the line of a loss: medians, ratios being taken within a round.
 
     Args:
         loss: its name.
@@ -312,7 +312,7 @@ def row(loss: str, results: Sequence[Result], compared: Sequence[tuple[Way, Exec
 
 
 def _columns(compared: Sequence[tuple[Way, Execution]]) -> list[tuple[str, str | None]]:
-    """The contender of each, and what it is divided by, if by anything."""
+    """Return the contender of each, and what it is divided by, if by anything."""
     columns: list[tuple[str, str | None]] = []
     for way, execution in compared:
         plain, step = plain_name(way), step_name(execution)
@@ -326,7 +326,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _cell(rates: Mapping[str, np.ndarray], name: str, other: str | None) -> str:
-    """The median rate of one, or the median ratio of two."""
+    """Write the median rate of one, or the median ratio of two."""
     if name not in rates or (other is not None and other not in rates):
         return "-"
     if other is None:
@@ -335,7 +335,7 @@ def _cell(rates: Mapping[str, np.ndarray], name: str, other: str | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures and prints.
+    """Measure and print.
 
     Returns:
         the exit status: 1 if a training step failed.

@@ -20,7 +20,7 @@ __all__ = ["Calls", "Loop", "Step", "contenders", "replay_buffer"]
 
 
 def contenders(work: Work, replicas: Sequence[int] = ()) -> dict[str, Callable[[], Contender]]:
-    """How to build each contender that the device allows, by name.
+    """Return how to build each contender that the device allows, by name.
 
     Args:
         work: what to do in a step.
@@ -54,7 +54,7 @@ def calls_name(execution: Execution) -> str:
 
 
 def replay_buffer(work: Work, data: TensorDict) -> ReplayBuffer:
-    """All transitions on the device, to be sampled there uniformly with replacement."""
+    """Put all transitions on the device, to be sampled there uniformly with replacement."""
     return ReplayBuffer(
         storage=TensorStorage(data.to(work.device), device=work.device),
         sampler=RandomSampler(),
@@ -64,7 +64,7 @@ def replay_buffer(work: Work, data: TensorDict) -> ReplayBuffer:
 
 
 def loss_for(work: Work, seed: int) -> IQLLoss:
-    """A loss on the device, with freshly initialised networks."""
+    """Build a loss on the device, with freshly initialised networks."""
     torch.manual_seed(seed)
     sizes = work.observation_size, work.action_size
     hidden = {"hidden_sizes": work.hidden_sizes}

@@ -67,7 +67,7 @@ def heading(arguments: Sequence[str]) -> Part:
 
 
 def revision() -> str:
-    """Of the working tree, marked with a plus if it has changes."""
+    """Return the revision of the working tree, marked with a plus if it has changes."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
@@ -84,7 +84,7 @@ def tests() -> Part:
 
 
 def steps(options: argparse.Namespace) -> Part:
-    """The table of ``update.py``."""
+    """Make the table of ``update.py``."""
     comparison = compare(work_of(options), options)
     if options.json:
         comparison.write_json(options.json)
@@ -102,7 +102,7 @@ def described(work: Work) -> str:
 
 
 def million(options: argparse.Namespace) -> Part:
-    """What a million updates of one learner take, timed or from a stretch of them."""
+    """Say what a million updates of one learner take, timed or from a stretch of them."""
     work = work_of(options)
     execution = "cudagraph" if work.device == "cuda" else "compiled"
     learner = Isolated(
@@ -132,7 +132,7 @@ def million(options: argparse.Namespace) -> Part:
 
 
 def parts(options: argparse.Namespace, arguments: Sequence[str]) -> Iterator[Part]:
-    """The heading, and the parts that were asked for, in their order."""
+    """Yield the heading, and the parts that were asked for, in their order."""
     setting = partial(configure, options.threads, options.precision)
     setting()
     yield heading(arguments)
@@ -147,7 +147,7 @@ def parts(options: argparse.Namespace, arguments: Sequence[str]) -> Iterator[Par
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the page.
+    """Write the page.
 
     Returns:
         the exit status: 1 if a test or a contender of this project failed.

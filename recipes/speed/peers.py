@@ -110,7 +110,7 @@ class TorchRL:
 
 
 def contenders(work: Work, replicas: tuple[int, ...] = ()) -> dict[str, Callable[[], Contender]]:
-    """How to build each contender that the device allows, by name.
+    """Return how to build each contender that the device allows, by name.
 
     Args:
         work: what to do in a step.

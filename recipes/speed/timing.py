@@ -110,7 +110,7 @@ class Isolated:
         return peak
 
     def memory(self, entry: str) -> float:
-        """What the status of its process says, as ``"RssAnon"``, in GiB. Needs Linux."""
+        """Return what the status of its process says, as ``"RssAnon"``, in GiB. Needs Linux."""
         lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 2**20
 
@@ -127,7 +127,7 @@ class Isolated:
 def _serve(
     connection: Connection, build: Callable[[], Contender], configure: Callable[[], None]
 ) -> None:
-    """Answers numbers of steps with None when they are taken, and failures with their description."""
+    """Answer numbers of steps with None when they are taken, failures with their description."""
     try:
         configure()
         contender = build()
@@ -246,7 +246,7 @@ def measure(
 
 
 def _warm_up(contenders: Sequence[Contender], elapsed: Elapsed) -> dict[str, float]:
-    """The seconds of the first steps of each contender that works, by name."""
+    """Return the seconds of the first steps of each contender that works, by name."""
     seconds = {}
     for contender in contenders:
         try:
@@ -257,7 +257,7 @@ def _warm_up(contenders: Sequence[Contender], elapsed: Elapsed) -> dict[str, flo
 
 
 def _steps_per_round(contender: Contender, elapsed: Elapsed, seconds: float) -> int:
-    """About as many steps as fill a round: many in whole hundreds, which run in one call in JAX."""
+    """Find about how many steps fill a round: many in whole hundreds, run in one call in JAX."""
     steps = 1
     while (taken := elapsed(contender, steps)) < seconds / 5:
         steps *= 10
@@ -266,7 +266,7 @@ def _steps_per_round(contender: Contender, elapsed: Elapsed, seconds: float) -> 
 
 
 def table(results: Sequence[Result], limit: float | None = None) -> str:
-    """The results in Markdown, one line per contender.
+    """Write the results in Markdown, one line per contender.
 
     Args:
         results: of :func:`measure`.
@@ -304,7 +304,7 @@ def write_json(path: Path | str, results: Sequence[Result], **context: Any) -> N
 def flops_per_step(
     observation: int, action: int, hidden: Sequence[int], num_q: int, batch: int
 ) -> int:
-    """The floating-point operations of all matrix products that a gradient step of IQL needs.
+    """Count the floating-point operations of all matrix products in a gradient step of IQL.
 
     Forward: the policy, V(s), V(s'), the Q networks and their targets. Backward: the gradients of the
     weights of policy, V and Q, and of the inputs of their layers but the first.
@@ -318,7 +318,7 @@ def flops_per_step(
     """
 
     def products(inputs: int, outputs: int) -> tuple[int, int]:
-        """Of all layers, and of all but the first."""
+        """Count the products of all layers, and of all but the first."""
         layers = [into * out for into, out in pairwise([inputs, *hidden, outputs])]
         return sum(layers), sum(layers[1:])
 
@@ -333,7 +333,7 @@ def flops_per_step(
 
 
 def gemm_rate(device: str, *, size: int = 256, seconds: float = 0.5) -> float:
-    """The floating-point operations per second of float32 products of ``size`` x ``size`` matrices.
+    """Measure the operations per second of float32 products of ``size`` x ``size`` matrices.
 
     In the present precision and with the present number of threads, the best of one product at a time
     and of 4, 8 and 16 at once. On a GPU they are replayed from a graph, which costs no launches.
@@ -356,7 +356,7 @@ def gemm_rate(device: str, *, size: int = 256, seconds: float = 0.5) -> float:
 
 
 def launch_floor(device: str) -> float | None:
-    """The seconds that a GPU needs for a kernel with next to no work in a replayed graph.
+    """Measure the seconds of a GPU for a kernel with next to no work in a replayed graph.
 
     A step of k kernels that depend on each other can not take less than k times that.
 
@@ -370,7 +370,7 @@ def launch_floor(device: str) -> float | None:
 
 
 def _seconds_per_call(call: Callable[[], object], device: str, calls: int, seconds: float) -> float:
-    """The least that one of ``calls`` in a row took, in repetitions for so many seconds."""
+    """Return the least that one of ``calls`` in a row took, repeated for so many seconds."""
 
     def repeat() -> None:
         for _ in range(calls):
@@ -399,7 +399,7 @@ def synchronize(device: str) -> None:
 
 
 def physical_cores() -> int:
-    """The cores that this process may use, without their hyper-threads."""
+    """Count the cores that this process may use, without their hyper-threads."""
     usable = (
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
@@ -411,7 +411,7 @@ def physical_cores() -> int:
 
 
 def hardware() -> dict[str, str | int]:
-    """What the measurement ran on: machine, settings and versions."""
+    """Describe what the measurement ran on: machine, settings and versions."""
     facts: dict[str, str | int] = {
         "CPU": cpu_model(),
         "physical cores": physical_cores(),
@@ -429,7 +429,7 @@ def hardware() -> dict[str, str | int]:
 
 
 def cpu_model(information: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor; of x86 also what tells generations of one name apart, and its widest vectors.
+    """Name the processor; of x86 also what tells its generations apart, and its widest vectors.
 
     Virtual machines often say no more than "AMD EPYC": family 25, model 1 of that is Zen 3, with AVX2.
 

@@ -79,7 +79,7 @@ class Comparison:
         return flops_per_step(*sizes, work.num_qvalue_nets, work.batch_size)
 
     def markdown(self) -> str:
-        """The table, and a paragraph on limits and memory."""
+        """Write the table, and a paragraph on limits and memory."""
         flops, rate = self.flops, self.rate
         lines = [
             table(self.results, limit=rate / flops),
@@ -108,7 +108,7 @@ class Comparison:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures and prints.
+    """Measure and print.
 
     Returns:
         the exit status: 1 if a contender of this project failed.
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare(work: Work, options: argparse.Namespace) -> Comparison:
-    """Measures all contenders that ``options`` leave.
+    """Measure all contenders that ``options`` leave.
 
     Args:
         work: what to do in a step.
@@ -168,14 +168,14 @@ def parse(
     quick: Mapping[str, Any],
     arguments: Sequence[str] | None = None,
 ) -> argparse.Namespace:
-    """Parses; with ``--quick``, those that are not given are as in ``quick``."""
+    """Parse arguments; with ``--quick``, those that are not given are as in ``quick``."""
     if parser.parse_args(arguments).quick:
         parser.set_defaults(**quick)
     return parser.parse_args(arguments)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """What all scripts that compare gradient steps are asked."""
+    """Make a parser of what all scripts that compare gradient steps are asked."""
     work = Work()
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
@@ -209,7 +209,7 @@ def with_replicas(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def configure(threads: int, precision: str) -> None:
-    """Sets up a process that measures."""
+    """Set up a process that measures."""
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
     # Read by JAX when it starts its devices: as many threads, and no more GPU memory than it needs.
@@ -222,7 +222,7 @@ def build(
     only: Sequence[str],
     configure: Callable[[], None],
 ) -> list[Isolated]:
-    """The contenders whose name contains one of ``only``, if any are given, and that can be built."""
+    """Build the contenders with one of ``only``, if given, in their names, as far as possible."""
     contenders = []
     for name, build in builders.items():
         if not chosen(name, only):
@@ -235,7 +235,7 @@ def build(
 
 
 def chosen(name: str, only: Sequence[str]) -> bool:
-    """Whether a name contains one of ``only``, if any are given."""
+    """Return whether a name contains one of ``only``, if any are given."""
     return not only or any(part.lower() in name.lower() for part in only)
 
 

@@ -48,7 +48,7 @@ class Work:
     seed: int = 0
 
     def data(self) -> TensorDict:
-        """Random transitions ``[transitions]`` on the CPU, one in a hundred of them terminal."""
+        """Draw random transitions ``[transitions]`` on the CPU, one in a hundred terminal."""
         generator = torch.Generator().manual_seed(self.seed)
         n = self.transitions
         normal = {"generator": generator, "dtype": torch.float32}

@@ -11,7 +11,7 @@ from torchrl_iql.data import EpisodeRule, RewardRule, load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m torchrl_iql.data")
     commands = parser.add_subparsers(required=True)
     inspect = commands.add_parser("inspect", help="print what is in a data set")

@@ -36,12 +36,12 @@ JUMP = 1e-6
 
 
 def observation_box(observations: Any) -> Space:
-    """The space of the rows of an array ``[n, D]``, or ``[n, ...]``, without bounds."""
+    """Make the space of the rows of an array ``[n, D]``, or ``[n, ...]``, without bounds."""
     return Box(-np.inf, np.inf, _row_shape(observations, "observations"))
 
 
 def action_box(actions: Any) -> Space:
-    """The space [-1, 1] of the rows of an array ``[n, A]``, or ``[n, ...]``, of floats."""
+    """Make the space [-1, 1] of the rows of an array ``[n, A]``, or ``[n, ...]``, of floats."""
     if actions.dtype.kind != "f":
         raise ValueError(
             f"actions has dtype {actions.dtype}, expected floats, or a Discrete action space"
@@ -66,20 +66,20 @@ def array_episodes(
     infos: Mapping[str, np.ndarray | None] | None = None,
     time_limit: int | None = None,
 ) -> Iterator[EpisodeData]:
-    """Splits arrays of n rows into episodes, whose ids are their numbers and rows.
+    """Split arrays of n rows into episodes, whose ids are their numbers and rows.
 
     Args:
         observations: ``[n, ...]``.
         actions: ``[n, ...]``.
         rewards: ``[n]`` or ``[n, 1]``.
         terminals: ``[n]`` or ``[n, 1]``, 0 or 1 of any type.
-        timeouts: The same.
-        next_observations: As ``observations``.
-        infos: Arrays ``[n, ...]``, or None where they are not needed.
-        time_limit: Steps of an episode, used without ``timeouts`` and ``next_observations``.
+        timeouts: the same.
+        next_observations: as ``observations``.
+        infos: arrays ``[n, ...]``, or None where they are not needed.
+        time_limit: steps of an episode, used without ``timeouts`` and ``next_observations``.
 
     Raises:
-        ValueError: At once, if an array has another length, shape or type, a flag is not 0 or 1, a
+        ValueError: at once, if an array has another length, shape or type, a flag is not 0 or 1, a
             next observation that is not terminal is NaN or infinite, or nothing tells where episodes
             are truncated.
     """
@@ -144,7 +144,7 @@ def array_episodes(
 
 
 def _jumps(observations: np.ndarray, next_observations: np.ndarray) -> np.ndarray:
-    """Where the next observation is not that of the following row, ``[n]`` bool."""
+    """Find where the next observation is not that of the following row, ``[n]`` bool."""
     jumps = np.zeros(len(observations), bool)
     with np.errstate(invalid="ignore"):  # what is infinite is refused later
         steps = np.subtract(next_observations[:-1], observations[1:], dtype=np.float32)
@@ -154,7 +154,7 @@ def _jumps(observations: np.ndarray, next_observations: np.ndarray) -> np.ndarra
 
 
 def _at_time_limit(terminals: np.ndarray, time_limit: int) -> np.ndarray:
-    """Where ``d4rl.qlearning_dataset`` sees the end of the time limit, ``[n]`` bool."""
+    """Find where ``d4rl.qlearning_dataset`` sees the end of the time limit, ``[n]`` bool."""
     truncated = np.zeros(len(terminals), bool)
     first = 0  # the row that is counted 0
     for terminal in [*terminals.nonzero()[0].tolist(), len(terminals) - 1]:

@@ -43,12 +43,12 @@ ABANDONED_AFTER = 24 * 3600
 
 
 def entry_path(sources: Sequence[Path], *rules: Any) -> Path:
-    """The file that keeps what these rules make of files and folders, as they are now.
+    """Name the file that keeps what these rules make of files and folders, as they are now.
 
     Args:
-        sources: The files and folders. Their paths count, and the path, size and modification time
+        sources: the files and folders. Their paths count, and the path, size and modification time
             of every file.
-        rules: What else determines the arrays, as JSON can write it.
+        rules: what else determines the arrays, as JSON can write it.
     """
     paths = [str(source.resolve()) for source in sources]
     states = [_states(source) for source in sources]
@@ -67,7 +67,7 @@ def _digest(*values: Any) -> str:
 
 
 def read(entry: Path) -> TensorDict | None:
-    """The content of an entry; None if there is none or, with a warning, if it is damaged.
+    """Read an entry; None if there is none or, with a warning, if it is damaged.
 
     All of its bytes are checked and none is kept: the tensors are mapped, and copied on write.
     """
@@ -89,7 +89,7 @@ def read(entry: Path) -> TensorDict | None:
 
 
 def _identity(entry: Path) -> tuple[int, int] | None:
-    """What tells a file from another that replaced it; None if none can be found."""
+    """Return what tells a file from another that replaced it; None if none can be found."""
     try:
         state = entry.stat()
     except OSError:
@@ -98,7 +98,7 @@ def _identity(entry: Path) -> tuple[int, int] | None:
 
 
 def write(entry: Path, content: TensorDict) -> None:
-    """Stores an entry whole or, with a warning, not at all.
+    """Store an entry whole or, with a warning, not at all.
 
     It replaces the entries of earlier states of the source.
     """
@@ -115,7 +115,7 @@ def write(entry: Path, content: TensorDict) -> None:
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """Where to make a file that is there whole or not at all: it moves to ``path`` in the end.
+    """Yield where to make a file that is there whole or not at all: it moves to ``path`` at last.
 
     What killed processes left beside it is removed after a day.
     """
@@ -127,7 +127,7 @@ def unfinished(path: Path) -> Iterator[Path]:
 
 
 def _seal(archive: Path) -> None:
-    """Adds the checksum as the comment of the archive, its last bytes.
+    """Add the checksum as the comment of the archive, its last bytes.
 
     The checksums within would not tell that an array is missing from the table of contents.
     """

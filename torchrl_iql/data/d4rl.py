@@ -47,19 +47,19 @@ OPTIONAL = "timeouts", "next_observations"
 
 
 def d4rl_source(source: str | Path, *, env_spec: EnvSpec | None, download: bool) -> Source:
-    """Finds a D4RL file: at its path, and a mere name also where D4RL keeps its files.
+    """Find a D4RL file: at its path, and a mere name also where D4RL keeps its files.
 
     That is the folder ``$D4RL_DATASET_DIR``, or ``~/.d4rl/datasets``.
 
     Args:
-        source: The path, or the name.
-        env_spec: The environment whose time limit ends the episodes of a file that does not tell.
-        download: Whether to download a name that is in neither place into that folder, if it is one of
+        source: the path, or the name.
+        env_spec: the environment whose time limit ends the episodes of a file that does not tell.
+        download: whether to download a name that is in neither place into that folder, if it is one of
             the locomotion files of version 2, as ``"hopper_medium-v2.hdf5"``.
 
     Raises:
-        FileNotFoundError: If there is no such file, or its download failed.
-        ValueError: If it is damaged or incomplete, now or when its episodes are read.
+        FileNotFoundError: if there is no such file, or its download failed.
+        ValueError: if it is damaged or incomplete, now or when its episodes are read.
     """
     path = _path(Path(source), download)
     with _opened(path) as file:

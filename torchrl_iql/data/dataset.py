@@ -47,7 +47,7 @@ class OfflineDataset:
     """The transitions of whole episodes, and what is needed to evaluate what learns from them.
 
     Attributes:
-        name: Data set id or path; of several sources, joined by ``" + "``.
+        name: data set id or path; of several sources, joined by ``" + "``.
         transitions: TensorDict on the CPU, in memory or mapped from a file, batch size ``[n]``,
             episode after episode:
 
@@ -59,15 +59,15 @@ class OfflineDataset:
             - ``("next", "terminated")`` and ``("next", "truncated")``: ``[n, 1]`` bool, and
               ``("next", "done")``, one or the other. An episode that ends with neither is marked
               truncated.
-        episode_lengths: Transitions per episode, ``[E]`` int64, after the episode rule.
-        episode_returns: Sum of raw rewards per episode, ``[E]`` float64, after the episode rule.
-        observation_space: Space of the source, not flattened.
-        action_space: Space of the source.
-        env_spec: The environment to evaluate in, if known.
-        reference_scores: The returns that score 0 and 1 when normalized, if known.
-        reward_rule: How rewards were changed, see :mod:`torchrl_iql.data.rewards`.
-        reward_transform: The same in numbers, for rewards that are collected later.
-        episode_rule: Where episodes end: ``"as_stored"`` or ``"until_success"``.
+        episode_lengths: transitions per episode, ``[E]`` int64, after the episode rule.
+        episode_returns: sum of raw rewards per episode, ``[E]`` float64, after the episode rule.
+        observation_space: space of the source, not flattened.
+        action_space: space of the source.
+        env_spec: the environment to evaluate in, if known.
+        reference_scores: the returns that score 0 and 1 when normalized, if known.
+        reward_rule: how rewards were changed, see :mod:`torchrl_iql.data.rewards`.
+        reward_transform: the same in numbers, for rewards that are collected later.
+        episode_rule: where episodes end: ``"as_stored"`` or ``"until_success"``.
     """
 
     name: str
@@ -95,24 +95,24 @@ class OfflineDataset:
         reward_rule: RewardRule = "none",
         episode_rule: EpisodeRule = "as_stored",
     ) -> OfflineDataset:
-        """Checks episodes and joins them: the one way in, in which every other one ends.
+        """Check episodes and join them: the one way in, in which every other one ends.
 
         Args:
-            name: What error messages call the data set.
-            episodes: Episodes with one observation more than actions, rewards and flags: Minari's,
+            name: what error messages call the data set.
+            episodes: episodes with one observation more than actions, rewards and flags: Minari's,
                 or mappings with the same entries. Of these, ``"truncations"``, ``"infos"`` and
                 ``"id"``, the position by default, may be missing.
-            observation_space: Space of one observation.
-            action_space: Space of one action, ``Box`` or ``Discrete``.
-            env_spec: The environment to evaluate in, or its id.
-            reference_scores: The returns that score 0 and 1 when normalized.
+            observation_space: space of one observation.
+            action_space: space of one action, ``Box`` or ``Discrete``.
+            env_spec: the environment to evaluate in, or its id.
+            reference_scores: the returns that score 0 and 1 when normalized.
             reward_rule: ``"none"``, ``"minus_one"`` or ``"return_range"``.
             episode_rule: ``"as_stored"``, or ``"until_success"`` to terminate each episode at its
                 first success and drop the rest.
 
         Raises:
-            TypeError: If a space can not be turned into rows, or what is given is no list of episodes.
-            ValueError: If a rule is unknown or does not apply, reference scores are not finite or not
+            TypeError: if a space can not be turned into rows, or what is given is no list of episodes.
+            ValueError: if a rule is unknown or does not apply, reference scores are not finite or not
                 in order, there are no episodes, or one is damaged; the message names the data set,
                 the episode, the key and the index.
 
@@ -187,16 +187,16 @@ class OfflineDataset:
         reward_rule: RewardRule = "none",
         episode_rule: EpisodeRule = "as_stored",
     ) -> OfflineDataset:
-        """What is known of the data of an environment before there are any: to start from scratch.
+        """Make a data set of an environment before there are any data: to start from scratch.
 
         Args:
-            env_spec: The environment, or its id.
+            env_spec: the environment, or its id.
             reward_rule: ``"none"`` or ``"minus_one"``.
-            episode_rule: As in :meth:`from_episodes`.
+            episode_rule: as in :meth:`from_episodes`.
 
         Raises:
-            TypeError: If the action space is neither ``Box`` nor ``Discrete``.
-            ValueError: If the environment can not be built, or a rule is unknown or needs episodes.
+            TypeError: if the action space is neither ``Box`` nor ``Discrete``.
+            ValueError: if the environment can not be built, or a rule is unknown or needs episodes.
 
         Example:
             >>> OfflineDataset.empty("CartPole-v1").transitions["observation"].shape
@@ -249,31 +249,31 @@ class OfflineDataset:
         reward_rule: RewardRule = "none",
         episode_rule: EpisodeRule = "as_stored",
     ) -> OfflineDataset:
-        """Splits arrays of n rows, in the order of time, into episodes: D4RL's layout.
+        """Split arrays of n rows, in the order of time, into episodes: D4RL's layout.
 
         Where episodes end and which rows are kept: :mod:`torchrl_iql.data.arrays`.
 
         Args:
-            name: What error messages call the data set.
+            name: what error messages call the data set.
             observations: ``[n, D]``, or as the observation space says.
             actions: ``[n, A]``, or as the action space says.
             rewards: ``[n]`` or ``[n, 1]``.
-            terminals: Where the task ended, ``[n]`` or ``[n, 1]``, 0 or 1 of any type.
-            timeouts: Where an episode just stopped, likewise.
-            next_observations: As ``observations``.
-            infos: Arrays ``[n, ...]``, of which ``"until_success"`` reads ``"success"``.
-            observation_space: By default that of the environment, if one is given, flattened if it
+            terminals: where the task ended, ``[n]`` or ``[n, 1]``, 0 or 1 of any type.
+            timeouts: where an episode just stopped, likewise.
+            next_observations: as ``observations``.
+            infos: arrays ``[n, ...]``, of which ``"until_success"`` reads ``"success"``.
+            observation_space: by default that of the environment, if one is given, flattened if it
                 is compound, else a ``Box`` without bounds.
-            action_space: By default that of the environment, else, for floats, ``Box(-1, 1)``.
-            env_spec: The environment to evaluate in, or its id. Without ``timeouts`` and
+            action_space: by default that of the environment, else, for floats, ``Box(-1, 1)``.
+            env_spec: the environment to evaluate in, or its id. Without ``timeouts`` and
                 ``next_observations``, its time limit ends episodes.
-            reference_scores: The returns that score 0 and 1 when normalized.
-            reward_rule: As in :meth:`from_episodes`.
-            episode_rule: As in :meth:`from_episodes`.
+            reference_scores: the returns that score 0 and 1 when normalized.
+            reward_rule: as in :meth:`from_episodes`.
+            episode_rule: as in :meth:`from_episodes`.
 
         Raises:
-            TypeError: If a space can not be turned into rows.
-            ValueError: As in :meth:`from_episodes`, if arrays do not fit together, or if nothing
+            TypeError: if a space can not be turned into rows.
+            ValueError: as in :meth:`from_episodes`, if arrays do not fit together, or if nothing
                 tells where episodes end.
 
         Example:
@@ -335,7 +335,7 @@ class OfflineDataset:
         reward_rule: RewardRule = "none",
         episode_rule: EpisodeRule = "as_stored",
     ) -> OfflineDataset:
-        """Splits what a TorchRL collector or replay buffer gives into episodes.
+        """Split what a TorchRL collector or replay buffer gives into episodes.
 
         An episode ends with ``terminated``, ``truncated`` or ``done``, where the next observation
         is not that of the following transition, and with each row of ``[B, T]``. All transitions
@@ -344,21 +344,21 @@ class OfflineDataset:
         continue them, a warning says that they may not be in the order of time.
 
         Args:
-            name: What error messages call the data set.
+            name: what error messages call the data set.
             transitions: ``[n]`` in the order of time, or ``[B, T]``, each row a part of a
                 trajectory, on any device, with ``"observation"``, ``"action"``,
                 ``("next", "observation")``, ``("next", "reward")``, ``("next", "terminated")`` and,
                 optionally, ``("next", "truncated")`` and ``("next", "done")``.
-            observation_space: As in :meth:`from_arrays`. For ``Discrete``, categories or one-hot.
-            action_space: As in :meth:`from_arrays`. For ``Discrete``, categories or one-hot.
-            env_spec: The environment to evaluate in, or its id.
-            reference_scores: The returns that score 0 and 1 when normalized.
-            reward_rule: As in :meth:`from_episodes`.
-            episode_rule: As in :meth:`from_episodes`.
+            observation_space: as in :meth:`from_arrays`. For ``Discrete``, categories or one-hot.
+            action_space: as in :meth:`from_arrays`. For ``Discrete``, categories or one-hot.
+            env_spec: the environment to evaluate in, or its id.
+            reference_scores: the returns that score 0 and 1 when normalized.
+            reward_rule: as in :meth:`from_episodes`.
+            episode_rule: as in :meth:`from_episodes`.
 
         Raises:
-            TypeError: If a space can not be turned into rows, or ``transitions`` is no TensorDict.
-            ValueError: As in :meth:`from_arrays`, or if an entry is missing.
+            TypeError: if a space can not be turned into rows, or ``transitions`` is no TensorDict.
+            ValueError: as in :meth:`from_arrays`, or if an entry is missing.
 
         Example:
             >>> transitions = TensorDict(
@@ -409,19 +409,19 @@ class OfflineDataset:
         return self.episode_lengths.cumsum(0) - self.episode_lengths
 
     def returns_to_go(self, discount: float = 1.0) -> Tensor:
-        """Discounted sum of the rewards from each transition to the end of its episode.
+        """Sum the rewards, discounted, from each transition to the end of its episode.
 
         They are the rewards of ``transitions``, after the reward rule. Nothing is added for what
         comes after a truncation.
 
         Args:
-            discount: From 0 to 1.
+            discount: from 0 to 1.
 
         Returns:
-            Tensor ``[n, 1]``, float32, summed in float64.
+            tensor ``[n, 1]``, float32, summed in float64.
 
         Raises:
-            ValueError: If ``discount`` is out of range.
+            ValueError: if ``discount`` is out of range.
         """
         if not 0 <= discount <= 1:
             raise ValueError(f"discount must be from 0 to 1, got {discount!r}")
@@ -437,19 +437,19 @@ class OfflineDataset:
         return sums.float()
 
     def best_episodes(self, share: float) -> OfflineDataset:
-        """The episodes of the highest raw returns, in the order they are in.
+        """Select the episodes of the highest raw returns, in the order they are in.
 
         Their rewards stay as they are: of ``"return_range"``, the range is that of all episodes.
 
         Args:
-            share: Of the number of episodes, above 0 and up to 1; the result has this many, rounded,
+            share: of the number of episodes, above 0 and up to 1; the result has this many, rounded,
                 and at least one. Of equal returns, the first are taken.
 
         Returns:
-            A data set of their transitions, copied.
+            a data set of their transitions, copied.
 
         Raises:
-            ValueError: If ``share`` is out of range.
+            ValueError: if ``share`` is out of range.
         """
         if not 0 < share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {share!r}")
@@ -465,21 +465,21 @@ class OfflineDataset:
         )
 
     def n_step(self, n: int, discount: float) -> OfflineDataset:
-        """The same transitions over up to n steps, as :class:`torchrl.data.MultiStep` makes them.
+        """Return the same transitions over up to n steps, as :class:`torchrl.data.MultiStep` does.
 
         The reward of each is the discounted sum of those of n steps, or of all that are left in its
         episode, and what comes next is what comes after the last of them. ``"steps_to_next_obs"``,
         ``[n]`` int64, holds their number, which TD targets discount by.
 
         Args:
-            n: At least 1.
-            discount: From 0 to 1, that of the loss.
+            n: at least 1.
+            discount: from 0 to 1, that of the loss.
 
         Returns:
-            A data set of new transitions, in memory.
+            a data set of new transitions, in memory.
 
         Raises:
-            ValueError: If an argument is out of range.
+            ValueError: if an argument is out of range.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n!r}")
@@ -507,15 +507,15 @@ class OfflineDataset:
         device: torch.device | str = "cpu",
         generator: torch.Generator | None = None,
     ) -> ReplayBuffer:
-        """Puts all transitions on a device, to be sampled there uniformly with replacement.
+        """Put all transitions on a device, to be sampled there uniformly with replacement.
 
         Args:
-            batch_size: Transitions per sample.
-            device: Where the transitions lie and are drawn; ``"cpu"`` shares their memory.
-            generator: Source of the indices, on the same device; torch's global one by default.
+            batch_size: transitions per sample.
+            device: where the transitions lie and are drawn; ``"cpu"`` shares their memory.
+            generator: source of the indices, on the same device; torch's global one by default.
 
         Returns:
-            A read-only buffer whose ``sample()`` is a TensorDict ``[batch_size]`` on ``device``.
+            a read-only buffer whose ``sample()`` is a TensorDict ``[batch_size]`` on ``device``.
         """
         return ReplayBuffer(
             storage=TensorStorage(self.transitions.to(device), device=device),
@@ -533,46 +533,46 @@ class OfflineDataset:
         device: torch.device | str = "cpu",
         streaming: bool = False,
     ) -> Minibatches:
-        """Uniform minibatches of the transitions for one learner per seed.
+        """Return uniform minibatches of the transitions for one learner per seed.
 
         Args:
-            batch_size: Transitions in the minibatch of one learner.
-            seeds: One per learner, at least 0.
-            device: Where to train.
-            streaming: Whether the device holds some of the transitions at a time instead of all.
+            batch_size: transitions in the minibatch of one learner.
+            seeds: one per learner, at least 0.
+            device: where to train.
+            streaming: whether the device holds some of the transitions at a time instead of all.
 
         Returns:
-            The :class:`~torchrl_iql.data.Minibatches`, which also say what is drawn when.
+            the :class:`~torchrl_iql.data.Minibatches`, which also say what is drawn when.
         """
         return Minibatches(
             self.transitions, batch_size, seeds=seeds, device=device, streaming=streaming
         )
 
     def observation_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, ``[D]`` float32 each, of ``"observation"``.
+        """Return mean and standard deviation, ``[D]`` float32 each, of ``"observation"``.
 
         The deviation is that of the population. In a column that is constant, or varies by no more
         than the rounding of float32, it is replaced by 1: normalizing then gives zeros.
 
         Raises:
-            ValueError: If there are no transitions.
+            ValueError: if there are no transitions.
         """
         with errors_at(self.name):
             return _statistics(self.transitions["observation"])
 
     def reward_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, ``[1]`` float32 each, of the rewards after the reward rule.
+        """Return mean and deviation, ``[1]`` float32 each, of the rewards after the reward rule.
 
         The deviation is as in :meth:`observation_statistics`.
 
         Raises:
-            ValueError: If there are no transitions.
+            ValueError: if there are no transitions.
         """
         with errors_at(self.name):
             return _statistics(self.transitions["next", "reward"])
 
     def report(self) -> Report:
-        """What is in the data set, to be printed before it is trained on."""
+        """Describe what is in the data set, to be printed before it is trained on."""
         return report(self)
 
 
@@ -595,7 +595,7 @@ def _spaces(
     action_space: Space | None,
     env_spec: EnvSpec | None,
 ) -> dict[str, Space]:
-    """The spaces that are given, else those of the environment, else those of the arrays."""
+    """Return the spaces that are given, else those of the environment, else those of the arrays."""
     if env_spec is not None and (observation_space is None or action_space is None):
         of_env = spaces_of(env_spec)
         observation_space = of_env[0] if observation_space is None else observation_space
@@ -608,7 +608,7 @@ def _spaces(
 
 
 def require_rules(reward_rule: str, episode_rule: str) -> None:
-    """Raises a ValueError that names the value and the allowed ones if a rule does not exist."""
+    """Raise a ValueError that names the value and the allowed ones if a rule does not exist."""
     for kind, rule, allowed in (
         ("reward", reward_rule, get_args(RewardRule)),
         ("episode", episode_rule, get_args(EpisodeRule)),

@@ -29,15 +29,15 @@ OPTIONAL = "id", "truncations", "infos"
 
 
 def is_episode(value: Any) -> bool:
-    """Whether this is one episode: Minari's, or a mapping."""
+    """Return whether this is one episode: Minari's, or a mapping."""
     return isinstance(value, Mapping) or hasattr(value, "rewards")
 
 
 def episode_data(episode: Mapping[str, Any]) -> EpisodeData:
-    """An episode from its entries; ``"id"``, ``"truncations"`` and ``"infos"`` may be missing.
+    """Make an episode of its entries; ``"id"``, ``"truncations"`` and ``"infos"`` may be missing.
 
     Raises:
-        ValueError: If another one is missing, or there is one that an episode does not have.
+        ValueError: if another one is missing, or there is one that an episode does not have.
     """
     missing = [key for key in REQUIRED if key not in episode]
     unknown = [key for key in episode if key not in REQUIRED + OPTIONAL]
@@ -53,7 +53,7 @@ def episode_data(episode: Mapping[str, Any]) -> EpisodeData:
 
 @contextmanager
 def errors_at(place: str) -> Iterator[None]:
-    """Puts a place before the message of a TypeError or a ValueError."""
+    """Put a place before the message of a TypeError or a ValueError."""
     try:
         yield
     except TypeError as error:
@@ -68,21 +68,21 @@ def transition_columns(
     action_space: Space,
     episode_rule: EpisodeRule,
 ) -> dict[NestedKey, np.ndarray]:
-    """Turns an episode of T transitions into one array per entry of a TensorDict.
+    """Turn an episode of T transitions into one array per entry of a TensorDict.
 
     Args:
         episode: T + 1 observations; T actions, rewards, terminations and truncations.
-        observation_space: Space of one observation.
-        action_space: Space of one action.
+        observation_space: space of one observation.
+        action_space: space of one action.
         episode_rule: ``"as_stored"``, or ``"until_success"`` to terminate the episode at its first
             success and drop the rest.
 
     Returns:
-        The entries described in :class:`~torchrl_iql.data.OfflineDataset`, rewards in float64.
+        the entries described in :class:`~torchrl_iql.data.OfflineDataset`, rewards in float64.
 
     Raises:
-        TypeError: If a space can not be turned into rows.
-        ValueError: If lengths disagree, an array has the wrong shape or type, a value does not fit
+        TypeError: if a space can not be turned into rows.
+        ValueError: if lengths disagree, an array has the wrong shape or type, a value does not fit
             its space, is NaN or infinite as float32, the episode ends before its last transition, or
             ``"until_success"`` finds no record of success. What follows the success is not checked.
             The last observation before a termination may be NaN, since its value is never used; it
@@ -130,7 +130,7 @@ def transition_columns(
 
 
 def _first_success(episode: EpisodeData, rewards: np.ndarray) -> int | None:
-    """Index of the first transition that ends in success, None without one.
+    """Find the index of the first transition that ends in success, None without one.
 
     Success is ``infos["success"]``, else a reward of 1 among rewards of 0 and 1. Minari stores the
     info of the reset before those of the steps: a success there belongs to no transition.

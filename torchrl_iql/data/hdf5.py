@@ -16,7 +16,7 @@ __all__ = ["hdf5_episodes", "is_plain_hdf5"]
 
 
 def is_plain_hdf5(dataset: MinariDataset) -> bool:
-    """Whether :func:`hdf5_episodes` can read a data set: HDF5 without JPEG-encoded images."""
+    """Return whether :func:`hdf5_episodes` can read a data set: HDF5, no JPEG-encoded images."""
     encoded = _has_images(dataset.observation_space) or _has_images(dataset.action_space)
     return dataset.storage.FORMAT == "hdf5" and not encoded
 
@@ -32,15 +32,15 @@ def _has_images(space: Space) -> bool:
 
 
 def hdf5_episodes(dataset: MinariDataset, *, with_success: bool) -> Iterator[EpisodeData]:
-    """Yields what ``dataset.iterate_episodes()`` does, several times as fast, with fewer infos.
+    """Yield what ``dataset.iterate_episodes()`` does, several times as fast, with fewer infos.
 
     Args:
-        dataset: A data set for which :func:`is_plain_hdf5`.
-        with_success: Whether to read ``infos["success"]``. Other infos are None.
+        dataset: a data set for which :func:`is_plain_hdf5`.
+        with_success: whether to read ``infos["success"]``. Other infos are None.
 
     Raises:
-        OSError: If the file is damaged.
-        ValueError: If an episode is missing, or one of its arrays can not be read.
+        OSError: if the file is damaged.
+        ValueError: if an episode is missing, or one of its arrays can not be read.
     """
     with h5py.File(Path(dataset.storage.data_path, "main_data.hdf5")) as file:
         for index in dataset.episode_indices.tolist():
@@ -78,7 +78,7 @@ def _array(group: h5py.h5g.GroupID, key: str) -> np.ndarray:
 
 
 def _success(episode: h5py.h5g.GroupID) -> dict[str, Any]:
-    """The infos of an episode: their names, and the values of ``"success"`` alone."""
+    """Read the infos of an episode: their names, and the values of ``"success"`` alone."""
     if b"infos" not in episode:
         return {}
     infos = dict.fromkeys(name.decode() for name in h5py.h5g.open(episode, b"infos"))

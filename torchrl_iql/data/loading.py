@@ -34,7 +34,7 @@ def load(
     download: bool = True,
     cache: bool = True,
 ) -> OfflineDataset:
-    """Reads a Minari data set, a D4RL file, or several of them as one.
+    """Read a Minari data set, a D4RL file, or several of them as one.
 
     The result, rules applied, is kept as one file in ``~/.cache/torchrl_iql``, or in the folder that
     the environment variable ``TORCHRL_IQL_CACHE`` names. A later call with the same rules and
@@ -43,26 +43,26 @@ def load(
     anew; the folder may be deleted at any time.
 
     Args:
-        source: The id of a Minari data set, as ``"mujoco/hopper/medium-v0"``, or its folder: the one
+        source: the id of a Minari data set, as ``"mujoco/hopper/medium-v0"``, or its folder: the one
             that contains ``data``, or ``data`` itself. Or a D4RL file, which is any file that is
             there, or a name that ends as ``"hopper_medium-v2.hdf5"``, see
             :mod:`torchrl_iql.data.d4rl`. Several are joined in their order; their spaces must be
             equal.
-        reward: Reward rule: ``"none"``, ``"minus_one"`` (AntMaze), ``"return_range"`` (locomotion).
+        reward: reward rule: ``"none"``, ``"minus_one"`` (AntMaze), ``"return_range"`` (locomotion).
             It sees the episodes of all sources.
-        episodes: Episode rule: ``"as_stored"``, or ``"until_success"`` for mazes, whose recordings
+        episodes: episode rule: ``"as_stored"``, or ``"until_success"`` for mazes, whose recordings
             go on after the goal: each episode terminates at its first success.
-        env: The environment to evaluate in, as an id or a specification, instead of the first that
+        env: the environment to evaluate in, as an id or a specification, instead of the first that
             a source names; a D4RL file names none. Its time limit ends the episodes of D4RL files
             that do not tell where they end. Reference scores are the first that a source names.
-        download: Whether to download what is not there locally: a Minari id, or one of D4RL's
+        download: whether to download what is not there locally: a Minari id, or one of D4RL's
             locomotion files of version 2.
-        cache: Whether to use that folder. A folder that can not be written to is a warning.
+        cache: whether to use that folder. A folder that can not be written to is a warning.
 
     Raises:
-        FileNotFoundError: If there is no such data set, or its download failed.
-        TypeError: If a space can not be turned into rows.
-        ValueError: If a rule is unknown or does not apply, the data are damaged or incomplete, or
+        FileNotFoundError: if there is no such data set, or its download failed.
+        TypeError: if a space can not be turned into rows.
+        ValueError: if a rule is unknown or does not apply, the data are damaged or incomplete, or
             the spaces of the sources differ.
     """
     require_rules(reward, episodes)
@@ -116,7 +116,7 @@ def _require_equal_spaces(sources: Sequence[Source]) -> None:
 def _episodes(
     sources: Sequence[Source], episode_rule: EpisodeRule
 ) -> Iterator[EpisodeData | dict[str, Any]]:
-    """The episodes of all sources; of several, each is named after its source."""
+    """Yield the episodes of all sources; of several, each is named after its source."""
     if len(sources) == 1:
         yield from sources[0].episodes(episode_rule)
         return

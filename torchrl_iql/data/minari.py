@@ -23,15 +23,15 @@ __all__ = ["minari_source"]
 
 
 def minari_source(source: str | Path, *, download: bool) -> Source:
-    """Finds a Minari data set.
+    """Find a Minari data set.
 
     Args:
-        source: Its id, or its folder: the one that contains ``data``, or ``data`` itself.
-        download: Whether to download an id that is not there locally.
+        source: its id, or its folder: the one that contains ``data``, or ``data`` itself.
+        download: whether to download an id that is not there locally.
 
     Raises:
-        FileNotFoundError: If there is no such data set, or its download failed.
-        ValueError: If it is damaged or incomplete, now or when its episodes are read.
+        FileNotFoundError: if there is no such data set, or its download failed.
+        ValueError: if it is damaged or incomplete, now or when its episodes are read.
     """
     folder = _folder(source, download)
     try:
@@ -97,7 +97,7 @@ def _folder(source: str | Path, download: bool) -> Path:
 
 
 def _advice(folder: Path) -> str:
-    """What to do about a killed download, if Minari may have downloaded this folder."""
+    """Say what to do about a killed download, if Minari may have downloaded this folder."""
     if folder.name != "data" or not folder.is_relative_to(get_dataset_path()):
         return ""
     return f"; if its download was interrupted, delete {folder.parent} and load it again"

@@ -33,17 +33,17 @@ class Minibatches:
     Args:
         transitions: TensorDict ``[n]``, n at least 1; on the CPU for streaming.
         batch_size: B, transitions in the minibatch of one replica, at least 1.
-        seeds: One per replica, at least 0. Equal seeds give equal minibatches.
-        device: Where to train. Resident on the ``"cpu"``, the memory of ``transitions`` is shared.
-        streaming: Whether to stream.
+        seeds: one per replica, at least 0. Equal seeds give equal minibatches.
+        device: where to train. Resident on the ``"cpu"``, the memory of ``transitions`` is shared.
+        streaming: whether to stream.
 
     Attributes:
         batch_size: B.
-        seeds: The seeds, R of them.
-        device: The device.
+        seeds: the seeds, R of them.
+        device: the device.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: if an argument is out of range.
 
     Example:
         >>> from tensordict import TensorDict
@@ -86,21 +86,21 @@ class Minibatches:
             self._source = transitions.to(self.device)
 
     def __call__(self, block: int) -> tuple[TensorDictBase, Tensor]:
-        """The minibatches of the steps ``block * BLOCK`` to ``block * BLOCK + BLOCK - 1``.
+        """Return the minibatches of the steps ``block * BLOCK`` to ``block * BLOCK + BLOCK - 1``.
 
         Blocks may come in any order and repeatedly; streaming is fastest in ascending order. Nothing
         waits for the device.
 
         Args:
-            block: Number of the block, from 0.
+            block: number of the block, from 0.
 
         Returns:
-            Transitions on the device, and indices into them, ``[BLOCK, R, B]`` int64. The
+            transitions on the device, and indices into them, ``[BLOCK, R, B]`` int64. The
             transitions are the same tensors at the same addresses every time; streamed, the next
             call for another block overwrites them.
 
         Raises:
-            Exception: Whatever went wrong in the thread that gathered this block.
+            Exception: whatever went wrong in the thread that gathered this block.
         """
         if block != self._block:
             self._block = None  # until all of it is there
@@ -112,7 +112,7 @@ class Minibatches:
         return self._source, self._indices
 
     def close(self) -> None:
-        """Ends the thread that streams: afterwards no other block can be had."""
+        """End the thread that streams: afterwards no other block can be had."""
         if self._stream is not None:
             self._stream.close()
 
@@ -142,7 +142,7 @@ class _Stream:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def fill(self, block: int) -> None:
-        """Fills the buffer with a block."""
+        """Fill the buffer with a block."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead[0] != block:
             if ahead is not None:
@@ -171,7 +171,7 @@ class _Stream:
 
 
 def _draw(transitions: int, batch_size: int, seeds: Sequence[int], block: int) -> Tensor:
-    """Indices ``[BLOCK, R, B]``, int64, below ``transitions``."""
+    """Draw indices ``[BLOCK, R, B]``, int64, below ``transitions``."""
     sequences = [np.random.SeedSequence(seed, spawn_key=(block,)) for seed in seeds]
     shape = BLOCK, batch_size
     draws = [np.random.default_rng(each).integers(transitions, size=shape) for each in sequences]

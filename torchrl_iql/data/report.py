@@ -26,26 +26,26 @@ class Report:
     """A summary of an :class:`~torchrl_iql.data.OfflineDataset`; ``str()`` makes a table of it.
 
     Attributes:
-        name: Of the data set.
-        environment: Id of the environment to evaluate in, if known.
-        reward_rule: How rewards were changed.
-        episode_rule: Where episodes end.
-        episodes: Number of episodes.
-        transitions: Number of transitions.
-        lengths: Shortest, median and longest episode.
-        returns: Lowest, mean and highest sum of raw rewards of an episode.
-        normalized: The mean return as a score, 0 and 100 at the reference scores, if episodes are as
+        name: of the data set.
+        environment: id of the environment to evaluate in, if known.
+        reward_rule: how rewards were changed.
+        episode_rule: where episodes end.
+        episodes: number of episodes.
+        transitions: number of transitions.
+        lengths: shortest, median and longest episode.
+        returns: lowest, mean and highest sum of raw rewards of an episode.
+        normalized: the mean return as a score, 0 and 100 at the reference scores, if episodes are as
             stored and these are known: those of the data set, else D4RL's of the environment.
-        success_rate: Share of episodes with a reward of 1, if raw rewards are 0 and 1. It is None
+        success_rate: share of episodes with a reward of 1, if raw rewards are 0 and 1. It is None
             after the reward rule ``"return_range"``, and if all rewards are 1.
-        rewards: Lowest, mean and highest reward of a transition, after the reward rule.
-        terminations: Episodes that terminate.
-        time_outs: Episodes that are truncated, so that values bootstrap from their last observation.
-        observation_size: Columns of an observation.
-        constant_columns: Indices of the columns in which all observations are equal.
-        nan_rows: Next observations with NaN, which only follow a termination.
-        action_ranges: Lowest and highest action in each dimension; empty for ``Discrete``.
-        action_counts: How often each action was taken, for ``Discrete``; empty for ``Box``.
+        rewards: lowest, mean and highest reward of a transition, after the reward rule.
+        terminations: episodes that terminate.
+        time_outs: episodes that are truncated, so that values bootstrap from their last observation.
+        observation_size: columns of an observation.
+        constant_columns: indices of the columns in which all observations are equal.
+        nan_rows: next observations with NaN, which only follow a termination.
+        action_ranges: lowest and highest action in each dimension; empty for ``Discrete``.
+        action_counts: how often each action was taken, for ``Discrete``; empty for ``Box``.
     """
 
     name: str
@@ -120,10 +120,10 @@ class Described(Protocol):
 
 
 def report(dataset: Described) -> Report:
-    """Summarises a data set, without copying its columns.
+    """Summarise a data set, without copying its columns.
 
     Raises:
-        ValueError: If it has no transitions.
+        ValueError: if it has no transitions.
     """
     if not len(dataset.transitions):
         raise ValueError(f"{dataset.name}: there are no transitions to report on")

@@ -46,20 +46,20 @@ UNCHANGED = RewardTransform()
 
 
 def none(episode_returns: Tensor) -> RewardTransform:
-    """Kitchen and Adroit: the rewards as they are."""
+    """Leave the rewards as they are: Kitchen and Adroit."""
     return UNCHANGED
 
 
 def minus_one(episode_returns: Tensor) -> RewardTransform:
-    """AntMaze: ``r - 1``, so that every step before the goal costs one."""
+    """Make rewards ``r - 1``, so that every step before the goal costs one: AntMaze."""
     return RewardTransform(shift=-1.0)
 
 
 def return_range(episode_returns: Tensor) -> RewardTransform:
-    """Locomotion: ``1000 r / (best - worst episode return)``.
+    """Make rewards ``1000 r / (best - worst episode return)``: locomotion.
 
     Raises:
-        ValueError: If there are no episodes, or all episode returns are equal.
+        ValueError: if there are no episodes, or all episode returns are equal.
     """
     if not len(episode_returns):
         raise ValueError("reward rule 'return_range' needs the episodes of a data set")

@@ -20,15 +20,15 @@ class Source:
     """One data set, found and opened.
 
     Attributes:
-        name: What error messages call it: the id or path that was asked for.
-        path: The file, or the folder of files, with all that determines the episodes, besides
+        name: what error messages call it: the id or path that was asked for.
+        path: the file, or the folder of files, with all that determines the episodes, besides
             ``time_limit``.
-        observation_space: Space of one observation.
-        action_space: Space of one action.
-        env_spec: The environment to evaluate in, if the data set names one.
-        reference_scores: The returns that score 0 and 1 when normalized, if it names them.
-        time_limit: The steps after which an episode ends, if the data set does not tell.
-        episodes: Reads the episodes, with the infos that an episode rule needs.
+        observation_space: space of one observation.
+        action_space: space of one action.
+        env_spec: the environment to evaluate in, if the data set names one.
+        reference_scores: the returns that score 0 and 1 when normalized, if it names them.
+        time_limit: the steps after which an episode ends, if the data set does not tell.
+        episodes: reads the episodes, with the infos that an episode rule needs.
     """
 
     name: str

@@ -32,7 +32,7 @@ RANGE_TOLERANCE = 1e-3
 
 
 def observation_rows(space: Space, observations: Any, length: int) -> np.ndarray:
-    """Flattens the observations of an episode, without a loop over its steps.
+    """Flatten the observations of an episode, without a loop over its steps.
 
     Row t is ``gymnasium.spaces.flatten(space, observation t)``, what an environment gives in
     ``gymnasium.wrappers.FlattenObservation``: ``Box`` and ``MultiBinary`` are raveled, ``Discrete``
@@ -40,16 +40,16 @@ def observation_rows(space: Space, observations: Any, length: int) -> np.ndarray
     sorted) concatenated.
 
     Args:
-        space: Space of one observation, of flattened size D.
-        observations: As Minari stores them: one array of shape ``[length, ...]`` per leaf.
-        length: Number of observations, for the check.
+        space: space of one observation, of flattened size D.
+        observations: as Minari stores them: one array of shape ``[length, ...]`` per leaf.
+        length: number of observations, for the check.
 
     Returns:
-        Array ``[length, D]``, float32.
+        array ``[length, D]``, float32.
 
     Raises:
-        TypeError: If a leaf of the space has no fixed size.
-        ValueError: If a leaf is missing, has another length, shape or type, or a category outside
+        TypeError: if a leaf of the space has no fixed size.
+        ValueError: if a leaf is missing, has another length, shape or type, or a category outside
             its space.
     """
     leaves = []
@@ -91,7 +91,7 @@ def _entry(values: Any, name: str | int, key: str) -> Any:
 
 
 def _rows(values: Any, shape: tuple[int, ...], key: str, kind: str = "numbers") -> np.ndarray:
-    """Entries of this shape, or of as many elements, as ``[T, number of elements]``."""
+    """Turn entries of this shape, or of as many elements, into ``[T, number of elements]``."""
     values = numbers(values, key, kind)
     if values.ndim == 0 or math.prod(values.shape[1:]) != math.prod(shape):
         expected = ", ".join(map(str, ("T", *shape)))
@@ -100,7 +100,7 @@ def _rows(values: Any, shape: tuple[int, ...], key: str, kind: str = "numbers") 
 
 
 def _categories(values: Any, n: Any, start: Any, key: str) -> np.ndarray:
-    """Categories ``[T]``, int64, counted from 0."""
+    """Return categories ``[T]``, int64, counted from 0."""
     values = _rows(values, (), key, "integers")[:, 0].astype(np.int64)
     outside = (values < start) | (values >= start + n)
     if outside.any():
@@ -110,7 +110,7 @@ def _categories(values: Any, n: Any, start: Any, key: str) -> np.ndarray:
 
 
 def action_rows(space: Space, actions: Any) -> np.ndarray:
-    """Turns the actions of an episode into rows inside the support of a policy.
+    """Turn the actions of an episode into rows inside the support of a policy.
 
     A ``Box`` is raveled and, in the dimensions bounded on both sides, clipped to ``CLIP_MARGIN``
     of half the range inside the bounds. ``Discrete`` gives categories counted from 0, wherever the
@@ -118,14 +118,14 @@ def action_rows(space: Space, actions: Any) -> np.ndarray:
 
     Args:
         space: ``Box`` of A elements, or ``Discrete``.
-        actions: Array ``[T, ...]`` of actions.
+        actions: array ``[T, ...]`` of actions.
 
     Returns:
-        Array ``[T, A]``, float32, for ``Box``; ``[T]``, int64, for ``Discrete``.
+        array ``[T, A]``, float32, for ``Box``; ``[T]``, int64, for ``Discrete``.
 
     Raises:
-        TypeError: If the space is of another kind.
-        ValueError: If an action is NaN, infinite, of another shape or type, or outside a bounded
+        TypeError: if the space is of another kind.
+        ValueError: if an action is NaN, infinite, of another shape or type, or outside a bounded
             dimension by more than ``RANGE_TOLERANCE`` of the range.
     """
     match space:
@@ -140,7 +140,7 @@ def action_rows(space: Space, actions: Any) -> np.ndarray:
 
 
 def action_support(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest action of a data set, ``[A]`` float32 each.
+    """Return the lowest and the highest action of a data set, ``[A]`` float32 each.
 
     They are ``CLIP_MARGIN`` of half the range inside the bounds, and infinite in dimensions that are not
     bounded on both sides.
@@ -172,7 +172,7 @@ def _clip(rows: np.ndarray, space: spaces.Box) -> np.ndarray:
 
 
 def array(values: Any, key: str) -> np.ndarray:
-    """A tensor on any device, or what numpy makes an array of, as an array; else a ValueError."""
+    """Turn a tensor on any device, or what numpy can, into an array; else raise a ValueError."""
     if values is None:
         raise ValueError(f"{key} is None, expected an array")
     try:
@@ -182,7 +182,7 @@ def array(values: Any, key: str) -> np.ndarray:
 
 
 def numbers(values: Any, key: str, kind: str = "numbers") -> np.ndarray:
-    """Values as an array; a ValueError if they are not of this kind, one of :data:`KINDS`."""
+    """Turn values into an array; raise a ValueError if not of this kind, one of :data:`KINDS`."""
     found = array(values, key)
     # Without an entry there is no telling: numpy takes an empty list for floats.
     if found.size and found.dtype.kind not in KINDS[kind]:
@@ -191,12 +191,12 @@ def numbers(values: Any, key: str, kind: str = "numbers") -> np.ndarray:
 
 
 def column(values: Any, key: str) -> np.ndarray:
-    """Values ``[T]`` or ``[T, 1]`` as ``[T]``; a ValueError if they are others."""
+    """Return values ``[T]`` or ``[T, 1]`` as ``[T]``; raise a ValueError if they are others."""
     return _rows(values, (), key)[:, 0]
 
 
 def flags(values: Any, key: str) -> np.ndarray:
-    """Flags ``[T]`` or ``[T, 1]`` of any type as bool ``[T]``; a ValueError if one is not 0 or 1."""
+    """Return flags ``[T]`` or ``[T, 1]`` of any type as bool ``[T]``; a ValueError if not 0 or 1."""
     values = column(values, key)
     wrong = (values != 0) & (values != 1)
     if wrong.any():
@@ -206,12 +206,12 @@ def flags(values: Any, key: str) -> np.ndarray:
 
 
 def require_finite(values: np.ndarray, key: str, rows: np.ndarray | None = None) -> None:
-    """Raises a ValueError that locates the first entry that is not finite as float32, if there is one.
+    """Raise a ValueError that locates the first entry that is not finite as float32, if any.
 
     Args:
-        values: Numbers ``[n, ...]``.
-        key: What the message calls them.
-        rows: Which rows are checked, bool ``[n]``; all by default.
+        values: numbers ``[n, ...]``.
+        key: what the message calls them.
+        rows: which rows are checked, bool ``[n]``; all by default.
     """
     with np.errstate(over="ignore"):
         wrong = ~np.isfinite(values.astype(np.float32, copy=False))

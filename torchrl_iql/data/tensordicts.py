@@ -25,7 +25,7 @@ MASK = ("collector", "mask")
 
 
 def transition_arrays(transitions: TensorDictBase) -> dict[str, Any]:
-    """The arguments of :func:`~torchrl_iql.data.arrays.array_episodes`.
+    """Make the arguments of :func:`~torchrl_iql.data.arrays.array_episodes`.
 
     Args:
         transitions: ``[n]`` in the order of time, or ``[B, T]``, whose rows are trajectories, with
@@ -33,8 +33,8 @@ def transition_arrays(transitions: TensorDictBase) -> dict[str, Any]:
             ``MASK`` is False, there is padding, which is dropped.
 
     Raises:
-        TypeError: If ``transitions`` is no TensorDict.
-        ValueError: If the batch size is another, or an entry is missing.
+        TypeError: if ``transitions`` is no TensorDict.
+        ValueError: if the batch size is another, or an entry is missing.
     """
     if not isinstance(transitions, TensorDictBase):
         raise TypeError(f"transitions is a {type(transitions).__name__}, expected a TensorDict")
@@ -60,10 +60,10 @@ def transition_arrays(transitions: TensorDictBase) -> dict[str, Any]:
 
 
 def categories(space: Space, values: np.ndarray, key: str) -> np.ndarray:
-    """TorchRL's one-hot rows ``[n, K]`` of a ``Discrete`` space as its values ``[n]``.
+    """Return TorchRL's one-hot rows ``[n, K]`` of a ``Discrete`` space as its values ``[n]``.
 
     Raises:
-        ValueError: If a row has not exactly one 1 among zeros.
+        ValueError: if a row has not exactly one 1 among zeros.
     """
     if not isinstance(space, Discrete) or space.n == 1 or values.shape[1:] != (space.n,):
         return values

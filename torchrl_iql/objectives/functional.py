@@ -59,7 +59,7 @@ def losses(
     weight_clip: float,
     distance: Distance,
 ) -> dict[str, Tensor]:
-    """The algorithm: equations 5, 6 and 7 from the same parameters, and what is worth watching.
+    """Compute IQL: equations 5, 6 and 7 from the same parameters, and what is worth watching.
 
     Args:
         outputs: of the networks.
@@ -93,12 +93,12 @@ def losses(
 
 
 def min_q(q: Tensor) -> Tensor:
-    """The pessimistic value of a Q ensemble, min_i Q_i(s, a): ``[N, *B] -> [*B]``."""
+    """Return the pessimistic value of a Q ensemble, min_i Q_i(s, a): ``[N, *B] -> [*B]``."""
     return q.min(dim=0).values
 
 
 def expectile_loss(u: Tensor, expectile: float | Tensor) -> Tensor:
-    r"""The asymmetric square :math:`L_2^\tau(u) = |\tau - 1(u < 0)| u^2` (section 4.1).
+    r"""Compute the asymmetric square :math:`L_2^\tau(u) = |\tau - 1(u < 0)| u^2` (section 4.1).
 
     Args:
         u: differences, any shape.
@@ -114,7 +114,7 @@ def expectile_loss(u: Tensor, expectile: float | Tensor) -> Tensor:
 
 
 def value_loss(target_q: Tensor, v: Tensor, expectile: float | Tensor) -> Tensor:
-    r"""The value objective :math:`L_2^\tau(\min_i \hat Q_i(s, a) - V(s))` (equation 5).
+    r"""Compute the value objective :math:`L_2^\tau(\min_i \hat Q_i(s, a) - V(s))` (equation 5).
 
     Args:
         target_q: the target ensemble at the actions of the data, ``[N, *B]``, detached here.
@@ -130,7 +130,7 @@ def value_loss(target_q: Tensor, v: Tensor, expectile: float | Tensor) -> Tensor
 def td_target(
     reward: Tensor, next_v: Tensor, terminated: Tensor, discount: float | Tensor
 ) -> Tensor:
-    r"""The one-step target :math:`r + \gamma (1 - terminated) V(s')` of equation 6.
+    r"""Compute the one-step target :math:`r + \gamma (1 - terminated) V(s')` of equation 6.
 
     Args:
         reward: ``[*B]``; for an n-step transition the discounted sum of its n rewards.
@@ -145,7 +145,7 @@ def td_target(
 
 
 def qvalue_loss(q: Tensor, target: Tensor, distance: Distance = "l2") -> Tensor:
-    """The distance of each Q network to the shared TD target, summed over the ensemble (equation 6).
+    """Sum the distances of each Q network to the shared TD target over the ensemble (equation 6).
 
     Args:
         q: Q_i(s, a), ``[N, *B]``.
@@ -168,7 +168,7 @@ def qvalue_loss(q: Tensor, target: Tensor, distance: Distance = "l2") -> Tensor:
 
 
 def advantage_weight(advantage: Tensor, temperature: float | Tensor, clip: float) -> Tensor:
-    r"""The weight of an action in policy extraction, :math:`\min(e^{\beta A}, clip)`.
+    r"""Compute the weight of an action in policy extraction, :math:`\min(e^{\beta A}, clip)`.
 
     Args:
         advantage: :math:`A = \min_i \hat Q_i(s, a) - V(s)`, ``[*B]``.
@@ -183,7 +183,7 @@ def advantage_weight(advantage: Tensor, temperature: float | Tensor, clip: float
 
 
 def actor_loss(log_prob: Tensor, weight: Tensor) -> Tensor:
-    r"""Advantage-weighted regression, :math:`-\min(e^{\beta A}, clip) \log \pi(a | s)` (equation 7).
+    r"""Compute advantage-weighted regression, :math:`-\min(e^{\beta A}, clip) \log \pi(a | s)` (equation 7).
 
     Args:
         log_prob: :math:`\log \pi(a | s)` at the actions of the data, ``[*B]``; for a deterministic

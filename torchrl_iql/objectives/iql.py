@@ -99,7 +99,7 @@ class IQLLoss(LossModule):
     renames them.
 
     Returns:
-        A TensorDict of scalars: ``loss_actor``, ``loss_qvalue``, ``loss_value``, ``entropy`` (minus the
+        a TensorDict of scalars: ``loss_actor``, ``loss_qvalue``, ``loss_value``, ``entropy`` (minus the
         mean log-likelihood of the data's actions; absent for deterministic policies), and the
         diagnostics ``advantage``, ``value``, ``qvalue`` (means) and ``clip_fraction`` (the share of
         weights that reached ``weight_clip``). The squared TD error, the largest over the networks, is
@@ -295,11 +295,11 @@ class IQLLoss(LossModule):
 
     @dispatch()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The three losses and the diagnostics, each network evaluated once per input."""
+        """Compute the three losses and the diagnostics, each network evaluated once per input."""
         return self.losses(tensordict, self.evaluate(tensordict))
 
     def evaluate(self, tensordict: TensorDictBase) -> iql.Outputs:
-        """All that :meth:`losses` needs of the networks."""
+        """Compute all that :meth:`losses` needs of the networks."""
         target_q = self._target_q(tensordict)  # first: it checks the shape of discrete actions
         return iql.Outputs(
             log_prob=self.log_likelihood(tensordict),
@@ -310,7 +310,7 @@ class IQLLoss(LossModule):
         )
 
     def losses(self, tensordict: TensorDictBase, outputs: iql.Outputs) -> TensorDictBase:
-        """What :meth:`forward` returns, and the priority in the batch, from given network outputs."""
+        """Return what :meth:`forward` does, and the batch's priority, from given network outputs."""
         self._check_outputs(outputs)
         values = iql.losses(
             outputs,
@@ -338,7 +338,7 @@ class IQLLoss(LossModule):
         return out
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
-        """Advantage-weighted regression of the policy (equation 7).
+        """Compute the advantage-weighted regression of the policy (equation 7).
 
         Returns:
             the loss, and an empty dictionary.
@@ -355,7 +355,7 @@ class IQLLoss(LossModule):
         return loss, {}
 
     def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
-        """Expectile regression of V on the target Q (equation 5).
+        """Compute the expectile regression of V on the target Q (equation 5).
 
         Returns:
             the loss, and an empty dictionary.
@@ -367,7 +367,7 @@ class IQLLoss(LossModule):
         return loss, {}
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
-        """Regression of every Q network on the TD target (equation 6).
+        """Compute the regression of every Q network on the TD target (equation 6).
 
         Returns:
             the loss, and a dictionary with the squared ``td_error``, ``[N, *B]``, detached.
@@ -388,7 +388,7 @@ class IQLLoss(LossModule):
     # --- The networks, evaluated --------------------------------------------------------------------
 
     def log_likelihood(self, td: TensorDictBase) -> Tensor:
-        """log pi(a | s) at the actions of the data, ``[*B]``; if deterministic -|a - pi(s)|^2."""
+        """Return log pi(a | s) at the data's actions, ``[*B]``; if deterministic -|a - pi(s)|^2."""
         inputs = _select(td, self.actor_network, "actor_network")
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             if self._deterministic:
@@ -411,7 +411,7 @@ class IQLLoss(LossModule):
         return at_least_float32(log_prob)
 
     def _v(self, td: TensorDictBase, prefix: str | None = None) -> Tensor:
-        """V(s), or V(s') with the prefix ``"next"``, ``[*B]``."""
+        """Compute V(s), or V(s') with the prefix ``"next"``, ``[*B]``."""
         inputs = _select(td, self.value_network, "value_network", prefix)
         with self.value_network_params.to_module(self.value_network, preserve_module_state=False):
             outputs = _run(self.value_network, inputs)
@@ -423,7 +423,7 @@ class IQLLoss(LossModule):
         return self._v(td, prefix="next")
 
     def _q(self, td: TensorDictBase) -> Tensor:
-        """Q_i(s, a) at the actions of the data, ``[N, *B]``."""
+        """Compute Q_i(s, a) at the actions of the data, ``[N, *B]``."""
         return self._q_ensemble(td, self.qvalue_network_params)
 
     @torch.no_grad()
@@ -449,12 +449,12 @@ class IQLLoss(LossModule):
         return at_least_float32(self.at_action(td, q))
 
     def at_action(self, td: TensorDictBase, q: Tensor) -> Tensor:
-        """The values of the data's actions, ``[N, *B]``, from the output of the Q networks."""
+        """Select the values of the data's actions, ``[N, *B]``, from what the Q networks put out."""
         return _squeeze_last(q, self.tensor_keys.state_action_value)
 
     @torch.no_grad()
     def td_target(self, td: TensorDictBase, next_v: Tensor) -> Tensor:
-        """The value estimator's target, ``[*B]``, from V(s'), ``[*B]``."""
+        """Compute the value estimator's target, ``[*B]``, from V(s'), ``[*B]``."""
         keys = self.tensor_keys
         next_v = next_v.unsqueeze(-1)
         _check_shape(("next", keys.reward), self._get(td, ("next", keys.reward)), next_v.shape)
@@ -588,7 +588,7 @@ class IQLLoss(LossModule):
         return self
 
     def _make_vmap(self) -> None:
-        """Nothing to make: the ensemble is mapped anew at each call, so that the loss can be pickled."""
+        """Make nothing: each call maps the ensemble anew, so that the loss can be pickled."""
 
     def _release(self, *tensordicts: TensorDictBase) -> None:
         # Weak references cannot be rebuilt under torch.compile.
@@ -598,7 +598,7 @@ class IQLLoss(LossModule):
 
     @torch.no_grad()
     def _draw_ensemble(self, given: nn.Module) -> None:
-        """Network 0 gets the given parameters, the others fresh ones of the same kind."""
+        """Give network 0 the given parameters, the others fresh ones of the same kind."""
         for key, stacked in self.qvalue_network_params.items(True, True):
             if not isinstance(stacked, nn.Parameter):
                 continue  # a buffer, or a parameter shared with another network
@@ -722,7 +722,7 @@ def _check_qvalue_networks(
 
 
 def takes_stacked_parameters(network: nn.Module) -> bool:
-    """Whether a network of :mod:`torchrl_iql.models` evaluates an ensemble in one call."""
+    """Return whether a network of :mod:`torchrl_iql.models` evaluates an ensemble in one call."""
     return getattr(getattr(network, "module", None), "takes_stacked_parameters", False)
 
 
@@ -739,7 +739,7 @@ def _check_shape(what: NestedKey, tensor: Tensor, expected: tuple[int, ...]) -> 
 
 
 def _coefficient(number: float | Tensor, device: torch.device | None) -> Tensor:
-    """A scalar in float64: 0-dim, it does not promote the losses, and 0.7 stays 0.7."""
+    """Make a scalar in float64: 0-dim, it does not promote the losses, and 0.7 stays 0.7."""
     return torch.as_tensor(number, dtype=torch.float64).to(device)
 
 
@@ -754,7 +754,7 @@ def _nested(prefix: str | None, key: NestedKey) -> NestedKey:
 
 
 def _inputs(module: TensorDictModule) -> list[NestedKey]:
-    """The ``in_keys``, less those under which a composite policy writes its own parameters."""
+    """Return the ``in_keys``, less those where a composite policy writes its own parameters."""
     written = {key[0] for key in module.out_keys if isinstance(key, tuple)}
     return [key for key in module.in_keys if key not in written]
 
@@ -762,7 +762,7 @@ def _inputs(module: TensorDictModule) -> list[NestedKey]:
 def _select(
     td: TensorDictBase, module: TensorDictModule, name: str, prefix: str | None = None
 ) -> TensorDictBase:
-    """A new TensorDict with the inputs of ``module``: what it writes stays out of the batch."""
+    """Make a TensorDict with the inputs of ``module``: what it writes stays out of the batch."""
     keys = _inputs(module)
     for key in keys:
         if _nested(prefix, key) not in td.keys(True):
@@ -810,7 +810,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _drawn_like(parameter: Tensor, is_bias: bool) -> Tensor:
-    """A random parameter of the kind of the given one: a rotated matrix, or a bias of its range."""
+    """Draw a parameter of the kind of the given one: a rotated matrix, or a bias of its range."""
     if is_bias:
         return torch.empty_like(parameter).uniform_(-1, 1) * parameter.abs().max()
     if parameter.ndim < 2:

@@ -44,7 +44,7 @@ def adam_(
     step_size: Tensor,
     epsilon: Tensor,
 ) -> None:
-    """Adam (Kingma, Ba, 2015) on one tensor, as :class:`torch.optim.Adam`, with a step size per row.
+    """Apply Adam (Kingma, Ba, 2015) to a tensor, as :class:`torch.optim.Adam`, a step size per row.
 
     Args:
         parameters: any shape, changed in place.
@@ -67,7 +67,7 @@ def adam_all_(
     rates: Rates,
     weight_decay: float,
 ) -> None:
-    """Adam on a network, with decoupled weight decay (Loshchilov, Hutter, 2019) if it is not 0.
+    """Apply Adam to a network, with decoupled weight decay (Loshchilov, Hutter, 2019) if not 0.
 
     Eagerly PyTorch's fused kernel, where it can be used; else the same arithmetic, which the compiler
     fuses if there is one.
@@ -112,7 +112,7 @@ def adam_all_(
 
 
 def clip_(gradients: Sequence[Tensor], max_norm: float) -> None:
-    """Scales gradients to a norm of at most ``max_norm``, as :func:`torch.nn.utils.clip_grad_norm_`."""
+    """Scale gradients to a norm up to ``max_norm``, as :func:`torch.nn.utils.clip_grad_norm_`."""
     norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
     scale = (max_norm / (torch.linalg.vector_norm(norms) + 1e-6)).clamp_max(1.0)
     for gradient in gradients:
@@ -120,6 +120,6 @@ def clip_(gradients: Sequence[Tensor], max_norm: float) -> None:
 
 
 def follow_(targets: Sequence[Tensor], parameters: Sequence[Tensor], rate: float) -> None:
-    r"""Polyak averaging, :math:`\hat\theta \leftarrow (1 - \alpha) \hat\theta + \alpha \theta`."""
+    r"""Apply Polyak averaging, :math:`\hat\theta \leftarrow (1 - \alpha) \hat\theta + \alpha \theta`."""
     if targets:
         torch._foreach_lerp_(list(targets), list(parameters), rate)  # pyright: ignore

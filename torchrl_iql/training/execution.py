@@ -72,7 +72,7 @@ class Executor:
         rates: Tensor,
         due: Sequence[Due],
     ) -> TensorDictBase:
-        """Takes some steps.
+        """Take some steps.
 
         Args:
             program: whose steps they are.
@@ -143,7 +143,7 @@ class Executor:
         return Step(take, rows)
 
     def _compiled_step(self, program: Program, kind: Due) -> Step:
-        """Compiled at its first call."""
+        """Return the step, compiled at its first call."""
         key = program.shared, kind
         if key not in self._compiled:
             self._compiled[key] = program.shared.compiled(kind, compiled_function)
@@ -228,7 +228,7 @@ class _Graph:
         self._addresses = self._where(program, fixed)
 
     def fits(self, program: Program, source: TensorDictBase) -> bool:
-        """Whether everything is still where it was when the graph was recorded."""
+        """Return whether everything is still where it was when the graph was recorded."""
         if self.batch is None:
             return self._addresses == self._where(program, source)
         same = source.shape == self.batch.shape and _layout(source) == _layout(self.batch)
@@ -242,7 +242,7 @@ class _Graph:
     def replay(
         self, source: TensorDictBase, indices: Tensor | None, rates: Tensor
     ) -> TensorDictBase:
-        """Takes the steps with these, and returns the results of the last one."""
+        """Take the steps with these, and return the results of the last one."""
         if self.batch is not None:
             self.batch.update_(source, non_blocking=True)
         elif self.indices is not None:
@@ -259,7 +259,7 @@ def _layout(source: TensorDictBase) -> list:
 def record(
     steps: Callable[[], TensorDictBase],
 ) -> tuple[TensorDictBase, Callable[[], None], TensorDictBase]:
-    """Takes steps, in which everything is compiled and set up, and records the same unexecuted.
+    """Take steps, in which everything is compiled and set up, and record the same unexecuted.
 
     Returns:
         the results of those steps, what replays the record, and the tensors with its results.
@@ -326,7 +326,7 @@ def _first_line(error: Exception) -> str:
 
 
 def compiled_function(function: FunctionType | MethodType) -> Callable:
-    """Compiles a function as one graph, for fixed shapes.
+    """Compile a function as one graph, for fixed shapes.
 
     Of a copy of its code: PyTorch limits how often one code is compiled in a process.
     """
@@ -340,7 +340,7 @@ def compiled_function(function: FunctionType | MethodType) -> Callable:
 
 
 def compiled_graph(function: Callable, *example: Any) -> Callable[..., list[Tensor]]:
-    """Compiles a small function for tensors exactly like the given ones, which nobody checks.
+    """Compile a small function for tensors exactly like the given ones, which nobody checks.
 
     Without Dynamo, whose look-up of the code takes longer than the function, and for one thread.
 

@@ -140,12 +140,12 @@ class Networks:
         self._backward = _function("backward", first.dtype)
 
     def forward(self, batch: int = 0) -> None:
-        """Computes ``outputs`` from one of the batches in ``inputs``."""
+        """Compute ``outputs`` from one of the batches in ``inputs``."""
         self._latest = self._networks[batch]
         self._forward(self._latest, torch.get_num_threads())
 
     def backward(self, step_sizes: Sequence[float], epsilon: float, target_rate: float) -> None:
-        r"""Takes a step of Adam with each network that learns, and moves its target.
+        r"""Take a step of Adam with each network that learns, and move its target.
 
         The activations are those of the last :meth:`forward`.
 
@@ -160,13 +160,13 @@ class Networks:
 
 
 def columns(dtype: torch.dtype) -> int:
-    """What all widths must be multiples of, at most 32: the numbers in two of its vectors."""
+    """Return what all widths are multiples of, at most 32: the numbers in two of its vectors."""
     return _function("columns", dtype)()
 
 
 @cache
 def unavailable() -> str | None:
-    """Why networks can not be computed by this module, or None if they can."""
+    """Say why networks can not be computed by this module, or return None if they can."""
     if sys.platform != "linux":
         return f"it is written for Linux, not {sys.platform}"
     try:
@@ -224,7 +224,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _matrix(tensor: Tensor | None) -> _Matrix:
-    """Of ``[B, width]``, or in panels ``[width / columns, B, columns]``."""
+    """Describe a tensor ``[B, width]``, or in panels ``[width / columns, B, columns]``."""
     if tensor is None:
         return _Matrix()
     width = tensor.shape[-1]

@@ -40,7 +40,7 @@ DESCENDED: dict[type, tuple[str, ...]] = {
 
 
 def cosine_decay(steps: int) -> Schedule:
-    """A schedule that falls from 1 to 0 by half a cosine, and stays there.
+    """Make a schedule that falls from 1 to 0 by half a cosine, and stays there.
 
     Args:
         steps: its length, at least 1.
@@ -51,7 +51,7 @@ def cosine_decay(steps: int) -> Schedule:
 
 
 def warm_up(steps: int) -> Schedule:
-    """A schedule that rises linearly to 1, which it reaches at step ``steps - 1``.
+    """Make a schedule that rises linearly to 1, which it reaches at step ``steps - 1``.
 
     Args:
         steps: its length, at least 1.
@@ -62,12 +62,12 @@ def warm_up(steps: int) -> Schedule:
 
 
 def network_of(name: str) -> str:
-    """The network that a parameter of a loss belongs to, as ``"actor_network"``; else its own name."""
+    """Name the network that a loss's parameter belongs to, as ``"actor_network"``; else its name."""
     return name.partition("_params.")[0] if "_params." in name else name
 
 
 def target_networks(loss: Module) -> list[str]:
-    """The networks of a loss that have a slow copy."""
+    """Find the networks of a loss that have a slow copy."""
     prefix, suffix = "target_", "_params"
     return [
         name[len(prefix) : -len(suffix)]
@@ -114,7 +114,7 @@ class Optimization:
         target_rate: float | Mapping[str, float],
         target_every: int,
     ) -> Optimization:
-        """Resolves what was given for the networks of a loss.
+        """Resolve what was given for the networks of a loss.
 
         Raises:
             TypeError, ValueError: a value is out of range, or a name is none of a network of the loss.
@@ -152,17 +152,17 @@ class Optimization:
         return tuple(self.learning_rate)
 
     def due(self, step: int) -> frozenset[str]:
-        """The networks that are updated in a step, and ``"targets"`` if those are."""
+        """Return the networks that are updated in a step, and ``"targets"`` if those are."""
         networks = {name for name, every in self.every.items() if (step + 1) % every == 0}
         return frozenset(networks | ({"targets"} if (step + 1) % self.target_every == 0 else set()))
 
     def rate(self, network: str, step: int) -> float:
-        """The learning rate of a network after ``step`` steps."""
+        """Return the learning rate of a network after ``step`` steps."""
         factor = self.schedule[network](step) if network in self.schedule else 1.0
         return self.learning_rate[network] * factor
 
     def rates(self, first: int, steps: int) -> np.ndarray:
-        """The :class:`~torchrl_iql.training.adam.Rates` of steps, ``[steps, networks, 6]``, float64.
+        """Return :class:`~torchrl_iql.training.adam.Rates` of steps, ``[steps, networks, 6]``, float64.
 
         The last column is empty: rows begin at multiples of 16 bytes, as compiled code wants it.
         """
@@ -210,7 +210,7 @@ def _by_network(
     interval: str,
     within: Callable[[object], bool],
 ) -> dict[str, T]:
-    """One value for all networks, or those given by name."""
+    """Resolve one value for all networks, or those given by name."""
     values = dict(given) if isinstance(given, Mapping) else dict.fromkeys(networks, given)
     _known(setting, values, networks)
     for value in [given] if not isinstance(given, Mapping) else values.values():

@@ -39,19 +39,19 @@ class Program(Protocol):
     def shared(self) -> Shared: ...
 
     def adopt(self) -> None:
-        """Finds out what became of the losses since the last step, and trains what they hold now."""
+        """Find out what became of the losses since the last step, and train what they hold now."""
         ...
 
     def columns(self, source: TensorDictBase) -> Any:
-        """What a step reads of transitions ``[n]``, checked."""
+        """Return what a step reads of transitions ``[n]``, checked."""
         ...
 
     def addresses(self) -> tuple:
-        """Where the tensors of a step lie, and the plain numbers that it is made with."""
+        """Return where the tensors of a step lie, and the plain numbers that it is made with."""
         ...
 
     def rehearse(self, columns: Any, indices: Tensor | None) -> None:
-        """Raises what would go wrong in a step, before anything is compiled."""
+        """Raise what would go wrong in a step, before anything is compiled."""
         ...
 
     def update(
@@ -62,7 +62,7 @@ class Program(Protocol):
         rates: Tensor,
         due: frozenset[str],
     ) -> Any:
-        """Takes the step.
+        """Take the step.
 
         Args:
             state: as above.
@@ -78,7 +78,7 @@ class Program(Protocol):
         ...
 
     def moments(self, learner: int) -> Moments:
-        """Those of one learner, in place."""
+        """Return the moments of one learner, in place."""
         ...
 
 
@@ -96,7 +96,7 @@ class Step:
 
 
 def rows(program: Program, columns: Any, indices: Tensor | None) -> Sequence[Tensor | None]:
-    """What a step reads that gathers its minibatch itself."""
+    """Return what a step reads that gathers its minibatch itself."""
     return [None] if indices is None else indices.unbind()
 
 
@@ -104,7 +104,7 @@ class Shared(Protocol):
     """What programs that differ in nothing but their tensors compute with."""
 
     def compiled(self, due: frozenset[str], compiler: Callable[[Callable], Callable]) -> Step:
-        """The step, made of compiled functions.
+        """Make the step of compiled functions.
 
         Args:
             due: what is updated.
@@ -113,14 +113,14 @@ class Shared(Protocol):
         ...
 
     def results(self, of_step: Any) -> TensorDictBase:
-        """What :meth:`update` or a compiled step returned, by name."""
+        """Return what :meth:`update` or a compiled step returned, by name."""
         ...
 
 
 def compiled_whole(
     update: Callable, due: frozenset[str], compiler: Callable[[Callable], Callable]
 ) -> Step:
-    """A step that is one graph."""
+    """Make a step that is one graph."""
 
     def whole(state: Any, columns: Any, indices: Any, rates: Tensor) -> Any:
         return update(state, columns, indices, rates, due)
@@ -183,7 +183,7 @@ class LossProgram:
         self._targets = [self._pairs(network) for network in self.optimization.target_rate]
 
     def _pairs(self, network: str) -> tuple[list[Tensor], list[Tensor], float]:
-        """Targets, what they follow, and how fast. Buffers of a network are not followed."""
+        """Return targets, what they follow, and how fast. Buffers of a network are not followed."""
         sources = getattr(self.loss, f"{network}_params")
         targets = self.loss._modules[f"target_{network}_params"]
         pairs = [
@@ -243,7 +243,7 @@ class LossProgram:
     def _gradients(
         self, batch: TensorDictBase, due: frozenset[str]
     ) -> tuple[dict[str, dict[str, Tensor]], TensorDictBase]:
-        """By network and parameter, of those that are due; and the output of the loss."""
+        """Compute gradients by network and parameter, of those due; and the output of the loss."""
         entries = self.optimization.entries
         names = [
             (network, name)
@@ -311,7 +311,7 @@ def _cuda(device: torch.device) -> list[torch.device]:
 
 
 def _networks(loss: LossModule) -> Iterable[torch.nn.Module]:
-    """The networks of a loss, which are not among its children."""
+    """Return the networks of a loss, which are not among its children."""
     for value in vars(loss).values():
         if isinstance(value, torch.nn.Module):
             yield from value.modules()

@@ -49,7 +49,7 @@ STEP_SIZE, EPSILON = Rates._fields.index("step_size"), Rates._fields.index("epsi
 
 
 def refusal(losses: Sequence[LossModule], optimizations: Sequence[Optimization]) -> str | None:
-    """Why these losses can not be trained as one stack, or None if they can."""
+    """Say why these losses can not be trained as one stack, or return None if they can."""
     for loss, optimization in zip(losses, optimizations, strict=True):
         reason = _unstackable(loss, optimization)
         if reason is not None:
@@ -134,7 +134,7 @@ class StackedProgram:
         return ()  # what is read are the stacks, which stay
 
     def rehearse(self, columns: Any, indices: Tensor | None) -> None:
-        """Nothing: :meth:`columns` has checked all there is."""
+        """Do nothing: :meth:`columns` has checked all there is."""
 
     def update(
         self,
@@ -147,7 +147,7 @@ class StackedProgram:
         return self.shared.update(state, columns, indices, rates, due)
 
     def kernels(self, batch_size: int, batches: int) -> Networks:
-        """The networks of the only learner for batches of a size, with the memory that it takes."""
+        """Return the only learner's networks for batches of a size, with the memory it takes."""
         key = batch_size, batches
         if key not in self._kernels:
             self._kernels = {key: self.shared.kernels(self.state, *key)}
@@ -165,14 +165,14 @@ class StackedProgram:
         return {name: (firsts[name], seconds[name]) for name in firsts}
 
     def moments_of_format_1(self, learner: int, saved: Sequence[Sequence[Tensor]]) -> Moments:
-        """Moments by name, from those of stacks that were padded to the widest network alone."""
+        """Return moments by name, from those of stacks padded to the widest network alone."""
         first, second = zip(*saved, strict=True)
         loss = self.losses[learner]
         firsts, seconds = (dict(self.shared.slices(loss, stack)) for stack in (first, second))
         return {name: (firsts[name], seconds[name]) for name in firsts}
 
     def _views_of(self, replica: int) -> dict[str, Tensor | None]:
-        """The part of the stacks that holds each tensor of a loss, if one does, by name."""
+        """Return the part of the stacks that holds each tensor of a loss, if one does, by name."""
         loss, slices = self.losses[replica], self.shared.slices
         views = dict(slices(loss, _of(self._online, replica)))
         views |= slices(loss, _of(self._frozen, replica), frozen=True)
@@ -226,7 +226,7 @@ class StackedLosses:
     def slices(
         self, loss: LossModule, stack: Sequence[Tensor], *, frozen: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
-        """The parts of one learner's stack that are tensors of its loss, by their names there.
+        """Yield the parts of a learner's stack that are tensors of its loss, by their names there.
 
         Args:
             loss: the learner's.
@@ -254,7 +254,7 @@ class StackedLosses:
             yield names[id(networks.log_std)], log_std[POLICY]
 
     def columns(self, source: TensorDictBase) -> dict[str, Tensor]:
-        """What the losses read of transitions ``[n]``, numbers and flags without their last 1.
+        """Return what the losses read of transitions ``[n]``, numbers and flags without a last 1.
 
         Raises:
             KeyError, ValueError: an entry is missing or does not fit.
@@ -345,7 +345,7 @@ class StackedLosses:
     def __call__(
         self, online: Stack, frozen: Stack, coefficients: Tensor, batch: Mapping[str, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The three losses of every learner, a pure function.
+        """Compute the three losses of every learner, a pure function.
 
         Args:
             online: the stack that gradients flow to.
@@ -373,7 +373,7 @@ class StackedLosses:
         coefficients: Tensor,
         batch: Mapping[str, Tensor],
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The same from the outputs of the networks, ``[R, K, B, out]``, and the policy's deviations."""
+        """Compute them from the networks' outputs, ``[R, K, B, out]``, and the policy's deviations."""
         action, v = batch["action"], outputs[:, VALUE, :, 0]
         expectile, temperature, discount = coefficients.to(v.dtype).unsqueeze(-1)
         if "steps_to_next_obs" in batch:
@@ -409,7 +409,7 @@ class StackedLosses:
         def prepare(
             program: StackedProgram, columns: dict[str, Tensor], indices: Tensor | None
         ) -> list[tuple[int, Callable[..., list[Tensor]], list[Tensor]]]:
-            """Gathers the minibatches of some steps: for each its place, the losses, what they read."""
+            """Gather minibatches of some steps: for each its place, the losses, what they read."""
             steps = 1 if indices is None else len(indices)
             if indices is not None:
                 indices = indices.flatten(1)
@@ -444,7 +444,7 @@ class StackedLosses:
         return Step(take, prepare)  # pyright: ignore
 
     def kernels(self, state: tuple, batch_size: int, batches: int) -> Networks:
-        """The networks of the only learner of a state."""
+        """Build the networks of the only learner of a state."""
         online, frozen, moments, _ = state
         first, second = zip(*moments, strict=True)
 
@@ -470,7 +470,7 @@ class StackedLosses:
     def _read(
         self, columns: Mapping[str, Tensor], indices: Tensor | None, inputs: Tensor
     ) -> dict[str, Tensor]:
-        """Gathers minibatches, ``[S, B, ...]``, and what the networks read of them, ``[S, N, B, in]``.
+        """Gather minibatches, ``[S, B, ...]``, and what networks read of them, ``[S, N, B, in]``.
 
         Not compiled: PyTorch gathers whole rows, in a fifth of the time of the code that inductor makes.
         """
@@ -494,7 +494,7 @@ class StackedLosses:
         batch: Mapping[str, Tensor],
         rates: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of the losses by the outputs; the step of what is in no layer."""
+        """Compute the losses' gradients by the outputs; take the step of what is in no layer."""
         log_std, first, second, coefficients = heads
         learning = 2 + self.num_qvalue_nets
 
@@ -512,7 +512,7 @@ class StackedLosses:
     def _forward(
         self, stack: Stack, inputs: list[Tensor], dropout: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """The outputs of every network, ``[R, K, B, out]``, and the log deviations, ``[R, K, A]``."""
+        """Compute every network's outputs, ``[R, K, B, out]``, and log deviations, ``[R, K, A]``."""
         *weights, vectors = stack
         *biases, log_std = vectors.split([*self.widths[1:], self.action_size], dim=-1)
         x = torch.stack([F.pad(x, (0, self.widths[0] - x.shape[-1])) for x in inputs], dim=1)
@@ -527,7 +527,7 @@ class StackedLosses:
         return at_least_float32(x).unflatten(0, lead), log_std
 
     def _inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What V and the policy read at s and at s', and what the Q networks read."""
+        """Return what V and the policy read at s and at s', and what the Q networks read."""
         state = self.normalize(batch["observation"])
         next_state = self.normalize(batch["next_observation"])
         if self.discrete:
@@ -535,7 +535,7 @@ class StackedLosses:
         return state, next_state, torch.cat([state, self.scale_action(batch["action"])], dim=-1)
 
     def _at_action(self, q: Tensor, action: Tensor) -> Tensor:
-        """Q at the actions of the data, ``[N, R, B]``, from the outputs, ``[R, N, B, out]``."""
+        """Select Q at the data's actions, ``[N, R, B]``, from the outputs, ``[R, N, B, out]``."""
         q = q.transpose(0, 1)
         if not self.discrete:
             return q[..., 0]
@@ -545,7 +545,7 @@ class StackedLosses:
         return q.gather(-1, action.unsqueeze(-1).expand(*q.shape[:-1], 1)).squeeze(-1)
 
     def _log_likelihood(self, output: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
-        """log pi(a | s), or minus the squared error of a deterministic policy, ``[R, B]``."""
+        """Return log pi(a | s), of a deterministic policy minus the squared error, ``[R, B]``."""
         output = output[..., : self.policy_size]
         if self.distribution is None:
             return -(self.head(output) - action).square().sum(-1)
@@ -557,7 +557,7 @@ class StackedLosses:
 def _gradients(
     losses: StackedLosses, online: Stack, *others: Any
 ) -> tuple[Stack, tuple[Tensor, Tensor]]:
-    """The gradients of the losses with respect to ``online``, and what they return beside the sum."""
+    """Return the gradients of the losses by ``online``, and what they return beside the sum."""
     if torch.compiler.is_compiling():
         return torch.func.grad(losses, has_aux=True)(online, *others)
     # The same, without the layers of torch.func around every operation.
@@ -568,7 +568,7 @@ def _gradients(
 
 
 def _mean(values: Tensor, batch: Mapping[str, Tensor], *, weighted: bool) -> Tensor:
-    """Over the transitions, ``[R, B] -> [R]``, as TorchRL reduces with masks and importance weights."""
+    """Average over transitions, ``[R, B] -> [R]``, as TorchRL by masks and importance weights."""
     mask, weight = batch.get("mask"), batch.get("priority_weight") if weighted else None
     if mask is None and weight is None:
         return values.mean(-1)
@@ -586,7 +586,7 @@ def _of(stack: Sequence[Tensor], replica: int) -> Stack:
 
 
 def _like(numbers: Tensor, tensor: Tensor) -> Tensor:
-    """Numbers for the leading dimensions of a tensor, broadcast over the others."""
+    """Shape numbers for the leading dimensions of a tensor, broadcast over the others."""
     return numbers.reshape(*numbers.shape, *(1,) * (tensor.ndim - numbers.ndim))
 
 
@@ -628,7 +628,7 @@ class _Networks:
 
 
 def _torso_and_head(policy: TensorDictModuleBase) -> tuple[Any, nn.Module]:
-    """The layers of a policy, and what turns their outputs into an action or its distribution."""
+    """Return a policy's layers, and what turns their outputs into an action or its distribution."""
     first: Any = policy[0] if isinstance(policy, ProbabilisticTensorDictSequential) else policy
     module = getattr(first, "module", None)
     if isinstance(module, GaussianParameters):
@@ -639,7 +639,7 @@ def _torso_and_head(policy: TensorDictModuleBase) -> tuple[Any, nn.Module]:
 
 
 def _unstackable(loss: LossModule, optimization: Optimization) -> str | None:
-    """Why the networks of this loss have no stack."""
+    """Say why the networks of this loss have no stack."""
     if type(loss) not in (IQLLoss, DiscreteIQLLoss):
         return f"{type(loss).__name__} of {type(loss).__module__} is not this project's IQL"
     assert isinstance(loss, IQLLoss)
@@ -683,7 +683,7 @@ def _unstackable(loss: LossModule, optimization: Optimization) -> str | None:
 
 
 def _unlike(first: LossModule, its: _Networks, loss: LossModule) -> str | None:
-    """Why a loss does not fit into the stack of the first one."""
+    """Say why a loss does not fit into the stack of the first one."""
     for name in ("num_qvalue_nets", "loss_function", "weight_clip"):
         one, other = getattr(first, name), getattr(loss, name)
         if one != other:
@@ -703,7 +703,7 @@ def _unlike(first: LossModule, its: _Networks, loss: LossModule) -> str | None:
 
 
 def _same(module: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules differ in nothing but the values of their parameters."""
+    """Return whether two modules differ in nothing but the values of their parameters."""
     buffers, others = list(module.buffers()), list(other.buffers())
     return (
         str(module) == str(other)

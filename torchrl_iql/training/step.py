@@ -145,7 +145,7 @@ class TrainStep:
         ]
 
     def _programs_for(self) -> tuple[Sequence[tuple[Program, slice]], str]:
-        """What takes the steps, of which learners, and why it does."""
+        """Return what takes the steps, of which learners, and why it does."""
         losses, optimizations = self.losses, self._optimizations
         alone = [refusal([x], [o]) for x, o in zip(losses, optimizations, strict=True)]
         reason = next(filter(None, alone), None)
@@ -170,7 +170,7 @@ class TrainStep:
         return [(program, slice(r, r + 1)) for r, program in enumerate(programs)], path
 
     def _has_kernels(self) -> bool:
-        """Whether the kernels of this project can compute the stacks."""
+        """Return whether the kernels of this project can compute the stacks."""
         loss = self.losses[0]
         dtype = next(loss.parameters()).dtype
         dropout = any(isinstance(m, nn.Dropout) for m in loss.actor_network.modules())  # pyright: ignore
@@ -262,7 +262,7 @@ class TrainStep:
     def _advance(
         self, sources: Sequence[TensorDictBase], indices: Tensor | None
     ) -> list[TensorDictBase]:
-        """As many steps as there are ``indices``, ``[steps, R, B]``, or one; the last results."""
+        """Take as many steps as ``indices``, ``[steps, R, B]``, or one; return the last results."""
         steps = 1 if indices is None else len(indices)
         due = [self._optimizations[0].due(self.steps + t) for t in range(steps)]
         results = []
@@ -278,7 +278,7 @@ class TrainStep:
         return results
 
     def _rates(self, rows: slice, steps: int) -> Tensor:
-        """Those of the next steps, of some learners: ``[steps, R, networks, 6]``, without R for one."""
+        """Return the next rates of some learners: ``[steps, R, networks, 6]``, without R for one."""
         block, done = divmod(self.steps, BLOCK)
         if (block, rows.start) not in self._tables:
             first, its = block * BLOCK, self._optimizations[rows]
@@ -289,7 +289,7 @@ class TrainStep:
         return self._tables[block, rows.start][done : done + steps]
 
     def _joined(self, results: list[TensorDictBase]) -> TensorDictBase:
-        """The results of all programs, ``[R]``, or scalars of a single learner."""
+        """Return the results of all programs, ``[R]``, or scalars of a single learner."""
         learners = len(self.losses)
         joined = {
             key: torch.cat([its[key].reshape(-1) for its in results]) for key in results[0].keys()
@@ -301,7 +301,7 @@ class TrainStep:
     # --- State -----------------------------------------------------------------------------------------
 
     def learning_rates(self) -> dict[str, list[float]]:
-        """The present learning rate of each network, schedule included, one per learner."""
+        """Return the present learning rate of each network, schedule included, one per learner."""
         networks = self._optimizations[0].networks
         return {
             network: [o.rate(network, self.steps) for o in self._optimizations]
@@ -309,7 +309,7 @@ class TrainStep:
         }
 
     def state_dict(self, replica: int = 0) -> dict[str, Any]:
-        """Networks, targets, optimiser, random numbers and counter of one learner, copied.
+        """Return networks, targets, optimiser, random numbers and counter of one learner, copied.
 
         It is the same however the learner is trained: alone or among others, stacked or not.
         """
