@@ -26,6 +26,10 @@ from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql import TrainStep, checkpoint, load_dataset, load_policy
 
 EVERY = pytest.mark.parametrize("name", algorithms())
+ONE = pytest.mark.parametrize(
+    "name", [n if n == "bc" else pytest.param(n, marks=pytest.mark.slow) for n in algorithms()]
+)
+"""Of what takes long: one by default, all with ``-m slow``."""
 SMALL = [
     "steps=60",
     "eval_interval=30",
@@ -114,7 +118,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert same(parts, whole)
 
 
-@EVERY
+@ONE
 def test_many_learners_are_single_runs(name: str, maze_id: str, tmp_path: Path) -> None:
     offline.run(config(name, maze_id, "seeds=[3,4]"), tmp_path / "many")
     for seed in (3, 4):
@@ -123,9 +127,7 @@ def test_many_learners_are_single_runs(name: str, maze_id: str, tmp_path: Path) 
         assert rows(tmp_path / f"{seed}") == rows(tmp_path / f"many/seed={seed}")
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "bc" else pytest.param(n, marks=pytest.mark.slow) for n in algorithms()]
-)
+@ONE
 def test_compiled_is_eager(name: str, maze_id: str) -> None:
     """Without dropout, whose random numbers compiled code draws in its own way."""
     steps = {}

@@ -492,6 +492,7 @@ class TestScript:
         assert written["work"]["hidden_sizes"] == [8]
         assert len(written["results"][0]["rates"]) == 2
 
+    @pytest.mark.slow
     def test_quick_runs_in_seconds(self, capsys: pytest.CaptureFixture):
         assert update.main(["--quick", "--device", "cpu", "--threads", "1"]) == 0
         output = capsys.readouterr().out

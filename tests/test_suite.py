@@ -62,6 +62,7 @@ def test_the_table_is_that_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert {algorithm: replicas(folder / algorithm) for algorithm in before} == before
 
 
+@pytest.mark.slow
 def test_fine_tuning_goes_on_from_the_offline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     collect.build(collect.dataset_id(NAME), collect.behavior(NAME), 1000, workers=1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from iql_losses import built
 from tensordict import TensorDict
 from torch._dynamo.utils import counters
 from torchrl import objectives
@@ -106,8 +107,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "squashed": {"policy": "squashed"},
     "deterministic": {"policy": "deterministic"},
     "categorical": {"policy": "categorical"},
-    "one network": {"num_qvalue_nets": 1},
-    "five networks": {"num_qvalue_nets": 5},
+    "one network": {"num": 1},
+    "five networks": {"num": 5},
     "three layers": {"hidden_sizes": (16, 8, 12)},
     "no layer": {"hidden_sizes": ()},
     "scaled": {"action_bounds": ([-1.0, -3.0], [2.0, 5.0]), "normalize_observation": True},
@@ -116,14 +117,14 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("settings", NETWORKS.values(), ids=NETWORKS.keys())
 def test_every_kind_of_network_is_trained_as_the_loss_says(settings: dict[str, Any]) -> None:
-    architecture = Architecture(
-        observation_size=3, action_size=2, **{"hidden_sizes": (16, 16), **settings}
-    )
+    settings = {"hidden_sizes": (16, 16), **settings}
+    num = settings.pop("num", 2)
+    architecture = Architecture(observation_size=3, action_size=2, **settings)
 
     def loss() -> IQLLoss:
         torch.manual_seed(0)
-        networks = architecture.build((torch.ones(3), torch.full((3,), 2.0)))
-        kwargs = {"num_qvalue_nets": architecture.num_qvalue_nets}
+        networks = built(architecture, (torch.ones(3), torch.full((3,), 2.0)), num)
+        kwargs = {"num_qvalue_nets": num}
         if architecture.discrete:
             return DiscreteIQLLoss(*networks, action_space="categorical", **kwargs)
         return IQLLoss(*networks, **kwargs)
