@@ -393,3 +393,9 @@ class TestNSteps:
     def test_out_of_range(self, n: int, discount: float) -> None:
         with pytest.raises(ValueError, match=r"n must be at least 1|discount must be from 0 to 1"):
             joined(walk(3)).n_step(n, discount)
+
+    def test_are_not_summed_twice(self) -> None:
+        dataset = joined(walk(3)).n_step(2, 0.9)
+        for again in (lambda: dataset.n_step(2, 0.9), lambda: dataset.returns_to_go(0.9)):
+            with pytest.raises(ValueError, match="the rewards are sums over several steps"):
+                again()

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
+from torchrl_iql_recipes.algorithms.iql import IQL
 from torchrl_iql_recipes.experiment import build, offline, results
 from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE
 from torchrl_iql_recipes.experiment.folder import RunFolder
@@ -367,3 +369,48 @@ def test_a_run_that_starts_anew_forgets_what_was_killed_before_its_first_checkpo
     RunFolder(tmp_path).log(7, {"loss_value": 1.0})
     offline.run(config(f"dataset={maze_id}", "seeds=0", "temperature=3"), tmp_path)
     assert [row["step"] for row in rows(tmp_path)] == ["20", "30", "40", "60"]
+
+
+def test_a_folder_of_another_run_is_not_taken_over(maze_id: str, tmp_path: Path) -> None:
+    offline.run(config(f"dataset={maze_id}", "temperature=3"), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
+    for given, name in (("learning_rate=1e-2", "learning_rate"), ("seeds=7", "seeds")):
+        other = config(f"dataset={maze_id}", "temperature=3", given)
+        with pytest.raises(ValueError, match=f"holds a run with another {name}: give another"):
+            offline.run(other, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.*")} == before
+
+
+def test_what_the_other_learners_have_is_not_deleted(maze_id: str, tmp_path: Path) -> None:
+    cfg = config(f"dataset={maze_id}", "seeds=[0,1]", "temperature=3")
+    offline.run(cfg, tmp_path)
+    shutil.rmtree(tmp_path / "seed=1")
+    with pytest.raises(ValueError, match=r"no checkpoint of the same step .*seed=1: none"):
+        offline.run(cfg, tmp_path)
+    assert sorted(RunFolder(tmp_path / "seed=0").checkpoints()) == [30, 60]
+
+
+def test_the_last_checkpoint_is_enough_to_go_on(maze_id: str, tmp_path: Path) -> None:
+    cfg = config(f"dataset={maze_id}", "temperature=3")
+    expected = offline.run(cfg, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert offline.run(cfg, tmp_path) == expected
+    assert [row["step"] for row in rows(tmp_path)] == ["20", "30", "40", "60"]
+
+
+def test_what_learners_share_can_not_differ_between_them(
+    maze_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config("temperature=[1,3]")
+    dataset = load_dataset(maze_id)
+    architecture = architecture_for(cfg.networks, dataset)
+
+    def optimization(self: IQL, steps: int) -> dict[str, Any]:
+        return {"learning_rate": 1e-3, "target_rate": 0.1 * self.temperature}
+
+    monkeypatch.setattr(IQL, "optimization", optimization)
+    with pytest.raises(ValueError, match="target_rate of the optimisation differs"):
+        build.step_for(cfg.learners, architecture, dataset, cfg.compute, 60)
+    monkeypatch.setattr(IQL, "data", lambda self, data: data.best_episodes(1 / self.temperature))
+    with pytest.raises(TypeError):
+        build.learned_from(cfg, dataset)

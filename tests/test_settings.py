@@ -140,7 +140,7 @@ def test_integral_numbers_may_be_written_with_an_exponent() -> None:
     [
         ("eval_interval=0", "eval_interval=0: expected an integer of at least 1"),
         ("seeds=a", "seeds=a: expected an integer of at least 0 or "),
-        ("seeds=[1,1]", "seeds=[1, 1]: expected one or several different ones"),
+        ("seeds=[1,1]", "seeds=[1, 1]: expected one or several different integers"),
         ("hidden_sizes=256", "hidden_sizes=256: expected [a, b, ...]"),
         ("steps=ten", "steps=ten: expected an integer of at least 0"),
         ("expectil=0.8", "there is no setting expectil: did you mean expectile?"),
@@ -235,3 +235,27 @@ def test_a_run_is_resumed_as_it_was_started(tmp_path: Path) -> None:
     assert done.returncode == 1
     expected = "offline.py: resume=there goes on with the settings stored there: leave out steps\n"
     assert done.stderr == expected
+
+
+def test_a_run_of_another_script_is_not_resumed(tmp_path: Path) -> None:
+    import yaml
+
+    for door, other in ((OFFLINE, ONLINE), (ONLINE, OFFLINE)):
+        text = yaml.safe_dump(dict(door.settings([]).values))
+        (tmp_path / "config.yaml").write_text(text)
+        assert door.stored(tmp_path) == door.settings([])
+        with pytest.raises(SettingsError, match=f"that run is not one of {other.name}.py"):
+            other.stored(tmp_path)
+
+
+def test_a_device_or_an_environment_that_does_not_exist_is_refused_in_one_line() -> None:
+    from torchrl_iql_recipes.experiment import build
+
+    with pytest.raises(SettingsError, match=r"compute.device=gpu: "):
+        build.set_up(OFFLINE.settings(["compute.device=gpu"]).compute)
+    with pytest.raises(SettingsError, match=r"env=Hoper-v5: .*"):
+        build.environment(OFFLINE.settings(["env={id:Hoper-v5}"]).data.env)
+    with pytest.raises(SettingsError, match=r"checkpoint=nowhere.ckpt: there is no checkpoint"):
+        ONLINE.settings(["checkpoint=nowhere.ckpt"])
+    with pytest.raises(SettingsError, match="steps=0: expected an integer of at least 1"):
+        OFFLINE.settings(["steps=0"])

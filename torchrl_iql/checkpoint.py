@@ -67,7 +67,8 @@ def save(
         # By default the tensors are mapped files, whose process dies of SIGBUS when the disk is full.
         checkpoint.register(name, component, adapter=StateDictCheckpointAdapter("torch"))
     try:
-        known = {"format": FORMAT, "architecture": asdict(architecture)}
+        known = {"format": FORMAT, "steps": learner.steps}
+        known["architecture"] = asdict(architecture)
         metadata |= known
         if isinstance(path, CheckpointRotation):
             return path.save(checkpoint, step=learner.steps, metadata=metadata)

@@ -39,7 +39,10 @@ class Algorithm(Part):
     )
 
     def data(self, dataset: OfflineDataset) -> OfflineDataset:
-        """Return what it learns from of a data set."""
+        """Return what it learns from of a data set, before rewards are summed over ``n_steps``.
+
+        All learners of a run share it: an axis of several values is None here.
+        """
         return dataset
 
     def loss(self, networks: Networks) -> LossModule:

@@ -5,50 +5,107 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import gymnasium
 import torch
 from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Discrete, flatdim
+from omegaconf import OmegaConf
 from torchrl_iql_recipes import collect
 from torchrl_iql_recipes.experiment.networks import Networks
-from torchrl_iql_recipes.experiment.settings import Compute, Data, Evaluation, Learner
+from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.settings import Compute, Data, Evaluation, Learner, Settings
 
 from torchrl_iql import Evaluator, OfflineDataset, TrainStep, load_dataset
 from torchrl_iql.models import Architecture
 
-__all__ = ["dataset_for", "environment", "evaluator_for", "set_up", "step_for"]
+__all__ = [
+    "claim",
+    "dataset_for",
+    "environment",
+    "evaluator_for",
+    "learned_from",
+    "set_up",
+    "step_for",
+]
 
 
 def set_up(compute: Compute) -> None:
     """Set PyTorch up for a run."""
+    try:
+        torch.empty(0, device=compute.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SettingsError(f"compute.device={compute.device}: {reason}") from None
     if compute.threads is not None:
         torch.set_num_threads(compute.threads)
     torch.set_float32_matmul_precision(compute.matmul_precision)
     torch.use_deterministic_algorithms(compute.device == "cpu")
 
 
-def dataset_for(data: Data, discount: float | None = None) -> OfflineDataset:
+def claim(path: Path, settings: Settings) -> None:
+    """Write the settings of a run into its folder, which may hold a part of it, but not of another.
+
+    Raises:
+        SettingsError: it holds a run with other settings.
+    """
+    file = path / "config.yaml"
+    if file.exists() and any(path.rglob("metrics.csv")):  # something has come of it
+        known: Any = OmegaConf.to_container(OmegaConf.load(file))
+        differ = sorted(
+            key
+            for key in {*known, *settings.values} - {"compute", "logger", "task"}
+            if known.get(key) != settings.values.get(key)
+        )
+        if differ:
+            raise SettingsError(
+                f"{path} holds a run with another {', '.join(differ)}: give another hydra.run.dir, or "
+                f"resume={path} to continue that one"
+            )
+    path.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(".new")
+    OmegaConf.save(OmegaConf.create(dict(settings.values)), new)
+    new.replace(file)
+
+
+def dataset_for(data: Data) -> OfflineDataset:
     """Load the transitions to train on, made or downloaded if they are not there.
 
     Args:
         data: which.
-        discount: of the rewards that are summed, if ``n_steps`` are.
     """
     if data.dataset is None:
-        raise ValueError("dataset=null: expected a Minari id, a folder or a D4RL file, or several")
+        raise SettingsError(
+            "dataset=null: expected a Minari id, a folder or a D4RL file, or several"
+        )
     sources = [data.dataset] if isinstance(data.dataset, str) else data.dataset
-    dataset = load_dataset(
+    return load_dataset(
         [collect.ensure(source) for source in sources],
         reward=data.reward,
         episodes=data.episodes,
         env=environment(data.env),
     )
-    if data.n_steps > 1:
-        assert discount is not None
-        dataset = dataset.n_step(data.n_steps, discount)
-    return dataset
+
+
+def learned_from(settings: Settings, dataset: OfflineDataset) -> OfflineDataset:
+    """Return what the algorithm learns from of a data set, over as many steps as the settings say."""
+    learners = settings.learners
+    varied = [
+        axis
+        for axis in settings.algorithm.axes()
+        if len({getattr(learner.algorithm, axis) for learner in learners}) > 1
+    ]
+    # All learners share the data: what differs between them can not be asked for there.
+    algorithm = settings.algorithm.model_copy(update=dict.fromkeys(varied))
+    learned = algorithm.data(dataset)
+    if learned is not dataset:
+        print(f"{algorithm.title} learns from {len(learned.transitions)} transitions of them")
+    if settings.data.n_steps > 1:
+        learned = learned.n_step(settings.data.n_steps, settings.algorithm.discount)  # pyright: ignore
+    return learned
 
 
 def environment(env: dict | str | None) -> EnvSpec | str | None:
@@ -56,10 +113,17 @@ def environment(env: dict | str | None) -> EnvSpec | str | None:
     if not isinstance(env, dict):
         return env
     arguments = dict(env)
-    spec = copy.deepcopy(gymnasium.spec(arguments.pop("id")))
+    spec = copy.deepcopy(_spec(arguments.pop("id")))
     spec.max_episode_steps = arguments.pop("max_episode_steps", spec.max_episode_steps)
     spec.kwargs |= arguments
     return spec
+
+
+def _spec(env: str) -> EnvSpec:
+    try:
+        return gymnasium.spec(env)
+    except gymnasium.error.Error as error:
+        raise SettingsError(f"env={env}: {error}") from None
 
 
 def evaluator_for(
@@ -124,6 +188,12 @@ def step_for(
         loss = learner.algorithm.loss(Networks(architecture, statistics))
         losses.append(loss.to(compute.device))
     each = [learner.algorithm.optimization(steps) for learner in learners]
+    for name in each[0].keys() - {"learning_rate", "schedule"}:
+        if any(its[name] != each[0][name] for its in each):
+            raise ValueError(
+                f"{name} of the optimisation differs between the learners: of several learners only "
+                "learning_rate may, so it can not depend on an axis"
+            )
     return TrainStep(
         losses,
         **{**each[0], "learning_rate": [its["learning_rate"] for its in each]},

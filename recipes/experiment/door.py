@@ -91,9 +91,9 @@ class Door:
             context = HydraConfig.get()
             try:
                 settings = self._inheriting(_values(cfg, context.runtime.choices), overrides)
-            except SettingsError as error:  # of one of several jobs
+                run(settings, Path(context.runtime.output_dir))
+            except SettingsError as error:
                 sys.exit(f"{self.name}.py: {error}")
-            run(settings, Path(context.runtime.output_dir))
 
         self._register()
         hydra.main(config_path=str(CONFIG), config_name=self.name, version_base="1.3")(job)()
@@ -119,6 +119,10 @@ class Door:
         if not (folder / "config.yaml").exists():
             raise SettingsError(f"resume={folder}: that folder has no config.yaml")
         values: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        own = {field for part in self.parts if not part.group for field in part.model_fields}
+        theirs = {field for part in PARTS.values() if not part.group for field in part.model_fields}
+        if own - values.keys() or (theirs - own) & values.keys():
+            raise SettingsError(f"resume={folder}: that run is not one of {self.name}.py")
         return Settings.of(values)
 
     def _resumed(self, overrides: Sequence[str]) -> Path | None:
@@ -199,7 +203,10 @@ class Door:
             return Settings.of(values)
         from torchrl_iql import checkpoint
 
-        saved = checkpoint.load_metadata(path).get("config")
+        try:
+            saved = checkpoint.load_metadata(path).get("config")
+        except FileNotFoundError as error:
+            raise SettingsError(f"checkpoint={path}: {error}") from None
         if saved is None or "algorithm" not in saved:
             raise SettingsError(
                 f"checkpoint={path} does not hold the settings of its run: train it anew"
@@ -241,9 +248,9 @@ class Door:
             lines += ["", f"{part.__name__}: {(part.__doc__ or '').splitlines()[0]}"]
             for given, name in part.names().items():
                 field = part.model_fields[name]
-                default = written(field.get_default()) + (
-                    ", or by task" if given in by_task else ""
-                )
+                default = written(field.get_default()) or "''"
+                default += ", or by task" if given in by_task else ""
+                default += f", or by config/{part.group}" if part.group else ""
                 several = ", or several" if name in part.axes() else ""
                 lines += [
                     f"  {given}  ({allowed(field)}{several}; default: {default})",

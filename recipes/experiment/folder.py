@@ -14,6 +14,8 @@ from typing import Any
 from torchrl.checkpoint import CheckpointRotation
 from torchrl.record.loggers import get_logger
 
+from torchrl_iql import checkpoint
+
 __all__ = ["RunFolder", "StopSignal", "newest_common_step"]
 
 KEPT = 2
@@ -87,7 +89,11 @@ class RunFolder:
 
     def checkpoints(self) -> dict[int, Path]:
         """Return the checkpoints that are kept by step."""
-        return {int(path.stem.rpartition("-")[2]): path for path in self.rotation.checkpoints()}
+        found = {int(path.stem.rpartition("-")[2]): path for path in self.rotation.checkpoints()}
+        if not found and self.last.exists():  # somebody has made room
+            step = checkpoint.load_metadata(self.last).get("steps")
+            return {} if step is None else {step: self.last}
+        return found
 
     def name_checkpoints(self) -> None:
         """Give ``last.ckpt`` and, if it is still there, ``best.ckpt`` to the right ones."""
@@ -109,8 +115,20 @@ class RunFolder:
 
 
 def newest_common_step(folders: Sequence[RunFolder]) -> int | None:
-    """Return the latest step of which every learner has a checkpoint; None if there is none."""
-    return max(set.intersection(*(set(each.checkpoints()) for each in folders)), default=None)
+    """Return the latest step of which every learner has a checkpoint; None if a run begins.
+
+    Raises:
+        ValueError: there is none, and more would be lost than a kill at the first one explains.
+    """
+    kept = {folder.path: set(folder.checkpoints()) for folder in folders}
+    common = max(set.intersection(*kept.values()), default=None)
+    if common is None and max(map(len, kept.values())) > 1:
+        shown = ", ".join(f"{path.name}: {sorted(steps) or 'none'}" for path, steps in kept.items())
+        raise ValueError(
+            f"the learners have no checkpoint of the same step ({shown}): put back what is missing, or "
+            "start anew in another folder"
+        )
+    return common
 
 
 def _link(path: Path, name: Path) -> None:

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from torchrl_iql_recipes.experiment import build, results
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.folder import StopSignal
@@ -33,19 +32,15 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
         what ``scores.json`` holds.
     """
     build.set_up(settings.compute)
-    algorithm = settings.algorithm
-    dataset = build.dataset_for(settings.data, getattr(algorithm, "discount", None))
+    dataset = build.dataset_for(settings.data)
     print(describe(dataset))
-    learned = algorithm.data(dataset)
-    if learned is not dataset:
-        print(f"{algorithm} learns from {len(learned.transitions)} transitions of them")
+    learned = build.learned_from(settings, dataset)
     make = build.evaluator_for(settings.evaluation, settings.data, dataset)
     architecture = architecture_for(settings.networks, learned)
     step = build.step_for(
         settings.learners, architecture, learned, settings.compute, settings.training.steps
     )
-    path.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(dict(settings.values)), path / "config.yaml")
+    build.claim(path, settings)
     records = Records(path, settings, step, architecture, dataset.name)
     records.resume()
     times = Times(path, step)

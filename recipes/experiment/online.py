@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from omegaconf import OmegaConf
 from tensordict import TensorDictBase
 from torchrl.collectors import BaseCollector
 from torchrl_iql_recipes.experiment import build, offline, results
@@ -19,6 +18,7 @@ from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.folder import StopSignal
 from torchrl_iql_recipes.experiment.networks import architecture_for
 from torchrl_iql_recipes.experiment.records import Records, Times
+from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
 from tqdm import tqdm
 
@@ -35,8 +35,7 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
         what ``scores.json`` holds.
     """
     _require_one_learner(settings)
-    path.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(dict(settings.values)), path / "config.yaml")
+    build.claim(path, settings)
     start = settings.online.checkpoint and Path(settings.online.checkpoint)
     if start is None and settings.data.dataset is not None and settings.training.steps > 0:
         start = path / "offline/last.ckpt"
@@ -71,7 +70,7 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
 def _require_one_learner(settings: Settings) -> None:
     if len(settings.learners) > 1:
         names = [learner.name for learner in settings.learners]
-        raise ValueError(f"one learner is fine-tuned, but these are {names}: give one value")
+        raise SettingsError(f"one learner is fine-tuned, but these are {names}: give one value")
 
 
 def _offline(settings: Settings) -> Settings:
@@ -83,19 +82,19 @@ def _offline(settings: Settings) -> Settings:
 
 def dataset_for(settings: Settings) -> OfflineDataset:
     """Load the offline transitions; from scratch, none."""
-    data, algorithm = settings.data, settings.algorithm
+    data = settings.data
     if data.n_steps > 1:
-        raise ValueError(f"n_steps={data.n_steps}: transitions are collected one by one, give 1")
+        raise SettingsError(f"n_steps={data.n_steps}: transitions are collected one by one, give 1")
     if data.dataset is not None:
         dataset = build.dataset_for(data)
         if dataset.env_spec is None:
             raise ValueError(f"{dataset.name} does not name an environment: give env=<id>")
-        return algorithm.data(dataset)
+        return build.learned_from(settings, dataset)
     env = build.environment(data.env)
     if env is None:
-        raise ValueError("without a data set there is no environment: give env=<id>")
+        raise SettingsError("without a data set there is no environment: give env=<id>")
     if settings.networks.normalize_observation and settings.online.checkpoint is None:
-        raise ValueError(
+        raise SettingsError(
             "normalize_observation=true needs the statistics of a data set: from scratch, give false"
         )
     return OfflineDataset.empty(env, reward_rule=data.reward, episode_rule=data.episodes)

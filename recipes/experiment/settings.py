@@ -74,7 +74,7 @@ class Data(Part):
 class Networks(Part):
     """What is trained."""
 
-    policy: Literal["gaussian", "squashed", "deterministic", "categorical"] = Field(
+    policy: Literal["gaussian", "squashed", "deterministic"] = Field(
         "gaussian", description="of continuous actions; discrete ones have a categorical"
     )
     action_bounds: Literal["space", "data"] = Field(
@@ -101,7 +101,7 @@ class Training(Part):
     def _seeds_differ(self) -> Training:
         given = self.seeds
         if isinstance(given, tuple) and (not given or len(set(given)) < len(given)):
-            raise ValueError(f"seeds={list(given)}: expected one or several different ones")
+            raise ValueError(f"seeds={list(given)}: expected one or several different integers")
         return self
 
 
@@ -240,6 +240,10 @@ class Settings:
         }
         training = parts["training"]
         assert isinstance(training, Training)
+        if training.steps == 0 and "env_steps" not in values:
+            raise SettingsError(
+                "steps=0: expected an integer of at least 1, without an online phase"
+            )
         learners = _learners(values, training)
         _n_steps(parts["data"], learners)
         recorded = _recorded(values, parts, learners)

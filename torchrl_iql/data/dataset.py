@@ -425,6 +425,8 @@ class OfflineDataset:
         """
         if not 0 <= discount <= 1:
             raise ValueError(f"discount must be from 0 to 1, got {discount!r}")
+        if "steps_to_next_obs" in self.transitions.keys():
+            raise ValueError("the rewards are sums over several steps: call this before n_step")
         lengths = self.episode_lengths
         ends = lengths.cumsum(0).repeat_interleave(lengths)
         left = ends - torch.arange(len(ends))
@@ -485,6 +487,8 @@ class OfflineDataset:
             raise ValueError(f"n must be at least 1, got {n!r}")
         if not 0 <= discount <= 1:
             raise ValueError(f"discount must be from 0 to 1, got {discount!r}")
+        if "steps_to_next_obs" in self.transitions.keys():
+            raise ValueError("the rewards are sums over several steps already")
         lengths = self.episode_lengths
         rows = torch.arange(int(lengths.sum()))
         left = lengths.cumsum(0).repeat_interleave(lengths) - rows
