@@ -34,12 +34,13 @@ from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
 from minari.storage import get_dataset_path
 from omegaconf import DictConfig, ListConfig
-from torchrl_iql_recipes.behaviors.mazes import AntWalks, PointWalks, share_arrived
-from torchrl_iql_recipes.behaviors.policies import Stages
-from torchrl_iql_recipes.behaviors.rollouts import CheckpointRollouts, RandomRollouts, StageRollouts
 from tqdm import tqdm
 
 from torchrl_iql.environments import REFERENCE_SCORES
+from torchrl_iql_recipes.behaviors.mazes import AntWalks, PointWalks, share_arrived
+from torchrl_iql_recipes.behaviors.policies import Stages
+from torchrl_iql_recipes.behaviors.rollouts import CheckpointRollouts, RandomRollouts, StageRollouts
+from torchrl_iql_recipes.files import whole
 
 __all__ = ["MINI", "NAMES", "behavior", "build", "ensure"]
 
@@ -292,9 +293,8 @@ def _start(behavior: Behavior) -> None:
 def _play_job(job: tuple[int, int, int, int, Path]) -> int:
     *arguments, path = job
     episodes = _play_part(*_player, *arguments)
-    unfinished = path.with_suffix(".new")
-    unfinished.write_bytes(pickle.dumps(episodes))
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        unfinished.write_bytes(pickle.dumps(episodes))
     return arguments[-1]
 
 

@@ -25,11 +25,12 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
 from torchrl.modules import MLP, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
+from tqdm import tqdm
+
 from torchrl_iql_recipes.behaviors.ant import ANT_TO_GOAL
 from torchrl_iql_recipes.behaviors.policies import Stages, actor
 from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.experiment.folder import RunFolder, StopSignal
-from tqdm import tqdm
 
 ENVIRONMENTS: dict[str, EnvSpec] = {
     "hopper": gymnasium.spec("Hopper-v5"),

@@ -6,9 +6,9 @@ from dataclasses import fields
 from typing import Any
 
 import gymnasium
-import gymnasium_robotics
 import minari
 import numpy as np
+import pytest
 import torch
 from gymnasium import spaces
 from minari import EpisodeData
@@ -17,8 +17,11 @@ from tensordict import TensorDict
 
 from torchrl_iql.data import OfflineDataset
 
-gymnasium.register_envs(gymnasium_robotics)
-
+MARKS = [
+    pytest.mark.filterwarnings("ignore:.*is set to None", "ignore:env_spec is None"),
+    pytest.mark.usefixtures("cache_folder", "root"),
+]
+"""Of every test of data: a Minari store and a cache of its own."""
 FORMATS = ("hdf5", "arrow", "parquet")
 PLANE = spaces.Box(-np.inf, np.inf, (2,), np.float64)
 UNIT = spaces.Box(-1.0, 1.0, (1,))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -16,6 +15,9 @@ from tensordict.nn import TensorDictModule
 from test_mdp import ACTIONS, GAMMA, STATES, behaviour_value, data_set, entries, random_mdp, table
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import LossModule, SoftUpdate
+
+from runs import SMALL, rows
+from torchrl_iql import TrainStep, checkpoint, load_dataset, load_policy
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.algorithms.onestep import OneStep
 from torchrl_iql_recipes.experiment import build, offline
@@ -23,36 +25,18 @@ from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE
 from torchrl_iql_recipes.experiment.networks import architecture_for
 from torchrl_iql_recipes.experiment.settings import Settings
 
-from torchrl_iql import TrainStep, checkpoint, load_dataset, load_policy
-
 EVERY = pytest.mark.parametrize("name", algorithms())
 ONE = pytest.mark.parametrize(
     "name", [n if n == "bc" else pytest.param(n, marks=pytest.mark.slow) for n in algorithms()]
 )
 """Of what takes long: one by default, all with ``-m slow``."""
-SMALL = [
-    "steps=60",
-    "eval_interval=30",
-    "eval_episodes=2",
-    "log_interval=20",
-    "hidden_sizes=[16,16]",
-    "batch_size=32",
-    "dropout=0.1",
-    "compute.threads=1",
-]
 
 
 def config(name: str, maze_id: str, *overrides: str) -> Settings:
-    eager = "compute.execution=eager"
-    given = [f"algorithm={name}", f"dataset={maze_id}", *SMALL, eager, *overrides]
+    given = [f"algorithm={name}", f"dataset={maze_id}", *SMALL, "dropout=0.1", *overrides]
     # One learner, whatever the family has several of.
     axes = algorithms()[name].axes()
     return OFFLINE.settings([*given, *(["temperature=3"] if "temperature" in axes else [])])
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def same(one: Path, other: Path) -> bool:

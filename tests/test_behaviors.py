@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from scipy.spatial.transform import Rotation
 from test_collect import PATIENCE, started, wait_for
 from torchrl.envs import ExplorationType, set_exploration_type
+
 from torchrl_iql_recipes.behaviors import ant
 from torchrl_iql_recipes.behaviors.mazes import (
     MAPS,

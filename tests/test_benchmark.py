@@ -13,12 +13,12 @@ import torch
 from tensordict import TensorDict
 from torch.utils.flop_counter import FlopCounterMode
 from torchrl.objectives import LossModule
+
+from torchrl_iql import IQLLoss
 from torchrl_iql_recipes.speed import ours, timing, update
 from torchrl_iql_recipes.speed.ours import loss_for
 from torchrl_iql_recipes.speed.peers import TorchRL, contenders
 from torchrl_iql_recipes.speed.work import Work
-
-from torchrl_iql import IQLLoss
 
 SMALL = Work(
     observation_size=5, action_size=3, hidden_sizes=(16, 8), transitions=200, batch_size=32
@@ -210,6 +210,7 @@ class TestJax:
 
     def test_losses_and_gradients_are_ours(self):
         import jax
+
         from torchrl_iql_recipes.speed.jax_iql import columns, losses
 
         loss, batch = our_loss(SMALL), self.batch()
@@ -239,6 +240,7 @@ class TestJax:
 
     def test_a_step_is_adam_and_the_targets_follow(self):
         import jax
+
         from torchrl_iql_recipes.speed.jax_iql import columns, initial_state, step
 
         loss, batch = our_loss(SMALL), self.batch()
@@ -261,6 +263,7 @@ class TestJax:
     def test_initialisation_is_orthogonal(self):
         import jax
         import numpy as np
+
         from torchrl_iql_recipes.speed.jax_iql import initial_state
 
         state = initial_state(SMALL, jax.random.key(0))
@@ -283,6 +286,7 @@ class TestJax:
     def test_run_takes_the_steps(self, replicas: int, steps: int):
         import jax
         import numpy as np
+
         from torchrl_iql_recipes.speed.jax_iql import JaxIQL
 
         peer = JaxIQL(SMALL, replicas=replicas)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tensordict import TensorDict
 from test_benchmark_losses import InProcess
+
+from torchrl_iql.data import Minibatches
 from torchrl_iql_recipes.speed import disk, update
 from torchrl_iql_recipes.speed.timing import Result
 from torchrl_iql_recipes.speed.work import Work
-
-from torchrl_iql.data import Minibatches
 
 SMALL = Work(hidden_sizes=(16,), transitions=50, batch_size=8)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensordict import TensorDict
+
 from torchrl_iql_recipes.speed import losses, update
 from torchrl_iql_recipes.speed.timing import Result
 from torchrl_iql_recipes.speed.work import Work

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from torchrl_iql_recipes.speed import page, update
 from torchrl_iql_recipes.speed.work import Work
 

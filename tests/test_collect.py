@@ -24,13 +24,13 @@ import torch
 from iql_losses import built
 from minari import EpisodeData, MinariDataset
 from omegaconf import OmegaConf
+
+from torchrl_iql import IQLLoss, TrainStep, checkpoint, load_dataset, load_policy
+from torchrl_iql.models import Architecture
 from torchrl_iql_recipes import collect
 from torchrl_iql_recipes.behaviors.mazes import Plan, PointWalks, share_arrived
 from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.behaviors.rollouts import CheckpointRollouts
-
-from torchrl_iql import IQLLoss, TrainStep, checkpoint, load_dataset, load_policy
-from torchrl_iql.models import Architecture
 
 RECIPES = Path(collect.__file__).resolve().parent
 STITCH = collect.behavior("pointmaze/stitch")

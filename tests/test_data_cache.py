@@ -14,22 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
-import gymnasium_robotics
 import minari
 import numpy as np
 import pytest
 import torch
-from episodes import FORMATS, assert_same, leaves, walk, with_value, write
+from episodes import FORMATS, MARKS, assert_same, leaves, walk, with_value, write
 from tensordict import TensorDict
 
 from torchrl_iql.data import OfflineDataset, load
 
-gymnasium.register_envs(gymnasium_robotics)
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is set to None", "ignore:env_spec is None"),
-    pytest.mark.usefixtures("cache_folder", "root"),
-]
+pytestmark = MARKS
 
 
 def load_again_and_again(source: str, cache_folder: Path) -> bytes:

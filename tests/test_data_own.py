@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 
 import gymnasium
-import gymnasium_robotics
 import numpy as np
 import pytest
 import torch
 from episodes import (
     END,
     FORMATS,
+    MARKS,
     PLANE,
     UNIT,
     WALKS,
@@ -33,12 +33,7 @@ from torchrl.envs import GymEnv, SerialEnv
 
 from torchrl_iql.data import OfflineDataset, load
 
-gymnasium.register_envs(gymnasium_robotics)
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is set to None", "ignore:env_spec is None"),
-    pytest.mark.usefixtures("cache_folder", "root"),
-]
+pytestmark = MARKS
 
 
 class TestOwnEpisodes:

@@ -7,23 +7,17 @@ import shutil
 from dataclasses import replace
 
 import gymnasium
-import gymnasium_robotics
 import h5py
 import minari
 import numpy as np
 import pytest
 import torch
-from episodes import FORMATS, PLANE, UNIT, assert_same, joined, walk, write
+from episodes import FORMATS, MARKS, PLANE, UNIT, assert_same, joined, walk, write
 from gymnasium import spaces
 
 from torchrl_iql.data import OfflineDataset, load
 
-gymnasium.register_envs(gymnasium_robotics)
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is set to None", "ignore:env_spec is None"),
-    pytest.mark.usefixtures("cache_folder", "root"),
-]
+pytestmark = MARKS
 
 
 class TestSource:

@@ -5,23 +5,28 @@ from __future__ import annotations
 from dataclasses import replace
 
 import gymnasium
-import gymnasium_robotics
 import minari
 import numpy as np
 import pytest
 import torch
-from episodes import FORMATS, UNIT, assert_transitions, joined, record, replay, stacked, walk, write
+from episodes import (
+    FORMATS,
+    MARKS,
+    UNIT,
+    assert_transitions,
+    joined,
+    record,
+    replay,
+    stacked,
+    walk,
+    write,
+)
 from gymnasium import spaces
 from torchrl.data.postprocs import MultiStep
 
 from torchrl_iql.data import OfflineDataset, load
 
-gymnasium.register_envs(gymnasium_robotics)
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is set to None", "ignore:env_spec is None"),
-    pytest.mark.usefixtures("cache_folder", "root"),
-]
+pytestmark = MARKS
 
 
 class TestValues:

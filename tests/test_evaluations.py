@@ -10,10 +10,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from torchrl_iql_recipes.experiment.evaluations import Evaluations, Round
 
 from torchrl_iql import Evaluator
 from torchrl_iql.models import Architecture
+from torchrl_iql_recipes.experiment.evaluations import Evaluations, Round
 
 ARCHITECTURE = Architecture(
     observation_size=3, action_size=1, action_bounds=([-2.0], [2.0]), hidden_sizes=(8,)
@@ -27,7 +27,7 @@ def policies(number: int = 3) -> list[dict[str, torch.Tensor]]:
 
 
 def played(workers: int) -> Round:
-    with Evaluations(MAKE, ARCHITECTURE, [5, 6, 7], workers, keep_trajectories=True) as evaluations:
+    with Evaluations(MAKE, ARCHITECTURE, [5, 6, 7], workers, maze=object()) as evaluations:
         evaluations.start(40, policies())
         (its,) = evaluations.finished(wait=True)
         assert list(evaluations.finished(wait=True)) == []

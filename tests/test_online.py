@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import os
@@ -28,17 +27,18 @@ from test_collect import PATIENCE, wait_for
 from test_collect import started as process_of
 from test_recipe import full_disk
 from test_training import PlainLoop, assert_close
-from torchrl_iql_recipes.experiment import build, offline, online
-from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
-from torchrl_iql_recipes.experiment.networks import Networks
-from torchrl_iql_recipes.experiment.online import FineTuning
-from torchrl_iql_recipes.experiment.settings import Online, Settings
 
+from runs import rows
 from torchrl_iql import OfflineDataset, checkpoint, load_dataset, load_policy, models
 from torchrl_iql.data.minibatches import Minibatches
 from torchrl_iql.data.rewards import RewardTransform
 from torchrl_iql.data.spaces import action_rows, action_support
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
+from torchrl_iql_recipes.experiment import build, offline, online
+from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
+from torchrl_iql_recipes.experiment.networks import Networks
+from torchrl_iql_recipes.experiment.online import FineTuning
+from torchrl_iql_recipes.experiment.settings import Online, Settings
 
 RECIPES = CONFIG.parent
 SMALL = [
@@ -65,11 +65,6 @@ def offline_config(*overrides: str) -> Settings:
 
 
 ONLINE_KEYS = {*Online.model_fields, "collector.frames_per_batch"}
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from gymnasium_robotics.envs.maze.maze_v4 import Maze
 from matplotlib import colormaps
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.image import imread
+
 from torchrl_iql_recipes.experiment import plots
 
 

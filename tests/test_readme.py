@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from test_distributed import torchrun
+
+from torchrl_iql import checkpoint, load_policy
 from torchrl_iql_recipes import algorithms
 from torchrl_iql_recipes.experiment import offline
 from torchrl_iql_recipes.experiment.settings import Settings
-
-from torchrl_iql import checkpoint, load_policy
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import os
@@ -22,6 +21,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
+
+from runs import SMALL, rows
+from torchrl_iql import Evaluator, checkpoint, load_dataset, load_policy
+from torchrl_iql.data import Minibatches
 from torchrl_iql_recipes.algorithms.iql import IQL
 from torchrl_iql_recipes.experiment import build, offline, results
 from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE
@@ -29,29 +32,11 @@ from torchrl_iql_recipes.experiment.folder import RunFolder
 from torchrl_iql_recipes.experiment.networks import architecture_for
 from torchrl_iql_recipes.experiment.settings import Settings
 
-from torchrl_iql import Evaluator, checkpoint, load_dataset, load_policy
-from torchrl_iql.data import Minibatches
-
 RECIPES = CONFIG.parent
-SMALL = [
-    "steps=60",
-    "eval_interval=30",
-    "eval_episodes=2",
-    "log_interval=20",
-    "hidden_sizes=[16,16]",
-    "batch_size=32",
-    "compute.threads=1",
-    "compute.execution=eager",
-]
 
 
 def config(*overrides: str) -> Settings:
     return OFFLINE.settings([*SMALL, *overrides])
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")

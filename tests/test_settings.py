@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
+
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE, Door
 from torchrl_iql_recipes.experiment.schema import Part, SettingsError, allowed, written

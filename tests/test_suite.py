@@ -11,6 +11,7 @@ from pathlib import Path
 
 import minari
 import pytest
+
 from torchrl_iql_recipes import collect
 from torchrl_iql_recipes.comparison import finetuning
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
-import gymnasium_robotics
 import h5py
 import minari
 import numpy as np
@@ -27,15 +26,13 @@ from gymnasium_robotics.envs.franka_kitchen.kitchen_env import (
 )
 from minari.data_collector import EpisodeBuffer
 from tensordict.nn import TensorDictModule
+
+from torchrl_iql import Evaluator, load_policy
 from torchrl_iql_recipes import collect
 from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.experiment import build, offline
 from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE
 from torchrl_iql_recipes.experiment.settings import Settings
-
-from torchrl_iql import Evaluator, load_policy
-
-gymnasium.register_envs(gymnasium_robotics)
 
 # expectile, temperature, dropout, reward and episode rule, evaluation episodes
 PAPER = {
@@ -270,7 +267,8 @@ class TestData:
         cfg = config(recorded, "eval_episodes=1")
         _, env_id, limit = TASKS[recorded]
         dataset = build.dataset_for(cfg.data)
-        with build.evaluator_for(cfg.evaluation, cfg.data, dataset)() as evaluate:
+        make, _ = build.evaluator_for(cfg.evaluation, cfg.data, dataset)
+        with make() as evaluate:
             (env,) = evaluate.envs
             assert (env.spec.id, env.spec.max_episode_steps) == (env_id, limit)
             assert evaluate.reference_scores == references(env_id)

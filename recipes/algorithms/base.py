@@ -5,15 +5,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
-from torchrl_iql_recipes.experiment.schema import AXIS, Natural, Part, Positive
+
+from torchrl_iql_recipes.experiment.schema import (
+    AXIS,
+    Count,
+    Natural,
+    NotNegative,
+    Part,
+    Positive,
+    Rate,
+)
 
 if TYPE_CHECKING:
     from torchrl.objectives import LossModule
-    from torchrl_iql_recipes.experiment.networks import Networks
 
     from torchrl_iql import OfflineDataset
+    from torchrl_iql_recipes.experiment.networks import Networks
 
-__all__ = ["Algorithm"]
+__all__ = ["Algorithm", "Discount", "NumQvalueNets", "TargetRate", "Temperature", "WeightClip"]
+
+# What several algorithms are told, in the same words; the default is each one's own.
+Discount = Annotated[Rate, AXIS, Field(description="of rewards, per step")]
+TargetRate = Annotated[Rate, Field(description="of the target networks, per gradient step")]
+Temperature = Annotated[
+    NotNegative, AXIS, Field(description="inverse: 0 is behaviour cloning, large is greedy")
+]
+WeightClip = Annotated[
+    Positive, Field(description="the largest weight of an action in the policy's loss")
+]
+NumQvalueNets = Annotated[Count, Field(description="the smallest of their values counts")]
 
 
 class Algorithm(Part):

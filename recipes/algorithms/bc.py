@@ -8,6 +8,7 @@ from torchrl_iql_recipes.algorithms.base import Algorithm
 
 if TYPE_CHECKING:
     from torchrl.objectives import BCLoss
+
     from torchrl_iql_recipes.experiment.networks import Networks
 
 

@@ -8,20 +8,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
-from torchrl_iql_recipes.algorithms.base import Algorithm
-from torchrl_iql_recipes.experiment.schema import (
-    AXIS,
-    Count,
-    Fraction,
-    NotNegative,
-    Positive,
-    Rate,
+
+from torchrl_iql_recipes.algorithms.base import (
+    Algorithm,
+    Discount,
+    NumQvalueNets,
+    TargetRate,
+    Temperature,
+    WeightClip,
 )
+from torchrl_iql_recipes.experiment.schema import AXIS, Fraction
 
 if TYPE_CHECKING:
-    from torchrl_iql_recipes.experiment.networks import Networks
-
     from torchrl_iql import IQLLoss
+    from torchrl_iql_recipes.experiment.networks import Networks
 
 
 class IQL(Algorithm):
@@ -30,18 +30,14 @@ class IQL(Algorithm):
     title: ClassVar[str] = "IQL"
     of_networks: ClassVar[tuple[str, ...]] = ("num_qvalue_nets",)
 
-    discount: Annotated[Rate, AXIS] = Field(0.99, description="of rewards, per step")
-    target_rate: Rate = Field(0.005, description="of the target networks, per gradient step")
+    discount: Discount = 0.99
+    target_rate: TargetRate = 0.005
     expectile: Annotated[Fraction, AXIS] = Field(
         0.7, description="0.5: values of the behaviour; towards 1: of its best actions"
     )
-    temperature: Annotated[NotNegative, AXIS] = Field(
-        3.0, description="inverse: 0 is behaviour cloning, large is greedy"
-    )
-    weight_clip: Positive = Field(
-        100.0, description="the largest weight of an action in the policy's loss"
-    )
-    num_qvalue_nets: Count = Field(2, description="the smallest of their values counts")
+    temperature: Temperature = 3.0
+    weight_clip: WeightClip = 100.0
+    num_qvalue_nets: NumQvalueNets = 2
 
     def loss(self, networks: Networks) -> IQLLoss:
         from torchrl_iql import DiscreteIQLLoss, IQLLoss

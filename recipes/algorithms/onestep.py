@@ -6,17 +6,21 @@ learns. The policy is improved on it once, by the same weighted regression.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-from torchrl_iql_recipes.algorithms.base import Algorithm
+from torchrl_iql_recipes.algorithms.base import (
+    Algorithm,
+    Discount,
+    NumQvalueNets,
+    TargetRate,
+    Temperature,
+    WeightClip,
+)
 from torchrl_iql_recipes.algorithms.iql import IQL
-from torchrl_iql_recipes.experiment.schema import AXIS, Count, NotNegative, Positive, Rate
 
 if TYPE_CHECKING:
-    from torchrl_iql_recipes.experiment.networks import Networks
-
     from torchrl_iql import IQLLoss
+    from torchrl_iql_recipes.experiment.networks import Networks
 
 
 class OneStep(Algorithm):
@@ -25,18 +29,17 @@ class OneStep(Algorithm):
     title: ClassVar[str] = "one-step RL"
     of_networks: ClassVar[tuple[str, ...]] = ("num_qvalue_nets",)
 
-    discount: Annotated[Rate, AXIS] = Field(0.99, description="of rewards, per step")
-    target_rate: Rate = Field(0.005, description="of the target networks, per gradient step")
-    temperature: Annotated[NotNegative, AXIS] = Field(
-        3.0, description="inverse: 0 is behaviour cloning, large is greedy"
-    )
-    weight_clip: Positive = Field(
-        100.0, description="the largest weight of an action in the policy's loss"
-    )
-    num_qvalue_nets: Count = Field(1, description="the smallest of their values counts")
+    discount: Discount = 0.99
+    target_rate: TargetRate = 0.005
+    temperature: Temperature = 3.0
+    weight_clip: WeightClip = 100.0
+    num_qvalue_nets: NumQvalueNets = 1
 
     def loss(self, networks: Networks) -> IQLLoss:
-        return IQL(expectile=0.5, **self.model_dump()).loss(networks)
+        return self._iql().loss(networks)
 
     def optimization(self, steps: int) -> dict[str, Any]:
-        return IQL(expectile=0.5, **self.model_dump()).optimization(steps)
+        return self._iql().optimization(steps)
+
+    def _iql(self) -> IQL:
+        return IQL(expectile=0.5, **self.model_dump())

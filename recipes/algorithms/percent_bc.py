@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
+
 from torchrl_iql_recipes.algorithms.bc import BC
 from torchrl_iql_recipes.experiment.schema import Rate
 

@@ -20,6 +20,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium_robotics.envs.maze.maze_v4 import Maze
 from minari import MinariDataset
 from minari.data_collector import EpisodeBuffer
+
 from torchrl_iql_recipes.behaviors.ant import fallen, from_canonical, to_canonical
 from torchrl_iql_recipes.behaviors.policies import Stages
 from torchrl_iql_recipes.behaviors.recording import record

@@ -13,6 +13,8 @@ from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal
 
+from torchrl_iql_recipes.files import whole
+
 __all__ = ["Stages", "actor"]
 
 MEDIUM = 1 / 3
@@ -104,9 +106,8 @@ class Stages:
 
     def save(self, path: Path) -> None:
         """Replace the file in one piece."""
-        unfinished = path.with_suffix(".new")
-        torch.save(dict(vars(self)), unfinished)
-        unfinished.replace(path)
+        with whole(path) as unfinished:
+            torch.save(dict(vars(self)), unfinished)
 
     @classmethod
     def load(cls, path: Path) -> Stages:

@@ -17,10 +17,10 @@ from gymnasium.spaces import Box, flatten
 from minari.data_collector import EpisodeBuffer
 from tensordict.nn import TensorDictModule
 from torchrl.envs import ExplorationType, set_exploration_type
-from torchrl_iql_recipes.behaviors.policies import Stages
-from torchrl_iql_recipes.behaviors.recording import record
 
 from torchrl_iql import load_policy
+from torchrl_iql_recipes.behaviors.policies import Stages
+from torchrl_iql_recipes.behaviors.recording import record
 
 __all__ = ["CheckpointRollouts", "RandomRollouts", "StageRollouts"]
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchrl_iql_recipes.experiment import results
 from tqdm import tqdm
+
+from torchrl_iql_recipes.experiment import results
 
 __all__ = ["Job", "finish"]
 

@@ -12,11 +12,10 @@ import argparse
 from pathlib import Path
 from statistics import mean
 
+from torchrl_iql import load_dataset
 from torchrl_iql_recipes import collect
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.comparison.jobs import Job, finish
-
-from torchrl_iql import load_dataset
 
 RECIPES = Path(collect.__file__).parent
 

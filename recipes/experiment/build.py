@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,21 @@ from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Discrete, flatdim
 from omegaconf import OmegaConf
-from torchrl_iql_recipes import collect
-from torchrl_iql_recipes.experiment.networks import Networks
-from torchrl_iql_recipes.experiment.schema import SettingsError
-from torchrl_iql_recipes.experiment.settings import Compute, Data, Evaluation, Learner, Settings
 
 from torchrl_iql import Evaluator, OfflineDataset, TrainStep, load_dataset
 from torchrl_iql.models import Architecture
+from torchrl_iql_recipes import collect
+from torchrl_iql_recipes.experiment.evaluations import Evaluations
+from torchrl_iql_recipes.experiment.networks import Networks
+from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.settings import Compute, Data, Evaluation, Learner, Settings
+from torchrl_iql_recipes.files import whole
 
 __all__ = [
     "claim",
     "dataset_for",
     "environment",
+    "evaluations_for",
     "evaluator_for",
     "learned_from",
     "set_up",
@@ -66,9 +70,8 @@ def claim(path: Path, settings: Settings) -> None:
                 f"resume={path} to continue that one"
             )
     path.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(".new")
-    OmegaConf.save(OmegaConf.create(dict(settings.values)), new)
-    new.replace(file)
+    with whole(file) as new:
+        OmegaConf.save(OmegaConf.create(dict(settings.values)), new)
 
 
 def dataset_for(data: Data) -> OfflineDataset:
@@ -92,14 +95,8 @@ def dataset_for(data: Data) -> OfflineDataset:
 
 def learned_from(settings: Settings, dataset: OfflineDataset) -> OfflineDataset:
     """Return what the algorithm learns from of a data set, over as many steps as the settings say."""
-    learners = settings.learners
-    varied = [
-        axis
-        for axis in settings.algorithm.axes()
-        if len({getattr(learner.algorithm, axis) for learner in learners}) > 1
-    ]
     # All learners share the data: what differs between them can not be asked for there.
-    algorithm = settings.algorithm.model_copy(update=dict.fromkeys(varied))
+    algorithm = settings.algorithm.model_copy(update=dict.fromkeys(settings.varied()))
     learned = algorithm.data(dataset)
     if learned is not dataset:
         print(f"{algorithm.title} learns from {len(learned.transitions)} transitions of them")
@@ -126,16 +123,26 @@ def _spec(env: str) -> EnvSpec:
         raise SettingsError(f"env={env}: {error}") from None
 
 
+def evaluations_for(
+    settings: Settings, dataset: OfflineDataset, architecture: Architecture
+) -> AbstractContextManager[Evaluations | None]:
+    """Return what evaluates the learners' policies; a context without one for ``eval_episodes`` 0."""
+    evaluation = settings.evaluation
+    if evaluation.eval_episodes == 0:
+        return nullcontext()
+    make, maze = evaluator_for(evaluation, settings.data, dataset)
+    seeds = [learner.seed for learner in settings.learners]
+    return Evaluations(make, architecture, seeds, evaluation.eval_workers, maze=maze)
+
+
 def evaluator_for(
     evaluation: Evaluation, data: Data, dataset: OfflineDataset
-) -> Callable[..., Evaluator] | None:
+) -> tuple[Callable[[], Evaluator], Any]:
     """Return what makes the environments to evaluate policies in, which the data have to fit.
 
     Returns:
-        a function that takes ``episodes``, or none for as many as in the settings; None if there are 0.
+        a function that makes them, and the maze that is played in, None if it is another world.
     """
-    if evaluation.eval_episodes == 0:
-        return None
     if dataset.env_spec is None:
         raise ValueError(
             f"{dataset.name} does not name the environment to evaluate in: give env=<id>, or "
@@ -148,6 +155,7 @@ def evaluator_for(
         Evaluator, dataset.env_spec, episodes=evaluation.eval_episodes, reference_scores=references
     )
     with make(episodes=1) as evaluate:
+        maze = getattr(evaluate.envs[0].unwrapped, "maze", None)
         recorded = _sizes(dataset.transitions["observation"].shape[-1], dataset.action_space)
         played = _sizes(flatdim(evaluate.envs[0].observation_space), evaluate.action_space)
         if recorded != played:
@@ -155,7 +163,7 @@ def evaluator_for(
                 f"{dataset.name} holds {recorded}, but {evaluate.envs[0].spec.id} has {played}: give "  # pyright: ignore
                 "env=<id> of another, env=null for the one that the data set names, or eval_episodes=0"
             )
-    return make
+    return make, maze
 
 
 def _sizes(observation_size: int, action_space: Space) -> str:

@@ -46,9 +46,10 @@ class Evaluations:
         architecture: of the policies.
         seeds: of the learners.
         workers: processes to play in; 0 for this one.
-        keep_trajectories: whether evaluations hold them.
+        maze: that is played in, if it is one: evaluations then hold trajectories to be drawn.
 
     Attributes:
+        maze: the same.
         waited: the seconds that the caller has waited for evaluations.
     """
 
@@ -59,11 +60,11 @@ class Evaluations:
         seeds: Sequence[int],
         workers: int = 0,
         *,
-        keep_trajectories: bool = False,
+        maze: Any = None,
     ) -> None:
+        self.maze = maze
         self.waited = 0.0
         self._seeds = [SEED + seed for seed in seeds]
-        self._keep = keep_trajectories
         self._step = 0
         self._pending: list[Future] = []
         self._pool: ProcessPoolExecutor | None = None
@@ -85,7 +86,7 @@ class Evaluations:
         assert not self._pending
         self._step = step
         jobs = [
-            ({k: v.detach().cpu().clone() for k, v in weights.items()}, seed, self._keep)
+            ({k: v.detach().cpu().clone() for k, v in weights.items()}, seed, self.maze is not None)
             for weights, seed in zip(policies, self._seeds, strict=True)
         ]
         if self._pool is not None:

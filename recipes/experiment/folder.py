@@ -15,6 +15,7 @@ from torchrl.checkpoint import CheckpointRotation
 from torchrl.record.loggers import get_logger
 
 from torchrl_iql import checkpoint
+from torchrl_iql_recipes.files import whole
 
 __all__ = ["RunFolder", "StopSignal", "newest_common_step"]
 
@@ -66,12 +67,10 @@ class RunFolder:
             self._logger.log_metrics(dict(metrics), step=step)
 
     def _write(self) -> None:
-        new = self.metrics.with_suffix(".new")
-        with new.open("w", newline="") as file:
+        with whole(self.metrics) as new, new.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(row for _, row in sorted(self._rows.items()))
-        new.replace(self.metrics)  # whole or not at all
 
     def scores(self) -> dict[int, float]:
         """Return the scores of all evaluations, by step."""
@@ -135,13 +134,12 @@ def _link(path: Path, name: Path) -> None:
     """Give a file another name, replaced in one piece."""
     if name.exists() and name.samefile(path):
         return
-    new = name.with_suffix(".new")
-    new.unlink(missing_ok=True)
-    try:
-        os.link(path, new)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, new)
-    new.replace(name)
+    with whole(name) as new:
+        new.unlink(missing_ok=True)
+        try:
+            os.link(path, new)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, new)
 
 
 class StopSignal:

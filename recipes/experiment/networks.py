@@ -6,10 +6,10 @@ from typing import Any
 
 from gymnasium.spaces import Discrete
 from tensordict.nn import TensorDictModule
-from torchrl_iql_recipes.experiment import settings
 
 from torchrl_iql import OfflineDataset
 from torchrl_iql.models import Architecture, Statistics
+from torchrl_iql_recipes.experiment import settings
 
 __all__ = ["Networks", "architecture_for"]
 

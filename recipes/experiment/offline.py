@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from torchrl_iql import OfflineDataset, TrainStep
+from torchrl_iql.data import Minibatches
 from torchrl_iql_recipes.experiment import build, results
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.folder import StopSignal
 from torchrl_iql_recipes.experiment.networks import architecture_for
 from torchrl_iql_recipes.experiment.records import Records, Times
 from torchrl_iql_recipes.experiment.settings import Settings
-from tqdm import tqdm
-
-from torchrl_iql import OfflineDataset, TrainStep
-from torchrl_iql.data import Minibatches
 
 __all__ = ["report", "run", "train"]
 
@@ -35,31 +33,26 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
     dataset = build.dataset_for(settings.data)
     print(describe(dataset))
     learned = build.learned_from(settings, dataset)
-    make = build.evaluator_for(settings.evaluation, settings.data, dataset)
     architecture = architecture_for(settings.networks, learned)
-    step = build.step_for(
-        settings.learners, architecture, learned, settings.compute, settings.training.steps
-    )
-    build.claim(path, settings)
-    records = Records(path, settings, step, architecture, dataset.name)
-    records.resume()
-    times = Times(path, step)
-    seeds = [learner.seed for learner in settings.learners]
-    maze = None if make is None else maze_of(make)
-    workers = settings.evaluation.eval_workers
-    play = make and partial(Evaluations, make, architecture, seeds, workers)
     with (
-        play(keep_trajectories=maze is not None) if play else nullcontext() as evaluations,
+        build.evaluations_for(settings, dataset, architecture) as evaluations,
         learned.minibatches(
             settings.training.batch_size,
-            seeds=seeds,
+            seeds=[learner.seed for learner in settings.learners],
             device=settings.compute.device,
             streaming=settings.compute.streaming,
         ) as minibatches,
     ):
+        step = build.step_for(
+            settings.learners, architecture, learned, settings.compute, settings.training.steps
+        )
+        build.claim(path, settings)
+        records = Records(path, settings, step, architecture, dataset.name)
+        records.resume()
+        times = Times(path, step)
         train(settings, step, minibatches, records, evaluations)
         times.write(evaluations)
-    records.draw(maze)
+    records.draw(evaluations)
     unfinished = step.steps < settings.training.steps
     evaluated = records.latest or [None] * len(settings.learners)
     replicas = [
@@ -121,12 +114,6 @@ def describe(dataset: OfflineDataset) -> str:
         f"{len(dataset.episode_lengths)} episodes, mean return {dataset.episode_returns.mean():.1f}; "
         f"environment: {dataset.env_spec and dataset.env_spec.id}"
     )
-
-
-def maze_of(make: Any) -> Any:
-    """Return the maze that is played in, if it is one."""
-    with make(episodes=1) as evaluate:
-        return getattr(evaluate.envs[0].unwrapped, "maze", None)
 
 
 def report(scores: dict[str, Any], path: Path) -> str:

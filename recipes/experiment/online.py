@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -13,6 +13,10 @@ from typing import Any
 
 from tensordict import TensorDictBase
 from torchrl.collectors import BaseCollector
+from tqdm import tqdm
+
+from torchrl_iql import OfflineDataset, checkpoint
+from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
 from torchrl_iql_recipes.experiment import build, offline, results
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.folder import StopSignal
@@ -20,10 +24,6 @@ from torchrl_iql_recipes.experiment.networks import architecture_for
 from torchrl_iql_recipes.experiment.records import Records, Times
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
-from tqdm import tqdm
-
-from torchrl_iql import OfflineDataset, checkpoint
-from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
 
 __all__ = ["FineTuning", "report", "run"]
 
@@ -45,7 +45,6 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
                 return results.write(path, settings, learned["dataset"], learned["replicas"])
     build.set_up(settings.compute)
     dataset = dataset_for(settings)
-    make = build.evaluator_for(settings.evaluation, settings.data, dataset)
     last = path / "last.ckpt"
     known = last if last.exists() else start
     architecture = (
@@ -53,17 +52,12 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
         if known is not None
         else architecture_for(settings.networks, dataset)
     )
-    maze = None if make is None else offline.maze_of(make)
-    seeds = [settings.learners[0].seed]
-    play = make and partial(
-        Evaluations, make, architecture, seeds, settings.evaluation.eval_workers
-    )
-    with play(keep_trajectories=maze is not None) if play else nullcontext() as evaluations:
+    with build.evaluations_for(settings, dataset, architecture) as evaluations:
         its = FineTuning(settings, dataset, architecture, evaluations, path, start)
         times = Times(path, its.step)
         its.train()
         times.write(evaluations)
-        its.draw(maze)
+        its.draw()
     return results.write(path, settings, dataset.name, [its.outcome()])
 
 
@@ -289,7 +283,7 @@ class FineTuning:
             after=latest.summary() if latest else None,
         )
 
-    def draw(self, maze: Any) -> None:
+    def draw(self) -> None:
         """Draw as offline, with the curves of the offline run, and a line where this one begins."""
         earlier = {}
         if self.switch and self._start is not None:
@@ -297,7 +291,7 @@ class FineTuning:
                 "earlier": self._start.with_name("metrics.csv"),
                 "switch": self.switch,
             }
-        self.records.draw(maze, **earlier)
+        self.records.draw(self.evaluations, **earlier)
 
 
 def _continue(path: Path) -> str:

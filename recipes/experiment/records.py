@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+
+from torchrl_iql import Evaluation, TrainStep, checkpoint
+from torchrl_iql.models import Architecture
 from torchrl_iql_recipes.experiment import plots
 from torchrl_iql_recipes.experiment.evaluations import Evaluations, Round
 from torchrl_iql_recipes.experiment.folder import RunFolder, newest_common_step
 from torchrl_iql_recipes.experiment.settings import Settings
-
-from torchrl_iql import Evaluation, TrainStep, checkpoint
-from torchrl_iql.models import Architecture
+from torchrl_iql_recipes.files import whole
 
 __all__ = ["Records", "Times"]
 
@@ -145,13 +146,14 @@ class Records:
 
     # --- Pictures ----------------------------------------------------------------------------------------
 
-    def draw(self, maze: Any = None, **earlier: Any) -> None:
+    def draw(self, evaluations: Evaluations | None, **earlier: Any) -> None:
         """Draw learning curves, and in a maze the learned V with a few evaluation trajectories.
 
         Args:
-            maze: that was played in, if it was one.
+            evaluations: say whether a maze was played in.
             **earlier: of :func:`plots.learning_curves`.
         """
+        maze = evaluations and evaluations.maze
         for r, folder in enumerate(self.folders):
             if folder.metrics.exists():
                 plots.learning_curves(
@@ -202,6 +204,5 @@ class Times:
             "from_step": self._from,
             "to_step": self._step.steps,
         }
-        new = self._file.with_suffix(".new")
-        new.write_text(json.dumps([*lines, line], indent=2) + "\n")
-        new.replace(self._file)
+        with whole(self._file) as new:
+            new.write_text(json.dumps([*lines, line], indent=2) + "\n")

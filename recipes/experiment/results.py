@@ -10,9 +10,10 @@ from statistics import mean, stdev
 from typing import Any
 
 from scipy.stats import t as student_t
-from torchrl_iql_recipes.experiment.settings import Learner, Settings
 
 from torchrl_iql import Evaluation
+from torchrl_iql_recipes.experiment.settings import Learner, Settings
+from torchrl_iql_recipes.files import whole
 
 __all__ = ["VERSION", "outcome", "read", "report", "summaries", "write"]
 
@@ -66,9 +67,8 @@ def write(
     }
     if all("score" in each for each in replicas):
         scores["summary"] = summaries(replicas, settings.algorithm.axes())
-    new = path / "scores.new"
-    new.write_text(json.dumps(scores, indent=2) + "\n")
-    new.replace(path / "scores.json")
+    with whole(path / "scores.json") as new:
+        new.write_text(json.dumps(scores, indent=2) + "\n")
     return scores
 
 

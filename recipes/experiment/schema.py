@@ -83,6 +83,10 @@ class Part(BaseModel):
         """Return the settings of which several values may be given."""
         return tuple(name for name, field in cls.model_fields.items() if field.json_schema_extra)
 
+    def along_axes(self) -> dict[str, Any]:
+        """Return the value of each axis."""
+        return {axis: getattr(self, axis) for axis in self.axes()}
+
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         return {name: field.get_default() for name, field in cls.model_fields.items()}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
+
 from torchrl_iql_recipes.algorithms import Algorithm, algorithms
 from torchrl_iql_recipes.experiment.schema import (
     Count,
@@ -202,8 +203,7 @@ class Learner:
 
     def settings(self) -> dict[str, Any]:
         """Return what results say of it."""
-        axes = {axis: getattr(self.algorithm, axis) for axis in self.algorithm.axes()}
-        return {"name": self.name, **axes, "seed": self.seed}
+        return {"name": self.name, **self.algorithm.along_axes(), "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,11 @@ class Settings:
 
     def of_learner(self, learner: Learner) -> dict[str, Any]:
         """Return the values of a run with this learner alone."""
-        its = {axis: getattr(learner.algorithm, axis) for axis in learner.algorithm.axes()}
-        return {**self.values, **its, "seeds": learner.seed}
+        return {**self.values, **learner.algorithm.along_axes(), "seeds": learner.seed}
+
+    def varied(self) -> dict[str, list[Any]]:
+        """Return the different values of each axis that has several."""
+        return _varied(self.learners)
 
 
 PARTS: dict[str, type[Part]] = {
@@ -301,11 +304,13 @@ def _recorded(
             own |= {part.group: dump} if part.group in values else {}
         else:
             own |= {name: value for name, value in dump.items() if name in values}
-    for axis in learners[0].algorithm.axes():
-        found = list(dict.fromkeys(getattr(learner.algorithm, axis) for learner in learners))
-        if axis in values and len(found) > 1:
-            own[axis] = found
-    return own
+    return own | _varied(learners)
+
+
+def _varied(learners: tuple[Learner, ...]) -> dict[str, list[Any]]:
+    along = [learner.algorithm.along_axes() for learner in learners]
+    found = {axis: list(dict.fromkeys(each[axis] for each in along)) for axis in along[0]}
+    return {axis: values for axis, values in found.items() if len(values) > 1}
 
 
 def _n_steps(data: Part, learners: tuple[Learner, ...]) -> None:

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from torchrl_iql_recipes.speed.timing import hardware, synchronize
 
 from torchrl_iql import IQLLoss, OfflineDataset, TrainStep
 from torchrl_iql.models import Architecture
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
+from torchrl_iql_recipes.speed.timing import hardware, synchronize
 
 CONFIGURATIONS = Path(__file__).parents[1] / "config" / "collector"
 WARM_UP_BATCHES = 5

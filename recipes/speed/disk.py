@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import get_args
 
 from tensordict import TensorDict
-from torchrl_iql_recipes.speed import update
-from torchrl_iql_recipes.speed.ours import loss_for
-from torchrl_iql_recipes.speed.timing import Contender, Result, hardware, measure, synchronize
-from torchrl_iql_recipes.speed.update import build, chosen, configure, parse, parser, work_of
-from torchrl_iql_recipes.speed.work import Work
 
 from torchrl_iql import TrainStep
 from torchrl_iql.data import Minibatches
 from torchrl_iql.data.minibatches import BLOCK
 from torchrl_iql.training import Execution
+from torchrl_iql_recipes.speed import update
+from torchrl_iql_recipes.speed.ours import loss_for
+from torchrl_iql_recipes.speed.timing import Contender, Result, hardware, measure, synchronize
+from torchrl_iql_recipes.speed.update import build, chosen, configure, parse, parser, work_of
+from torchrl_iql_recipes.speed.work import Work
 
 __all__ = ["Sampling", "Training", "contenders", "table", "write"]
 

@@ -22,6 +22,7 @@ import torch
 from jax import Array, lax
 from jax.scipy.stats import norm
 from tensordict import TensorDict
+
 from torchrl_iql_recipes.speed.work import Work
 
 __all__ = ["JaxIQL", "State", "columns", "initial_state", "losses", "step"]

@@ -37,15 +37,15 @@ from torchrl.modules import (
     ValueOperator,
 )
 from torchrl.objectives import LossModule, SoftUpdate
+
+from torchrl_iql import IQLLoss, TrainStep
+from torchrl_iql.data import Minibatches
+from torchrl_iql.training import Execution
 from torchrl_iql_recipes.speed import update
 from torchrl_iql_recipes.speed.ours import replay_buffer
 from torchrl_iql_recipes.speed.timing import Contender, Result, hardware, measure, synchronize
 from torchrl_iql_recipes.speed.update import build, chosen, configure, parse, parser, work_of
 from torchrl_iql_recipes.speed.work import Work
-
-from torchrl_iql import IQLLoss, TrainStep
-from torchrl_iql.data import Minibatches
-from torchrl_iql.training import Execution
 
 __all__ = [
     "LOSSES",

@@ -9,12 +9,12 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorStorage
 from torchrl.objectives import SoftUpdate
-from torchrl_iql_recipes.speed.timing import Contender, synchronize
-from torchrl_iql_recipes.speed.work import Work
 
 from torchrl_iql import IQLLoss, TrainStep, models
 from torchrl_iql.data import Minibatches
 from torchrl_iql.training import Execution
+from torchrl_iql_recipes.speed.timing import Contender, synchronize
+from torchrl_iql_recipes.speed.work import Work
 
 __all__ = ["Calls", "Loop", "Step", "contenders", "replay_buffer"]
 

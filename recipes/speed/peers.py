@@ -18,10 +18,10 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayB
 from torchrl.data.replay_buffers import SamplerWithoutReplacement
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import IQLLoss, SoftUpdate, group_optimizers
-from torchrl_iql_recipes.speed.timing import Contender, synchronize
-from torchrl_iql_recipes.speed.work import Work
 
 from torchrl_iql import models
+from torchrl_iql_recipes.speed.timing import Contender, synchronize
+from torchrl_iql_recipes.speed.work import Work
 
 __all__ = ["TorchRL", "contenders"]
 

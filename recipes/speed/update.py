@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from torchrl_iql_recipes.speed import ours, peers
 from torchrl_iql_recipes.speed.timing import (
     Contender,

@@ -1,0 +1,23 @@
+"""Small runs, and what they leave."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+SMALL = [
+    "steps=60",
+    "eval_interval=30",
+    "eval_episodes=2",
+    "log_interval=20",
+    "hidden_sizes=[16,16]",
+    "batch_size=32",
+    "compute.threads=1",
+    "compute.execution=eager",
+]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """Read the lines of ``metrics.csv``."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
