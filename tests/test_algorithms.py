@@ -12,11 +12,11 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
-from test_mdp import ACTIONS, GAMMA, STATES, behaviour_value, data_set, entries, random_mdp, table
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import LossModule, SoftUpdate
 
 from runs import SMALL, rows
+from test_mdp import ACTIONS, GAMMA, STATES, behaviour_value, data_set, entries, random_mdp, table
 from torchrl_iql import TrainStep, checkpoint, load_dataset, load_policy
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.algorithms.onestep import OneStep

@@ -10,11 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from iql_losses import built
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
-from test_training import make_loss
-from test_training import transitions as float_transitions
 from torch import nn
 from torchrl import objectives
 from torchrl.data import Bounded, Categorical
@@ -29,6 +26,9 @@ from torchrl.modules import (
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.common import LossModule
 
+from iql_losses import built
+from test_training import make_loss
+from test_training import transitions as float_transitions
 from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep
 from torchrl_iql.data import Minibatches
 from torchrl_iql.models import Architecture

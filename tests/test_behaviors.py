@@ -19,9 +19,9 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium_robotics.envs.maze import maps
 from omegaconf import OmegaConf
 from scipy.spatial.transform import Rotation
-from test_collect import PATIENCE, started, wait_for
 from torchrl.envs import ExplorationType, set_exploration_type
 
+from test_collect import PATIENCE, started, wait_for
 from torchrl_iql_recipes.behaviors import ant
 from torchrl_iql_recipes.behaviors.mazes import (
     MAPS,

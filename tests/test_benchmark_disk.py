@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from tensordict import TensorDict
-from test_benchmark_losses import InProcess
 
+from test_benchmark_losses import InProcess
 from torchrl_iql.data import Minibatches
 from torchrl_iql_recipes.speed import disk, update
 from torchrl_iql_recipes.speed.timing import Result

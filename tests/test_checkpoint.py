@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from iql_losses import built
 from test_training import transitions
-
 from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep, checkpoint, load_policy
 from torchrl_iql.models import Architecture
 from torchrl_iql.training import cosine_decay

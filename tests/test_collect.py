@@ -21,10 +21,10 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from iql_losses import built
 from minari import EpisodeData, MinariDataset
 from omegaconf import OmegaConf
 
+from iql_losses import built
 from torchrl_iql import IQLLoss, TrainStep, checkpoint, load_dataset, load_policy
 from torchrl_iql.models import Architecture
 from torchrl_iql_recipes import collect

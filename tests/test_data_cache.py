@@ -18,9 +18,9 @@ import minari
 import numpy as np
 import pytest
 import torch
-from episodes import FORMATS, MARKS, assert_same, leaves, walk, with_value, write
 from tensordict import TensorDict
 
+from episodes import FORMATS, MARKS, assert_same, leaves, walk, with_value, write
 from torchrl_iql.data import OfflineDataset, load
 
 pytestmark = MARKS

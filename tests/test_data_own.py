@@ -8,6 +8,13 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from minari import EpisodeData
+from tensordict import pad
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.envs import GymEnv, SerialEnv
+
 from episodes import (
     END,
     FORMATS,
@@ -24,13 +31,6 @@ from episodes import (
     with_value,
     write,
 )
-from gymnasium import spaces
-from minari import EpisodeData
-from tensordict import pad
-from torchrl.collectors import Collector
-from torchrl.data import LazyTensorStorage, ReplayBuffer
-from torchrl.envs import GymEnv, SerialEnv
-
 from torchrl_iql.data import OfflineDataset, load
 
 pytestmark = MARKS

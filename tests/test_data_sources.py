@@ -12,9 +12,9 @@ import minari
 import numpy as np
 import pytest
 import torch
-from episodes import FORMATS, MARKS, PLANE, UNIT, assert_same, joined, walk, write
 from gymnasium import spaces
 
+from episodes import FORMATS, MARKS, PLANE, UNIT, assert_same, joined, walk, write
 from torchrl_iql.data import OfflineDataset, load
 
 pytestmark = MARKS

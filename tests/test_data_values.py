@@ -9,6 +9,9 @@ import minari
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from torchrl.data.postprocs import MultiStep
+
 from episodes import (
     FORMATS,
     MARKS,
@@ -21,9 +24,6 @@ from episodes import (
     walk,
     write,
 )
-from gymnasium import spaces
-from torchrl.data.postprocs import MultiStep
-
 from torchrl_iql.data import OfflineDataset, load
 
 pytestmark = MARKS

@@ -12,6 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tensordict import TensorDict
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
+from torch import nn
+from torch.testing import assert_close
+from torchrl.envs import CatTensors
+from torchrl.modules import IndependentNormal, ProbabilisticActor, ValueOperator
+from torchrl.objectives import SoftUpdate
+
 from iql_losses import (
     ACT,
     CHOICES,
@@ -23,14 +31,6 @@ from iql_losses import (
     total,
     transitions,
 )
-from tensordict import TensorDict
-from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
-from torch import nn
-from torch.testing import assert_close
-from torchrl.envs import CatTensors
-from torchrl.modules import IndependentNormal, ProbabilisticActor, ValueOperator
-from torchrl.objectives import SoftUpdate
-
 from torchrl_iql import IQLLoss
 
 CASES = [

@@ -12,23 +12,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from iql_losses import (
-    ACT,
-    BATCH,
-    CHOICES,
-    GAMMA,
-    HIDDEN,
-    KINDS,
-    OBS,
-    TEMPERATURE,
-    Concatenate,
-    by_hand,
-    iql_loss,
-    networks,
-    torchrl_extension,
-    torchrl_loss,
-    transitions,
-)
 from tensordict.nn import (
     TensorDictModule,
 )
@@ -58,6 +41,23 @@ from torchrl.trainers import (
     Trainer,
 )
 
+from iql_losses import (
+    ACT,
+    BATCH,
+    CHOICES,
+    GAMMA,
+    HIDDEN,
+    KINDS,
+    OBS,
+    TEMPERATURE,
+    Concatenate,
+    by_hand,
+    iql_loss,
+    networks,
+    torchrl_extension,
+    torchrl_loss,
+    transitions,
+)
 from torchrl_iql import DiscreteIQLLoss, IQLLoss, models
 from torchrl_iql.objectives import functional as iql
 

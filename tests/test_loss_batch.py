@@ -13,6 +13,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tensordict import TensorDict
+from tensordict.nn import (
+    TensorDictModule,
+)
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torchrl.data.postprocs import MultiStep
+from torchrl.modules import (
+    IndependentNormal,
+    ProbabilisticActor,
+    ValueOperator,
+)
+from torchrl.objectives import ValueEstimators
+
 from iql_losses import (
     ACT,
     BATCH,
@@ -30,19 +44,6 @@ from iql_losses import (
     torchrl_loss,
     transitions,
 )
-from tensordict import TensorDict
-from tensordict.nn import (
-    TensorDictModule,
-)
-from torch import Tensor, nn
-from torch.testing import assert_close
-from torchrl.data.postprocs import MultiStep
-from torchrl.modules import (
-    IndependentNormal,
-    ProbabilisticActor,
-    ValueOperator,
-)
-from torchrl.objectives import ValueEstimators
 
 pytestmark = pytest.mark.usefixtures("seed")
 

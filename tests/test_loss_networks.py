@@ -13,30 +13,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from iql_losses import (
-    ACT,
-    BATCH,
-    CHOICES,
-    CLIP,
-    EXPECTILE,
-    HIDDEN,
-    OBS,
-    TEMPERATURE,
-    Concatenate,
-    as_kwargs,
-    assert_entries,
-    by_hand,
-    cast,
-    gradients,
-    iql_loss,
-    mean_by_hand,
-    networks,
-    own_critics,
-    perturb,
-    torchrl_loss,
-    total,
-    transitions,
-)
 from tensordict import TensorDict
 from tensordict.nn import (
     CompositeDistribution,
@@ -63,6 +39,30 @@ from torchrl.modules import (
 from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
 from torchrl.objectives.value import TD0Estimator
 
+from iql_losses import (
+    ACT,
+    BATCH,
+    CHOICES,
+    CLIP,
+    EXPECTILE,
+    HIDDEN,
+    OBS,
+    TEMPERATURE,
+    Concatenate,
+    as_kwargs,
+    assert_entries,
+    by_hand,
+    cast,
+    gradients,
+    iql_loss,
+    mean_by_hand,
+    networks,
+    own_critics,
+    perturb,
+    torchrl_loss,
+    total,
+    transitions,
+)
 from torchrl_iql import models
 
 pytestmark = pytest.mark.usefixtures("seed")

@@ -9,7 +9,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from iql_losses import built
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -24,6 +23,7 @@ from torchrl.data import (
 )
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from iql_losses import built
 from torchrl_iql import models
 
 OBS, ACT, CHOICES, BATCH, HIDDEN = 3, 2, 4, 32, (16, 8)

@@ -20,15 +20,15 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.wrappers import FlattenObservation
-from online_envs import LENGTH, diary
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, set_interaction_type
+
+from online_envs import LENGTH, diary
+from runs import rows
 from test_collect import PATIENCE, wait_for
 from test_collect import started as process_of
 from test_recipe import full_disk
 from test_training import PlainLoop, assert_close
-
-from runs import rows
 from torchrl_iql import OfflineDataset, checkpoint, load_dataset, load_policy, models
 from torchrl_iql.data.minibatches import Minibatches
 from torchrl_iql.data.rewards import RewardTransform

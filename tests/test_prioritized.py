@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from iql_losses import ACT, CHOICES, OBS, cast, transitions
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
@@ -15,6 +14,7 @@ from torchrl.data import LazyTensorStorage, TensorDictPrioritizedReplayBuffer
 from torchrl.modules import IndependentNormal, ProbabilisticActor, ValueOperator
 from torchrl.objectives import SoftUpdate
 
+from iql_losses import ACT, CHOICES, OBS, cast, transitions
 from torchrl_iql import DiscreteIQLLoss, IQLLoss, models
 
 try:

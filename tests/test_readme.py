@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from test_distributed import torchrun
 
+from test_distributed import torchrun
 from torchrl_iql import checkpoint, load_policy
 from torchrl_iql_recipes import algorithms
 from torchrl_iql_recipes.experiment import offline

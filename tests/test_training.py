@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from iql_losses import built
 from tensordict import TensorDict
 from torch._dynamo.utils import counters
 from torchrl import objectives
@@ -18,6 +17,7 @@ from torchrl.data import OneHot
 from torchrl.modules import ValueOperator
 from torchrl.objectives import BCLoss, SoftUpdate
 
+from iql_losses import built
 from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep, models
 from torchrl_iql.data import Minibatches
 from torchrl_iql.data.minibatches import BLOCK
