@@ -28,6 +28,13 @@ __all__ = [
 ]
 
 gymnasium.register_envs(gymnasium_robotics)
+for _maze, _steps in [("UMaze", 700), ("Medium", 1000), ("Large", 1000)]:
+    gymnasium.register(
+        f"torchrl_iql/AntMaze_{_maze}-v0",
+        entry_point="torchrl_iql.antmaze:AntMaze",
+        max_episode_steps=_steps,
+        kwargs={"maze": _maze.lower()},
+    )
 
 REFERENCE_SCORES: Mapping[str, tuple[float, float]] = MappingProxyType(
     {
