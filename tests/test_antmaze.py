@@ -156,7 +156,10 @@ def test_the_maze_is_seen_from_above() -> None:
         picture = env.render()
     except Exception as error:  # noqa: BLE001: no way to render without a display here
         pytest.skip(f"nothing to render with: {error}")
+    finally:
+        env.close()
     assert picture.shape == (200, 200, 3) and picture.std() > 10
+    np.testing.assert_array_equal(env.data.site("goal").xpos[:2], env.goal)
 
 
 def test_cells_and_positions() -> None:

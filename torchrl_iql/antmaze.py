@@ -98,10 +98,12 @@ def ant_model(maze: str | None = None) -> mujoco.MjSpec:
                 friction=[1, 0.5, 0.5],
                 rgba=[0.7, 0.5, 0.3, 1],
             )
-        spec.worldbody.add_site(
-            name="goal", type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=[GOAL_RADIUS, 0.02, 0]
-        )
-        spec.site("goal").rgba = [0.9, 0.2, 0.2, 0.7]
+        site = {
+            "pos": [0, 0, GOAL_RADIUS],
+            "size": [GOAL_RADIUS, 0, 0],
+            "rgba": [0.9, 0.1, 0.1, 0.6],
+        }
+        spec.worldbody.add_site(name="goal", **site)
     for geom in spec.geoms:
         geom.solimp[:3] = [0.8, 0.8, 0.01]
     return spec
@@ -201,7 +203,7 @@ class AntMaze(MujocoEnv, EzPickle):
             height=height,
             default_camera_config={  # from above, the whole maze in sight
                 "lookat": np.array([*middle, 0.0]),
-                "distance": 5.0 * len(rows),
+                "distance": 1.25 * CELL * max(len(rows), len(rows[0])),
                 "elevation": -89.9,
                 "azimuth": 90.0,
             },
@@ -251,7 +253,7 @@ class AntMaze(MujocoEnv, EzPickle):
             (cell,) = _cells(MAZES[self.maze_name], "g")
             noise = sum(self.np_random.uniform(0, high, 2) for high in GOAL_NOISE)
             self.goal = centre(self.maze_name, cell) + noise
-        self.model.site("goal").pos[:2] = self.goal
+        self.model.site("goal").pos[:2] = self.goal  # to be seen
         noise = self.np_random.uniform(-RESET_NOISE, RESET_NOISE, self.model.nq)
         positions = self.init_qpos + noise
         positions[:2] += self._start
