@@ -447,7 +447,7 @@ class TestDownload:
         contents = write(tmp_path / "served", recorded(3000)).read_bytes()
         with Server(contents) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            url = f"http://127.0.0.1:{server.server_port}/v2"
+            url = f"http://127.0.0.1:{server.server_port}"
             monkeypatch.setattr("torchrl_iql.data.d4rl.URL", url)
             yield server
             server.shutdown()
@@ -456,10 +456,16 @@ class TestDownload:
     def test_a_missing_file(self, server, d4rl_folder, tmp_path, source):
         found = load(source)
         assert (found.transitions == load(write(tmp_path / NAME, recorded(3000))).transitions).all()
-        assert server.paths == [f"/v2/{source}"]
+        assert server.paths == [f"/gym_mujoco_v2/{source}"]
         assert [path.name for path in d4rl_folder.iterdir()] == [str(source)]
         load(source)
         assert len(server.paths) == 1
+
+    @pytest.mark.parametrize(("end", "folder"), [("", "ant_maze_new"), ("_fixed", "ant_maze_v2")])
+    def test_a_missing_file_of_antmaze(self, server, d4rl_folder, end, folder):
+        name = f"Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse{end}.hdf5"
+        assert len(load(name).transitions)
+        assert server.paths == [f"/{folder}/{name}"]
 
     def test_a_path_is_not_downloaded(self, server, d4rl_folder):
         with pytest.raises(FileNotFoundError, match=f"^no D4RL file some/folder/{NAME}; a name"):
@@ -489,7 +495,7 @@ class TestDownload:
 
     def test_without_a_server(self, monkeypatch, d4rl_folder):
         monkeypatch.setattr("torchrl_iql.data.d4rl.URL", "http://127.0.0.1:1")
-        with pytest.raises(FileNotFoundError, match=rf"127.0.0.1:1/{NAME} failed: .*refused"):
+        with pytest.raises(FileNotFoundError, match=rf"127.0.0.1:1/\S+/{NAME} failed: .*refused"):
             load(NAME)
         assert not list(d4rl_folder.iterdir())
 
@@ -505,7 +511,7 @@ class TestDownload:
 
     @pytest.mark.parametrize("name", ["hopper_medium-v0.hdf5", "my_hopper_medium-v2.hdf5"])
     def test_other_names_are_not_asked_for(self, server, d4rl_folder, name):
-        message = rf"^no D4RL file {name}, nor {d4rl_folder}/{name}; only the v2 files"
+        message = rf"^no D4RL file {name}, nor {d4rl_folder}/{name}; only AntMaze and the v2 files"
         with pytest.raises(FileNotFoundError, match=message):
             load(name)
         assert not server.paths

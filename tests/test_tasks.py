@@ -27,11 +27,14 @@ from gymnasium_robotics.envs.franka_kitchen.kitchen_env import (
 from minari.data_collector import EpisodeBuffer
 from tensordict.nn import TensorDictModule
 
-from torchrl_iql import Evaluator, load_policy
-from torchrl_iql_recipes import collect
+from torchrl_iql import Evaluator, load_dataset, load_policy
+from torchrl_iql.antmaze import AntMaze
+from torchrl_iql.environments import antmaze_id
+from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.experiment import build, offline
 from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE
+from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
 
 # expectile, temperature, dropout, reward and episode rule, evaluation episodes
@@ -141,11 +144,12 @@ class TestSettings:
             for path in (CONFIG / "task").rglob("*.yaml")
         }
         assert len(TASKS) == 9 + 6 + 3 + 3 + 12
-        mini = (f"mini/{name.replace('/', '-')}" for name in collect.MINI)
+        mini = (f"mini/{name.replace('/', '-')}" for name in collection.MINI)
         bases = (f"{family}/base" for family in PAPER)
-        assert files == {*TASKS, *bases, *mini, "pointmaze/stitch"}
+        others = {name for name in files if name.startswith("ogbench/")}  # in test_ogbench.py
+        assert files - others == {*TASKS, *bases, *mini, "pointmaze/stitch"}
 
-    @pytest.mark.parametrize("name", collect.MINI)
+    @pytest.mark.parametrize("name", collection.MINI)
     def test_of_the_mini_suite_are_those_of_its_families(self, name: str):
         cfg = config(f"mini/{name.replace('/', '-')}")
         family = name.split("/")[0]
@@ -154,7 +158,7 @@ class TestSettings:
         if family == "antmaze":  # with less data than the paper
             temperature = 3.0
         assert family_settings(cfg) == (expectile, temperature, *others)
-        assert (cfg.data.dataset, cfg.data.env) == (collect.dataset_id(name), None)
+        assert (cfg.data.dataset, cfg.data.env) == (collection.dataset_id(name), None)
 
     @pytest.mark.parametrize("task", TASKS)
     def test_are_those_of_the_paper(self, task: str):
@@ -302,39 +306,69 @@ class TestData:
         np.testing.assert_allclose(columns["reward"][:, 0], scale * rewards, rtol=1e-5)
 
 
-def test_d4rl_files_of_antmaze_are_trained_on_but_not_evaluated(tmp_path: Path):
-    """Their layout: position and the rest in one vector of 29, no next observations."""
+def antmaze_file(path: Path, maze: str, starts: list[tuple[int, int]]) -> Path:
+    """Write walks of 30 steps in D4RL's layout, without next observations; the first is at the goal once."""
     columns: dict[str, list[Any]] = {}
-    env = gymnasium.make("AntMaze_Large-v4", max_episode_steps=30)
+    env = AntMaze(maze)
     env.action_space.seed(0)
-    for seed in range(4):
-        observation, _ = env.reset(seed=seed)
-        truncated = False
-        while not truncated:
-            vector = [*observation["achieved_goal"], *observation["observation"]]
-            action = env.action_space.sample()
-            observation, _, _, truncated, _ = env.step(action)
-            row = {"observations": vector, "actions": action, "timeouts": truncated}
-            for key, value in {**row, "infos/goal": [32.0, 24.0]}.items():
+    for seed, start in enumerate(starts):
+        observation, _ = env.reset(seed=seed, options={"reset_cell": start})
+        for step in range(30):
+            row = {"observations": observation, "actions": env.action_space.sample()}
+            row |= {"rewards": seed == 0 and step == 20, "timeouts": step == 29}
+            for key, value in {**row, "terminals": False, "infos/goal": env.goal}.items():
                 columns.setdefault(key, []).append(value)
-    env.close()
-    at_goal = np.arange(120) == 20
-    path = tmp_path / "antmaze.hdf5"
+            observation, *_ = env.step(row["actions"])
     with h5py.File(path, "w") as file:
         for key, column in columns.items():
-            file[key] = np.array(column, bool if key == "timeouts" else np.float32)
-        file["rewards"], file["terminals"] = at_goal.astype(np.float32), np.zeros(120, bool)
+            is_flag = key in ("timeouts", "terminals")
+            file[key] = np.array(column, bool if is_flag else np.float32)
+    return path
 
-    overrides = [*SMALL, f"dataset={path}", "eval_episodes=0"]
-    dataset = build.dataset_for(config("antmaze/large-play", *overrides).data)
+
+ROUND = {"umaze": [(1, 1), (1, 3), (2, 3), (3, 1)], "large": [(1, 1), (3, 6), (7, 9), (1, 10)]}
+"""Cells that no other maze has free, all of them."""
+ANYWHERE = [(1, 1), (1, 1), (1, 1), (1, 1)]
+SEVERAL = "noisy_multistart_True_multigoal_False"
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "maze", "starts"),
+    [
+        ("walks.hdf5", "antmaze/large-play", "large", ROUND["large"]),
+        ("walks.hdf5", "antmaze/umaze", "umaze", ROUND["umaze"]),
+        ("walks.hdf5", "antmaze/medium-play", "medium", ANYWHERE),  # the task says so
+        (f"Ant_maze_big-maze_{SEVERAL}_sparse.hdf5", "antmaze/medium-play", "medium", ANYWHERE),
+        (f"Ant_maze_u-maze_{SEVERAL}_sparse_fixed.hdf5", "antmaze/umaze", "umaze", ANYWHERE),
+    ],
+)
+def test_d4rls_files_of_antmaze_are_trained_on_and_evaluated(
+    name: str, task: str, maze: str, starts: list[tuple[int, int]], tmp_path: Path
+):
+    path = antmaze_file(tmp_path / name, maze, starts)
+    settings = config(task, *SMALL, f"dataset={path}", "eval_episodes=1")
+    dataset = build.dataset_for(settings.data)
     assert dataset.episode_lengths.tolist() == [21, 29, 29, 29]
-    (replica,) = offline.run(config("antmaze/large-play", *overrides), tmp_path)["replicas"]
-    assert (replica["steps"], replica["best"]) == (6, None)
-    with pytest.raises(ValueError, match="does not name the environment"):
-        offline.run(config("antmaze/large-play", *overrides, "eval_episodes=1"), tmp_path)
-    with pytest.raises(ValueError, match=r"of 29 numbers .* AntMaze_Large-v4 has .* of 31 numbers"):
-        given = ["eval_episodes=1", "env=AntMaze_Large-v4"]
-        offline.run(config("antmaze/large-play", *overrides, *given), tmp_path)
+    assert dataset.env_spec.id == antmaze_id(maze)
+    assert dataset.env_spec.id in offline.describe(dataset)
+    (replica,) = offline.run(settings, tmp_path / "run")["replicas"]
+    assert replica["success"] in (0, 1)
+
+
+def test_the_maze_of_d4rls_files_is_not_guessed(tmp_path: Path):
+    path = antmaze_file(tmp_path / "walks.hdf5", "umaze", ANYWHERE)
+    assert load_dataset(path).env_spec is None  # all mazes have this cell
+    path = antmaze_file(tmp_path / "round.hdf5", "umaze", ROUND["umaze"])
+    assert load_dataset(path).env_spec.id == antmaze_id("umaze")
+    with pytest.raises(SettingsError, match=r"of the maze umaze, not large: give .*maze=umaze"):
+        build.dataset_for(config("antmaze/large-play", f"dataset={path}").data)
+    given = config("antmaze/large-play", f"dataset={path}", "maze=umaze").data
+    assert build.dataset_for(given).env_spec.id == antmaze_id("umaze")
+    with pytest.raises(
+        SettingsError, match=r"of 29 numbers .* AntMaze_Large-v4 has .* of 31 numbers"
+    ):
+        overrides = [*SMALL, f"dataset={path}", "eval_episodes=1", "env=AntMaze_Large-v4"]
+        offline.run(config("antmaze/large-play", *overrides), tmp_path / "run")
 
 
 class Pays(gymnasium.Env):

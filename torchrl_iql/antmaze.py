@@ -9,6 +9,9 @@ Gymnasium knows the environments after ``import torchrl_iql``, as
 ``torchrl_iql/AntMaze_UMaze-v0``, ``torchrl_iql/AntMaze_Medium-v0`` and ``torchrl_iql/AntMaze_Large-v0``.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (mujoco's names are those of a compiled module)
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -24,7 +27,7 @@ from gymnasium.envs.mujoco.mujoco_env import DEFAULT_SIZE, MujocoEnv
 from gymnasium.spaces import Box, Dict
 from gymnasium.utils import EzPickle
 
-__all__ = ["CELL", "MAZES", "AntMaze", "ant_model", "centre", "free_cells"]
+__all__ = ["CELL", "MAZES", "AntMaze", "ant_model", "centre", "free_cells", "is_free"]
 
 MAZES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -114,6 +117,23 @@ def free_cells(maze: str) -> list[Cell]:
     return _cells(MAZES[maze], ".rg")
 
 
+def is_free(maze: str, positions: np.ndarray) -> np.ndarray:
+    """Return which positions lie in free cells.
+
+    Args:
+        maze: a key of :data:`MAZES`.
+        positions: ``[n, 2]``, in metres.
+
+    Returns:
+        bool ``[n]``.
+    """
+    rows = MAZES[maze]
+    free = np.pad([[kind != "#" for kind in row] for row in rows], 1)  # outside is not
+    (reset,) = _cells(rows, "r")
+    cells = np.round(positions[:, ::-1] / CELL).astype(int) + np.array(reset) + 1
+    return free[tuple(cells.clip(0, np.array(free.shape) - 1).T)]
+
+
 def centre(maze: str, cell: Cell) -> np.ndarray:
     """Return the centre of a cell, ``[2]``, in metres: that of the reset cell is the origin."""
     ((row, column),) = _cells(MAZES[maze], "r")
@@ -190,9 +210,16 @@ class AntMaze(MujocoEnv, EzPickle):
         self.goal_observation = goal_observation
         self.goal: np.ndarray | None = None  # [2], in metres
         state, position = (Box(-np.inf, np.inf, shape, np.float64) for shape in [(29,), (2,)])
-        goal_space = Dict(observation=state, achieved_goal=position, desired_goal=position)
+        # In the order of the keys: as data are flattened, whose space forgets another order.
+        goal_space = Dict(achieved_goal=position, desired_goal=position, observation=state)
         rows = MAZES[maze]
         middle = CELL * np.array([len(rows[0]) / 2 - 1.5, len(rows) / 2 - 1.5])
+        camera: dict[str, Any] = {  # from above, the whole maze in sight
+            "lookat": np.array([*middle, 0.0]),
+            "distance": 1.25 * CELL * max(len(rows), len(rows[0])),
+            "elevation": -89.9,
+            "azimuth": 90.0,
+        }
         MujocoEnv.__init__(
             self,
             str(ANT_XML),
@@ -201,12 +228,7 @@ class AntMaze(MujocoEnv, EzPickle):
             render_mode=render_mode,
             width=width,
             height=height,
-            default_camera_config={  # from above, the whole maze in sight
-                "lookat": np.array([*middle, 0.0]),
-                "distance": 1.25 * CELL * max(len(rows), len(rows[0])),
-                "elevation": -89.9,
-                "azimuth": 90.0,
-            },
+            default_camera_config=camera,
         )
         if pose == "standing":
             self.init_qpos[2:] = self.model.numeric("init_qpos").data[2:]

@@ -17,8 +17,11 @@ from gymnasium import Space, spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import FlattenObservation
 
+from torchrl_iql.ogbench import OwnChance, is_from_ogbench, is_single_task, ogbench_package
+
 __all__ = [
     "REFERENCE_SCORES",
+    "antmaze_id",
     "flat_environment",
     "reference_scores_of",
     "require_reference_scores",
@@ -28,12 +31,20 @@ __all__ = [
 ]
 
 gymnasium.register_envs(gymnasium_robotics)
-for _maze, _steps in [("UMaze", 700), ("Medium", 1000), ("Large", 1000)]:
+
+
+def antmaze_id(maze: str) -> str:
+    """Return the id of D4RL's AntMaze, :class:`torchrl_iql.antmaze.AntMaze`, in a maze."""
+    title = {"umaze": "UMaze", "medium": "Medium", "large": "Large"}[maze]
+    return f"torchrl_iql/AntMaze_{title}-v0"
+
+
+for _maze, _steps in [("umaze", 700), ("medium", 1000), ("large", 1000)]:
     gymnasium.register(
-        f"torchrl_iql/AntMaze_{_maze}-v0",
+        antmaze_id(_maze),
         entry_point="torchrl_iql.antmaze:AntMaze",
         max_episode_steps=_steps,
-        kwargs={"maze": _maze.lower()},
+        kwargs={"maze": _maze},
     )
 
 REFERENCE_SCORES: Mapping[str, tuple[float, float]] = MappingProxyType(
@@ -73,10 +84,13 @@ def spec_of(env: str | EnvSpec | None) -> EnvSpec | None:
     """Return the specification of an environment that may be given by its id.
 
     Raises:
+        ModuleNotFoundError: if it is one of OGBench's single tasks, and OGBench is not installed.
         ValueError: if gymnasium does not know the id.
     """
     if not isinstance(env, str):
         return env
+    if is_single_task(env):
+        ogbench_package()
     try:
         return gymnasium.spec(env)
     except gymnasium.error.Error as error:
@@ -101,6 +115,8 @@ def spaces_of(env_spec: EnvSpec) -> tuple[Space, Space]:
 def flat_environment(env_spec: EnvSpec | str) -> gymnasium.Env:
     """Make an environment whose observations are vectors.
 
+    One of OGBench is in :class:`~torchrl_iql.ogbench.OwnChance`.
+
     Raises:
         ValueError: it can not be built.
     """
@@ -112,7 +128,10 @@ def flat_environment(env_spec: EnvSpec | str) -> gymnasium.Env:
 
 def _made(env_spec: EnvSpec | str) -> gymnasium.Env:
     try:
-        return gymnasium.make(env_spec)
+        if isinstance(env_spec, str) and is_single_task(env_spec):
+            ogbench_package()
+        env = gymnasium.make(env_spec)
+        return OwnChance(env) if is_from_ogbench(env) else env
     except Exception as error:  # of gymnasium, or of the package that the environment is in
         name = getattr(env_spec, "id", env_spec)
         raise ValueError(

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import torch
 from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
@@ -17,11 +16,12 @@ from gymnasium.spaces import Discrete, flatdim
 from omegaconf import OmegaConf
 
 from torchrl_iql import Evaluator, OfflineDataset, TrainStep, load_dataset
+from torchrl_iql.environments import antmaze_id, spec_of
 from torchrl_iql.models import Architecture
-from torchrl_iql_recipes import collect
+from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.networks import Networks
-from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.schema import SettingsError, written
 from torchrl_iql_recipes.experiment.settings import Compute, Data, Evaluation, Learner, Settings
 from torchrl_iql_recipes.files import whole
 
@@ -79,18 +79,41 @@ def dataset_for(data: Data) -> OfflineDataset:
 
     Args:
         data: which.
+
+    Raises:
+        SettingsError: there are none, or they can not be read as the settings say.
     """
     if data.dataset is None:
         raise SettingsError(
-            "dataset=null: expected a Minari id, a folder or a D4RL file, or several"
+            "dataset=null: expected a Minari id, a folder, a D4RL file or an OGBench task, or several"
         )
     sources = [data.dataset] if isinstance(data.dataset, str) else data.dataset
-    return load_dataset(
-        [collect.ensure(source) for source in sources],
-        reward=data.reward,
-        episodes=data.episodes,
-        env=environment(data.env),
-    )
+    env = environment(data.env)
+    try:
+        load = partial(
+            load_dataset,
+            [collection.ensure(source) for source in sources],
+            reward=data.reward,
+            episodes=data.episodes,
+        )
+        dataset = load(env=env)
+        if env is None and data.maze is not None:
+            dataset = _in_maze(dataset, data.maze, load)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        raise SettingsError(f"dataset={written(data.dataset)}: {error}") from error
+    return dataset
+
+
+def _in_maze(
+    dataset: OfflineDataset, maze: str, load: Callable[..., OfflineDataset]
+) -> OfflineDataset:
+    """Take the task's word for the maze of D4RL's ant where the data do not tell, or contradict it."""
+    if dataset.env_spec is None and dataset.transitions["observation"].shape[-1:] == (29,):
+        return load(env=antmaze_id(maze))
+    told = dataset.env_spec.kwargs.get("maze", maze) if dataset.env_spec else maze
+    if told != maze:
+        raise ValueError(f"it is of the maze {told}, not {maze}: give another task, or maze={told}")
+    return dataset
 
 
 def learned_from(settings: Settings, dataset: OfflineDataset) -> OfflineDataset:
@@ -105,11 +128,11 @@ def learned_from(settings: Settings, dataset: OfflineDataset) -> OfflineDataset:
     return learned
 
 
-def environment(env: dict | str | None) -> EnvSpec | str | None:
-    """Return what is evaluated in: an id, alone or with arguments of ``gymnasium.make``."""
-    if not isinstance(env, dict):
-        return env
-    arguments = dict(env)
+def environment(env: dict | str | None) -> EnvSpec | None:
+    """Return what is evaluated in, given by its id, alone or with arguments of ``gymnasium.make``."""
+    if env is None:
+        return None
+    arguments = {"id": env} if isinstance(env, str) else dict(env)
     spec = copy.deepcopy(_spec(arguments.pop("id")))
     spec.max_episode_steps = arguments.pop("max_episode_steps", spec.max_episode_steps)
     spec.kwargs |= arguments
@@ -118,9 +141,11 @@ def environment(env: dict | str | None) -> EnvSpec | str | None:
 
 def _spec(env: str) -> EnvSpec:
     try:
-        return gymnasium.spec(env)
-    except gymnasium.error.Error as error:
+        spec = spec_of(env)
+    except (ImportError, ValueError) as error:
         raise SettingsError(f"env={env}: {error}") from None
+    assert spec is not None
+    return spec
 
 
 def evaluations_for(
@@ -144,7 +169,7 @@ def evaluator_for(
         a function that makes them, and the maze that is played in, None if it is another world.
     """
     if dataset.env_spec is None:
-        raise ValueError(
+        raise SettingsError(
             f"{dataset.name} does not name the environment to evaluate in: give env=<id>, or "
             "eval_episodes=0 to train without one"
         )
@@ -159,7 +184,7 @@ def evaluator_for(
         recorded = _sizes(dataset.transitions["observation"].shape[-1], dataset.action_space)
         played = _sizes(flatdim(evaluate.envs[0].observation_space), evaluate.action_space)
         if recorded != played:
-            raise ValueError(
+            raise SettingsError(
                 f"{dataset.name} holds {recorded}, but {evaluate.envs[0].spec.id} has {played}: give "  # pyright: ignore
                 "env=<id> of another, env=null for the one that the data set names, or eval_episodes=0"
             )
@@ -198,7 +223,7 @@ def step_for(
     each = [learner.algorithm.optimization(steps) for learner in learners]
     for name in each[0].keys() - {"learning_rate", "schedule"}:
         if any(its[name] != each[0][name] for its in each):
-            raise ValueError(
+            raise SettingsError(
                 f"{name} of the optimisation differs between the learners: of several learners only "
                 "learning_rate may, so it can not depend on an axis"
             )

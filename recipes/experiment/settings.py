@@ -44,13 +44,17 @@ class Data(Part):
 
     dataset: Text | tuple[Text, ...] | None = Field(
         None,
-        description="Minari id, or path to a Minari data set or to a D4RL file; several are joined; "
-        "null, online only: none",
+        description="Minari id, OGBench single task, or path to a Minari data set, a D4RL or an OGBench "
+        "file; several are joined; null, online only: none",
     )
     env: Text | dict | None = Field(
         None,
         description="to evaluate in: an id, {id: ..., arguments of gymnasium.make}, or null for what "
         "the data set names",
+    )
+    maze: Literal["umaze", "medium", "large"] | None = Field(
+        None,
+        description="that files of D4RL's AntMaze have to be of; null: the one that fits their positions",
     )
     reward: Literal["none", "minus_one", "return_range"] = Field(
         "none",

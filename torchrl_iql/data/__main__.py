@@ -1,4 +1,7 @@
-"""Prints what is in a data set: ``python -m torchrl_iql.data inspect mujoco/hopper/medium-v0``."""
+"""Prints what is in a data set, and whether a simulator does what was recorded.
+
+``python -m torchrl_iql.data inspect mujoco/hopper/medium-v0`` and the same with ``replay``.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,42 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from torchrl_iql.data import EpisodeRule, RewardRule, load
+from torchrl_iql.data import EpisodeRule, RewardRule, load, replay
+
+STATUS = {"match": 0, "mismatch": 1, "unknown": 3}
+"""Exit status of a replay; 2 is an error."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m torchrl_iql.data")
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="print what is in a data set")
-    inspect.add_argument("source", nargs="+", help="Minari id or folder, or D4RL file")
+    inspect.add_argument(
+        "source", nargs="+", help="Minari id or folder, D4RL file, or OGBench task"
+    )
     inspect.add_argument("--reward", choices=get_args(RewardRule), default="none")
     inspect.add_argument("--episodes", choices=get_args(EpisodeRule), default="as_stored")
     inspect.add_argument("--env", help="id of the environment to evaluate in")
+    compare = commands.add_parser(
+        "replay",
+        help="compare recorded transitions with a simulator's",
+        epilog="Exit status: 0 match, 1 mismatch, 2 error, 3 can not be told.",
+    )
+    compare.add_argument("source", help="Minari id or folder, or D4RL file")
+    compare.add_argument("--env", help="id of the environment, if not the one that was recorded")
+    compare.add_argument("--samples", type=int, default=1000, help="transitions (default: 1000)")
+    compare.add_argument("--seed", type=int, default=0, help="of their draw (default: 0)")
     given = parser.parse_args(arguments)
     try:
+        if given.command == "replay":
+            found = replay(given.source, given.env, samples=given.samples, seed=given.seed)
+            print(found)
+            return STATUS[found.verdict]
         dataset = load(given.source, reward=given.reward, episodes=given.episodes, env=given.env)
-    except (OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if given.command == "replay" else 1
     print(dataset.report())
     return 0
 

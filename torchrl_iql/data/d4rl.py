@@ -5,14 +5,15 @@ The arrays ``observations``, ``actions``, ``rewards`` and ``terminals``, and ``t
 ``next_observations`` the transitions are those that the official code of IQL learns from. Of the
 others, an episode rule needs ``infos/success``; the rest is not read.
 
-Observations have no bounds, actions lie in [-1, 1], and a file names no environment.
+Observations have no bounds, actions lie in [-1, 1]. A file names no environment, but one of D4RL's
+AntMaze is known by its name, or by its 29 and 8 columns and the one maze that holds all its positions.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPException
@@ -24,23 +25,31 @@ from gymnasium.envs.registration import EnvSpec
 from minari import EpisodeData
 from torch.hub import download_url_to_file
 
+from torchrl_iql.antmaze import MAZES, is_free
 from torchrl_iql.data.arrays import action_box, array_episodes, observation_box
 from torchrl_iql.data.cache import unfinished
 from torchrl_iql.data.episodes import EpisodeRule, errors_at
 from torchrl_iql.data.source import Source
+from torchrl_iql.environments import antmaze_id, spec_of
 
-__all__ = ["SUFFIX", "d4rl_source"]
+__all__ = ["SUFFIX", "d4rl_episodes", "d4rl_source", "has_next_observations"]
 
 SUFFIX = ".hdf5"
 
 FOLDER_VARIABLE = "D4RL_DATASET_DIR"
 DEFAULT_FOLDER = "~/.d4rl/datasets"
 
-URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
-DOWNLOADABLE = re.compile(
+URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+LOCOMOTION = re.compile(
     r"(halfcheetah|hopper|walker2d)_"
     r"(random|medium|medium_replay|full_replay|medium_expert|expert)-v2\.hdf5"
 )
+ANTMAZE = re.compile(
+    r"Ant_maze_(u-maze|big-maze|hardest-maze)_noisy_"
+    r"(multistart_False_multigoal_False|multistart_True_multigoal_(?:True|False))_sparse(_fixed)?\.hdf5"
+)
+"""Version 0, and with ``_fixed`` version 2."""
+MAZE_OF = {"u-maze": "umaze", "big-maze": "medium", "hardest-maze": "large"}
 
 REQUIRED = "observations", "actions", "rewards", "terminals"
 OPTIONAL = "timeouts", "next_observations"
@@ -55,7 +64,7 @@ def d4rl_source(source: str | Path, *, env_spec: EnvSpec | None, download: bool)
         source: the path, or the name.
         env_spec: the environment whose time limit ends the episodes of a file that does not tell.
         download: whether to download a name that is in neither place into that folder, if it is one of
-            the locomotion files of version 2, as ``"hopper_medium-v2.hdf5"``.
+            the locomotion files of version 2, as ``"hopper_medium-v2.hdf5"``, or of AntMaze.
 
     Raises:
         FileNotFoundError: if there is no such file, or its download failed.
@@ -70,15 +79,31 @@ def d4rl_source(source: str | Path, *, env_spec: EnvSpec | None, download: bool)
         observation_space = observation_box(file["observations"])
         action_space = action_box(file["actions"])
         tells = any(key in file for key in OPTIONAL)
+        env_spec = env_spec or _antmaze(path, file)
     time_limit = None if tells or env_spec is None else env_spec.max_episode_steps
     return Source(
         name=str(source),
         path=path,
         observation_space=observation_space,
         action_space=action_space,
-        time_limit=time_limit,
+        env_spec=env_spec,
+        made_with=time_limit,
         episodes=partial(_episodes, path, time_limit),
     )
+
+
+def _antmaze(path: Path, file: h5py.File) -> EnvSpec | None:
+    """Find the environment of a file of D4RL's AntMaze; None if it is of another or can not be told."""
+    shapes = [cast(h5py.Dataset, file[key]).shape[1:] for key in ("observations", "actions")]
+    if shapes != [(29,), (8,)]:
+        return None
+    named = ANTMAZE.fullmatch(path.name)
+    if named:
+        mazes = [MAZE_OF[named[1]]]
+    else:
+        positions = _array(file, "observations")[:, :2]
+        mazes = [maze for maze in MAZES if is_free(maze, positions).all()]
+    return spec_of(antmaze_id(mazes[0])) if len(mazes) == 1 else None
 
 
 def _path(path: Path, download: bool) -> Path:
@@ -93,13 +118,16 @@ def _path(path: Path, download: bool) -> Path:
     if kept.exists():
         return kept
     missing = f"no D4RL file {path}, nor {kept}"
-    if not DOWNLOADABLE.fullmatch(path.name):
+    if LOCOMOTION.fullmatch(path.name):
+        url = f"{URL}/gym_mujoco_v2/{path.name}"
+    elif antmaze := ANTMAZE.fullmatch(path.name):
+        url = f"{URL}/{'ant_maze_v2' if antmaze[3] else 'ant_maze_new'}/{path.name}"
+    else:
         raise FileNotFoundError(
-            f"{missing}; only the v2 files of halfcheetah, hopper and walker2d are downloaded"
+            f"{missing}; only AntMaze and the v2 files of halfcheetah, hopper and walker2d are downloaded"
         )
     if not download:
         raise FileNotFoundError(f"{missing}, and download is False")
-    url = f"{URL}/{path.name}"
     try:
         with unfinished(kept) as part:
             download_url_to_file(url, str(part))
@@ -125,14 +153,35 @@ def _opened(path: Path) -> Iterator[h5py.File]:
 def _episodes(
     path: Path, time_limit: int | None, episode_rule: EpisodeRule
 ) -> Iterator[EpisodeData]:
+    return d4rl_episodes(path, time_limit, ("success",) if episode_rule == "until_success" else ())
+
+
+def d4rl_episodes(
+    path: Path, time_limit: int | None, wanted: Collection[str]
+) -> Iterator[EpisodeData]:
+    """Read the episodes of a file.
+
+    Args:
+        path: the file.
+        time_limit: steps of an episode, for a file that does not tell where episodes end.
+        wanted: names of infos to read; the others that are stored are None.
+
+    Raises:
+        ValueError: if the file is damaged or incomplete.
+    """
     with _opened(path) as file:
         arrays = {key: _array(file, key) for key in REQUIRED + OPTIONAL if key in file}
         infos: dict[str, Any] = {}
-        if episode_rule == "until_success" and "infos" in file:
+        if wanted and "infos" in file:
             infos = dict.fromkeys(cast(h5py.Group, file["infos"]))
-            if "success" in infos:
-                infos["success"] = _array(file, "infos/success")
+            infos |= {name: _array(file, f"infos/{name}") for name in wanted if name in infos}
         return array_episodes(**arrays, infos=infos, time_limit=time_limit)
+
+
+def has_next_observations(path: Path) -> bool:
+    """Return whether a file stores them: without, the observation after a termination is not known."""
+    with _opened(path) as file:
+        return "next_observations" in file
 
 
 def _array(file: h5py.File, key: str) -> Any:

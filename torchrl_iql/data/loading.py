@@ -15,6 +15,7 @@ from torchrl_iql.data.d4rl import SUFFIX, d4rl_source
 from torchrl_iql.data.dataset import OfflineDataset, require_rules
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.minari import minari_source
+from torchrl_iql.data.ogbench import is_ogbench, ogbench_source
 from torchrl_iql.data.rewards import REWARD_RULES, RewardRule
 from torchrl_iql.data.source import Source
 from torchrl_iql.environments import spec_of
@@ -34,7 +35,7 @@ def load(
     download: bool = True,
     cache: bool = True,
 ) -> OfflineDataset:
-    """Read a Minari data set, a D4RL file, or several of them as one.
+    """Read a Minari data set, a D4RL file, a single task of OGBench, or several of them as one.
 
     The result, rules applied, is kept as one file in ``~/.cache/torchrl_iql``, or in the folder that
     the environment variable ``TORCHRL_IQL_CACHE`` names. A later call with the same rules and
@@ -46,7 +47,9 @@ def load(
         source: the id of a Minari data set, as ``"mujoco/hopper/medium-v0"``, or its folder: the one
             that contains ``data``, or ``data`` itself. Or a D4RL file, which is any file that is
             there, or a name that ends as ``"hopper_medium-v2.hdf5"``, see
-            :mod:`torchrl_iql.data.d4rl`. Several are joined in their order; their spaces must be
+            :mod:`torchrl_iql.data.d4rl`. Or one of OGBench's single tasks, as
+            ``"antmaze-medium-navigate-singletask-v0"``, or its ``.npz`` file, see
+            :mod:`torchrl_iql.data.ogbench`. Several are joined in their order; their spaces must be
             equal.
         reward: reward rule: ``"none"``, ``"minus_one"`` (AntMaze), ``"return_range"`` (locomotion).
             It sees the episodes of all sources.
@@ -54,13 +57,15 @@ def load(
             go on after the goal: each episode terminates at its first success.
         env: the environment to evaluate in, as an id or a specification, instead of the first that
             a source names; a D4RL file names none. Its time limit ends the episodes of D4RL files
-            that do not tell where they end. Reference scores are the first that a source names.
-        download: whether to download what is not there locally: a Minari id, or one of D4RL's
-            locomotion files of version 2.
+            that do not tell where they end, and its task gives the rewards of OGBench's files.
+            Reference scores are the first that a source names.
+        download: whether to download what is not there locally: a Minari id, one of D4RL's
+            locomotion files of version 2, or the file of a single task of OGBench.
         cache: whether to use that folder. A folder that can not be written to is a warning.
 
     Raises:
         FileNotFoundError: if there is no such data set, or its download failed.
+        ModuleNotFoundError: if it is OGBench's, and OGBench is not installed.
         TypeError: if a space can not be turned into rows.
         ValueError: if a rule is unknown or does not apply, the data are damaged or incomplete, or
             the spaces of the sources differ.
@@ -83,8 +88,9 @@ def load(
         "reward_rule": reward,
         "episode_rule": episodes,
     }
-    limits = [each.time_limit for each in sources]
-    entry = entry_path([each.path for each in sources], reward, episodes, limits) if cache else None
+    made_with = [each.made_with for each in sources]
+    paths = [each.path for each in sources]
+    entry = entry_path(paths, reward, episodes, made_with) if cache else None
     if entry and (arrays := read(entry)) is not None:
         transform = REWARD_RULES[reward](arrays["episode_returns"])
         return OfflineDataset(**arrays, **known, reward_transform=transform)
@@ -96,6 +102,8 @@ def load(
 
 
 def _open(source: str | Path, env_spec: EnvSpec | None, download: bool) -> Source:
+    if is_ogbench(source):
+        return ogbench_source(source, env_spec=env_spec, download=download)
     if Path(source).suffix == SUFFIX or Path(source).is_file():
         return d4rl_source(source, env_spec=env_spec, download=download)
     return minari_source(source, download=download)

@@ -22,12 +22,13 @@ class Source:
     Attributes:
         name: what error messages call it: the id or path that was asked for.
         path: the file, or the folder of files, with all that determines the episodes, besides
-            ``time_limit``.
+            ``made_with``.
         observation_space: space of one observation.
         action_space: space of one action.
         env_spec: the environment to evaluate in, if the data set names one.
         reference_scores: the returns that score 0 and 1 when normalized, if it names them.
-        time_limit: the steps after which an episode ends, if the data set does not tell.
+        made_with: what else determines the episodes, as JSON can write it: of D4RL's files that do
+            not tell, the steps after which an episode ends; of OGBench's, the task that is paid for.
         episodes: reads the episodes, with the infos that an episode rule needs.
     """
 
@@ -37,5 +38,5 @@ class Source:
     action_space: Space
     env_spec: EnvSpec | None = None
     reference_scores: tuple[float, float] | None = None
-    time_limit: int | None = None
+    made_with: int | str | None = None
     episodes: Callable[[EpisodeRule], Iterator[EpisodeData]]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import Space, spaces
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 __all__ = [
@@ -31,7 +32,9 @@ RANGE_TOLERANCE = 1e-3
 """Actions farther outside than this share of the range are an error, not rounding."""
 
 
-def observation_rows(space: Space, observations: Any, length: int) -> np.ndarray:
+def observation_rows(
+    space: Space, observations: Any, length: int, dtype: DTypeLike = np.float32
+) -> np.ndarray:
     """Flatten the observations of an episode, without a loop over its steps.
 
     Row t is ``gymnasium.spaces.flatten(space, observation t)``, what an environment gives in
@@ -43,9 +46,10 @@ def observation_rows(space: Space, observations: Any, length: int) -> np.ndarray
         space: space of one observation, of flattened size D.
         observations: as Minari stores them: one array of shape ``[length, ...]`` per leaf.
         length: number of observations, for the check.
+        dtype: type of the rows.
 
     Returns:
-        array ``[length, D]``, float32.
+        array ``[length, D]``.
 
     Raises:
         TypeError: if a leaf of the space has no fixed size.
@@ -60,7 +64,7 @@ def observation_rows(space: Space, observations: Any, length: int) -> np.ndarray
             )
         leaves.append(rows)
     with np.errstate(over="ignore"):  # what becomes infinite is refused later
-        return np.concatenate(leaves, axis=1, dtype=np.float32)
+        return np.concatenate(leaves, axis=1, dtype=dtype)
 
 
 def _leaves(space: Space, values: Any, key: str) -> Iterator[tuple[str, np.ndarray]]:
