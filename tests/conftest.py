@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Small networks gain nothing from more threads, and threads that wait slow each other down; here, and in
+# the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import minari
 import pytest
 import torch
-
-# Small networks gain nothing from more threads, and threads that wait slow each other down.
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,10 +23,10 @@ def users_cache_is_left_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def maze_id(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Store a small PointMaze data set, in a Minari store of the tests' own; return its id."""
-    from torchrl_iql_recipes import collect
+    from torchrl_iql_recipes.behaviors import collection
 
     os.environ["MINARI_DATASETS_PATH"] = str(tmp_path_factory.mktemp("minari"))
-    collect.build("test/maze-v0", collect.behavior("pointmaze/stitch"), 3000, workers=1)
+    collection.build("test/maze-v0", collection.behavior("pointmaze/stitch"), 3000, workers=1)
     return "test/maze-v0"
 
 

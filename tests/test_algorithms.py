@@ -19,10 +19,12 @@ from runs import SMALL, rows
 from test_mdp import ACTIONS, GAMMA, STATES, behaviour_value, data_set, entries, random_mdp, table
 from torchrl_iql import TrainStep, checkpoint, load_dataset, load_policy
 from torchrl_iql_recipes.algorithms import algorithms
+from torchrl_iql_recipes.algorithms.iql import IQL
 from torchrl_iql_recipes.algorithms.onestep import OneStep
-from torchrl_iql_recipes.experiment import build, offline
-from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE
+from torchrl_iql_recipes.experiment import build, offline, online
+from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.networks import architecture_for
+from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
 
 EVERY = pytest.mark.parametrize("name", algorithms())
@@ -194,3 +196,18 @@ def test_onestep_learns_the_values_of_sarsa(seed: int) -> None:
     learned = entries(loss.qvalue_network_params).mT.numpy().reshape(STATES, ACTIONS)
     np.testing.assert_allclose(learned[mdp.seen], sarsa[mdp.seen], rtol=0, atol=1e-3)
     np.testing.assert_allclose(entries(loss.value_network_params)[0].numpy(), v, atol=1e-3)
+
+
+def test_an_algorithm_with_columns_of_its_own_is_not_fine_tuned(
+    maze_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is collected does not have them."""
+
+    def data(self: IQL, dataset: Any) -> Any:
+        more = dataset.transitions.clone().set("weight", torch.ones(len(dataset.transitions), 1))
+        return dataclasses.replace(dataset, transitions=more)
+
+    monkeypatch.setattr(IQL, "data", data)
+    settings = ONLINE.settings([f"dataset={maze_id}", "temperature=3", "steps=10"])
+    with pytest.raises(SettingsError, match=r"algorithm=iql learns from \['weight'\]"):
+        online.dataset_for(settings)

@@ -17,12 +17,12 @@ import torch
 from gymnasium.envs.mujoco.ant_v5 import AntEnv
 from gymnasium.utils.env_checker import check_env
 from gymnasium_robotics.envs.maze import maps
-from omegaconf import OmegaConf
 from scipy.spatial.transform import Rotation
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from test_collect import PATIENCE, started, wait_for
 from torchrl_iql_recipes.behaviors import ant
+from torchrl_iql_recipes.behaviors.collection import POINT_WALKS, ROBOTS, WEIGHTS
 from torchrl_iql_recipes.behaviors.mazes import (
     MAPS,
     AntWalks,
@@ -34,8 +34,6 @@ from torchrl_iql_recipes.behaviors.mazes import (
 from torchrl_iql_recipes.behaviors.policies import Stages, actor
 from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.behaviors.rollouts import StageRollouts
-from torchrl_iql_recipes.collect import POINT_WALKS, ROBOTS, WEIGHTS
-from torchrl_iql_recipes.sac import Training
 
 RECIPES = Path(ant.__file__).parents[1]
 
@@ -372,6 +370,7 @@ class TestSAC:
         assert f"resume={run}" in output
         assert len(list(run.glob("checkpoint-*[0-9]"))) == 1
 
+    @pytest.mark.slow
     def test_stages_that_do_not_exist_are_not_promised(self, tmp_path: Path):
         with sac(
             *SMALL, "frames=100", "stage_interval=500", f"hydra.run.dir={tmp_path}"
@@ -381,8 +380,10 @@ class TestSAC:
         assert "100 steps, stages: none yet" in output
 
     def test_stages_are_whole_batches(self, tmp_path: Path):
-        cfg = OmegaConf.load(RECIPES / "config" / "sac.yaml")
-        cfg.frames_per_batch = 64
-        with pytest.raises(ValueError, match="a multiple of frames_per_batch, 64, got 5000"):
-            Training(cfg, tmp_path)
+        with sac("frames_per_batch=64", f"hydra.run.dir={tmp_path / 'run'}") as process:
+            output, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 1
+        assert output == (
+            "sac.py: stage_interval=5000: expected a multiple of frames_per_batch, 64\n"
+        )
         assert list(tmp_path.iterdir()) == []

@@ -171,6 +171,7 @@ class TestOurs:
             torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6, msg=key)
 
 
+@pytest.mark.slow
 class TestJax:
     @pytest.fixture(autouse=True)
     def _modules(self):

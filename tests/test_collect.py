@@ -22,18 +22,20 @@ import numpy as np
 import pytest
 import torch
 from minari import EpisodeData, MinariDataset
-from omegaconf import OmegaConf
 
 from iql_losses import built
 from torchrl_iql import IQLLoss, TrainStep, checkpoint, load_dataset, load_policy
 from torchrl_iql.models import Architecture
-from torchrl_iql_recipes import collect
+from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.behaviors.mazes import Plan, PointWalks, share_arrived
 from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.behaviors.rollouts import CheckpointRollouts
+from torchrl_iql_recipes.behaviors.settings import Collection
+from torchrl_iql_recipes.experiment.door import CONFIG, Door
 
-RECIPES = Path(collect.__file__).resolve().parent
-STITCH = collect.behavior("pointmaze/stitch")
+RECIPES = CONFIG.parent
+COLLECT = Door("collect", (Collection,))
+STITCH = collection.behavior("pointmaze/stitch")
 PATIENCE = 300
 """Seconds that a process may take on a busy machine."""
 
@@ -70,7 +72,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> MinariDataset:
     """Make a small data set of several parts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
-        collect.build("walks-v0", STITCH, 12_000, workers=1)
+        collection.build("walks-v0", STITCH, 12_000, workers=1)
         return minari.load_dataset("walks-v0")
 
 
@@ -100,7 +102,7 @@ class TestEpisodes:
         + ["antmaze/umaze", "antmaze/large-diverse"],
     )
     def test_seeds_options_and_actions_give_them_back(self, name: str):
-        who = collect.behavior(name)
+        who = collection.behavior(name)
         env = gymnasium.make(who.env_spec)
         for share in (0.0, 0.9):
             episode = who.play(env, np.random.default_rng(4), share)
@@ -141,8 +143,8 @@ class TestEpisodes:
 def checksums() -> dict[str, str]:
     """Hash the first steps of each data set of the mini suite and of the default one."""
     found = {}
-    for name in (*collect.MINI, "pointmaze/stitch"):
-        who = collect.behavior(name)
+    for name in (*collection.MINI, "pointmaze/stitch"):
+        who = collection.behavior(name)
         env = gymnasium.make(who.env_spec, max_episode_steps=40)
         digest = hashlib.sha256()
         for part in (0, 19):
@@ -196,74 +198,74 @@ class TestBuilding:
     def test_the_seed_decides_and_the_number_of_workers_does_not(
         self, dataset: MinariDataset, store: Path
     ):
-        collect.build("again-v0", STITCH, 12_000, seed=0, workers=2)
+        collection.build("again-v0", STITCH, 12_000, seed=0, workers=2)
         assert equal(dataset, minari.load_dataset("again-v0"))
-        collect.build("other-v0", STITCH, 200, seed=1, workers=1)
+        collection.build("other-v0", STITCH, 200, seed=1, workers=1)
         assert not same(dataset[0], minari.load_dataset("other-v0")[0])
 
     def test_what_is_there_is_reused(self, store: Path):
-        path = collect.build("walks-v0", STITCH, 200, workers=1)
+        path = collection.build("walks-v0", STITCH, 200, workers=1)
         before = (path / "data" / "main_data.hdf5").stat()
-        assert collect.build("walks-v0", STITCH, 200) == path
+        assert collection.build("walks-v0", STITCH, 200) == path
         assert (path / "data" / "main_data.hdf5").stat() == before
         assert list(minari.list_local_datasets()) == ["walks-v0"]
 
     @pytest.mark.parametrize("other", [{"transitions": 300}, {"seed": 1}, {"behavior": None}])
     def test_another_recipe_is_not_mistaken_for_it(self, store: Path, other: dict[str, Any]):
-        collect.build("walks-v0", STITCH, 200, workers=1)
+        collection.build("walks-v0", STITCH, 200, workers=1)
         given = {"behavior": STITCH, "transitions": 200, "seed": 0} | other
-        given["behavior"] = given["behavior"] or collect.behavior("hopper/random")
+        given["behavior"] = given["behavior"] or collection.behavior("hopper/random")
         with pytest.raises(ValueError, match=f"was made with {{'{next(iter(other))}': .*Delete it"):
-            collect.build("walks-v0", **given)
+            collection.build("walks-v0", **given)
 
     def test_another_maze_is_not_mistaken_for_it(self, store: Path):
-        collect.build("walks-v0", STITCH, 200, workers=1)
+        collection.build("walks-v0", STITCH, 200, workers=1)
         with pytest.raises(ValueError, match=r"PointMaze_Stitch-v3.*not with.*PointMaze_Umaze-v3"):
-            collect.build("walks-v0", collect.behavior("pointmaze/umaze"), 200)
+            collection.build("walks-v0", collection.behavior("pointmaze/umaze"), 200)
 
     def test_what_makes_other_data_has_another_recipe(self, tmp_path: Path, monkeypatch):
         """Though the behaviours are called the same."""
-        hopper = collect.behavior("hopper/medium")
+        hopper = collection.behavior("hopper/medium")
         weights = {key: value + 1e-6 for key, value in hopper.policy.weights.items()}
         checkpoints = [tmp_path / str(i) / "last.ckpt" for i in range(2)]
         for i, path in enumerate(checkpoints):
             path.parent.mkdir()
             path.write_text(f"policy {i}")
         behaviors = [
-            *(collect.behavior(f"pointmaze/{maze}") for maze in ("stitch", "umaze", "medium")),
+            *(collection.behavior(f"pointmaze/{maze}") for maze in ("stitch", "umaze", "medium")),
             dataclasses.replace(STITCH, farthest=3),
             dataclasses.replace(STITCH, longest=99),
-            *(collect.behavior(f"antmaze/medium-{kind}") for kind in ("play", "diverse")),
+            *(collection.behavior(f"antmaze/medium-{kind}") for kind in ("play", "diverse")),
             hopper,
             dataclasses.replace(hopper, policy=dataclasses.replace(hopper.policy, weights=weights)),
             *(CheckpointRollouts(hopper.env_spec, path) for path in checkpoints),
         ]
-        recipes = [collect._recipe(who, 200, 0) for who in behaviors]
+        recipes = [collection._recipe(who, 200, 0) for who in behaviors]
         monkeypatch.setattr(mujoco, "__version__", "3.0.0")
-        recipes.append(collect._recipe(STITCH, 200, 0))
+        recipes.append(collection._recipe(STITCH, 200, 0))
         for recipe in recipes:
             assert json.loads(json.dumps(recipe)) == recipe
             assert recipes.count(recipe) == 1
 
     def test_an_older_recipe_that_says_less_is_enough(self, store: Path):
-        path = collect.build("walks-v0", STITCH, 200, workers=1)
+        path = collection.build("walks-v0", STITCH, 200, workers=1)
         metadata = path / "data" / "metadata.json"
         older = {"transitions": 200, "seed": 0, "behavior": "waypoint controller"}
         metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"recipe": older}))
-        assert collect.build("walks-v0", STITCH, 200) == path
+        assert collection.build("walks-v0", STITCH, 200) == path
         with pytest.raises(ValueError, match=r"with {'seed': 0}, not with {'seed': 1}"):
-            collect.build("walks-v0", STITCH, 200, seed=1)
+            collection.build("walks-v0", STITCH, 200, seed=1)
 
     @pytest.mark.parametrize("transitions", [0, -5])
     def test_an_empty_data_set_is_refused(self, store: Path, transitions: int):
         with pytest.raises(ValueError, match=f"transitions must be at least 1, got {transitions}"):
-            collect.build("walks-v0", STITCH, transitions)
+            collection.build("walks-v0", STITCH, transitions)
         assert list(store.iterdir()) == []
 
     def test_goes_on_after_it_was_killed(self, dataset: MinariDataset, store: Path):
         build = (
-            "from torchrl_iql_recipes import collect; "
-            "collect.build('walks-v0', collect.behavior('pointmaze/stitch'), 12_000, workers=1)"
+            "from torchrl_iql_recipes.behaviors import collection; "
+            "collection.build('walks-v0', collection.behavior('pointmaze/stitch'), 12_000, workers=1)"
         )
         with started([sys.executable, "-c", build], cwd=RECIPES) as process:
             wait_for(lambda: list(store.glob(".*/*/*.pkl")), process)
@@ -271,9 +273,9 @@ class TestBuilding:
         kept = {int(path.stem) for path in store.glob(".*/*/*.pkl")}
         played = []
         with pytest.MonkeyPatch.context() as patch:
-            play = collect._play_job
-            patch.setattr(collect, "_play_job", lambda job: played.append(job[1]) or play(job))
-            collect.build("walks-v0", STITCH, 12_000, workers=1)
+            play = collection._play_job
+            patch.setattr(collection, "_play_job", lambda job: played.append(job[1]) or play(job))
+            collection.build("walks-v0", STITCH, 12_000, workers=1)
         assert 0 in kept
         assert played == [part for part in range(3) if part not in kept]
         assert equal(dataset, minari.load_dataset("walks-v0"))
@@ -291,10 +293,10 @@ class TestBuilding:
 
         broken = Broken("stitch", 4, 150)
         with pytest.raises(RuntimeError, match="unstable"):
-            collect.build("walks-v0", broken, 12_000, workers=1)
+            collection.build("walks-v0", broken, 12_000, workers=1)
         assert len(list(store.glob(".*/*/*.pkl"))) == 2
         assert not minari.list_local_datasets()
-        collect.build("walks-v0", collect.behavior("pointmaze/umaze"), 12_000, workers=1)
+        collection.build("walks-v0", collection.behavior("pointmaze/umaze"), 12_000, workers=1)
         plan = Plan(minari.load_dataset("walks-v0").recover_environment())
         for episode in minari.load_dataset("walks-v0"):
             assert {plan.cell(xy) for xy in episode.observations["achieved_goal"]} <= set(plan.free)
@@ -302,16 +304,17 @@ class TestBuilding:
 
     def test_what_a_kill_left_of_a_complete_build_goes(self, store: Path):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(collect.shutil, "rmtree", lambda *_, **__: None)
-            collect.build("walks-v0", STITCH, 200, workers=1)
+            patch.setattr(collection.shutil, "rmtree", lambda *_, **__: None)
+            collection.build("walks-v0", STITCH, 200, workers=1)
         assert list(store.glob(".*/*/*.pkl"))
-        collect.build("walks-v0", STITCH, 200)
+        collection.build("walks-v0", STITCH, 200)
         assert {path.name for path in store.iterdir()} == {"walks-v0", ".walks-v0.lock"}
 
+    @pytest.mark.slow
     def test_two_at_once(self, store: Path):
         build = (
-            "from torchrl_iql_recipes import collect; "
-            "collect.build('walks-v0', collect.behavior('pointmaze/stitch'), 3000, workers=1)"
+            "from torchrl_iql_recipes.behaviors import collection; "
+            "collection.build('walks-v0', collection.behavior('pointmaze/stitch'), 3000, workers=1)"
         )
         command = [sys.executable, "-c", build]
         with ExitStack() as stack:
@@ -320,16 +323,16 @@ class TestBuilding:
         assert minari.load_dataset("walks-v0").total_steps >= 3000
 
     def test_a_source_of_its_own_is_made_when_needed(self, store: Path, monkeypatch):
-        small = dataclasses.replace(collect.POINT_WALKS["umaze"], size=200)
-        monkeypatch.setitem(collect.POINT_WALKS, "umaze", small)
-        assert collect.ensure("mini/pointmaze/umaze-v0") == "mini/pointmaze/umaze-v0"
+        small = dataclasses.replace(collection.POINT_WALKS["umaze"], size=200)
+        monkeypatch.setitem(collection.POINT_WALKS, "umaze", small)
+        assert collection.ensure("mini/pointmaze/umaze-v0") == "mini/pointmaze/umaze-v0"
         loaded = load_dataset("mini/pointmaze/umaze-v0", reward="minus_one")
         assert len(loaded.transitions) >= 200
         assert loaded.env_spec is not None and loaded.env_spec.max_episode_steps == 300
-        assert collect.ensure("mujoco/hopper/medium-v0") == "mujoco/hopper/medium-v0"
+        assert collection.ensure("mujoco/hopper/medium-v0") == "mujoco/hopper/medium-v0"
 
     def test_sizes(self):
-        sizes = {name: collect.behavior(name).size for name in collect.NAMES}
+        sizes = {name: collection.behavior(name).size for name in collection.NAMES}
         assert sizes.pop("pointmaze/stitch") == 60_000
         for name, size in sizes.items():
             assert size == (200_000 if name.startswith("antmaze/") else 100_000)
@@ -344,7 +347,7 @@ class TestBuilding:
             def _command(self, plan, rng):
                 return (6, 5), end
 
-        collect.build("walks-v0", Sent("medium", 2, 200), 200, workers=1)
+        collection.build("walks-v0", Sent("medium", 2, 200), 200, workers=1)
         dataset = minari.load_dataset("walks-v0")
         at_goal = np.mean([episode.terminations[-1] for episode in dataset])
         assert at_goal > 0.5
@@ -352,17 +355,16 @@ class TestBuilding:
         assert arrived == pytest.approx(1 if end == (6, 6) else 1 - at_goal)
 
     def test_locomotion_knows_its_reference_scores(self, store: Path):
-        collect.build("hopper-v0", collect.behavior("hopper/random"), 100, workers=1)
+        collection.build("hopper-v0", collection.behavior("hopper/random"), 100, workers=1)
         assert load_dataset("hopper-v0").reference_scores == (-20.272305, 3234.3)
 
 
-ANT = f"stages={collect.WEIGHTS / 'ant.pt'}"
+ANT = f"stages={collection.WEIGHTS / 'ant.pt'}"
 
 
-def requests(*overrides: str) -> list[tuple[str, collect.Behavior, int]]:
+def requests(*overrides: str) -> list[tuple[str, collection.Behavior, int]]:
     """Return what the command line asks for."""
-    defaults = OmegaConf.load(RECIPES / "config" / "collect.yaml")
-    return collect._requests(OmegaConf.merge(defaults, OmegaConf.from_dotlist(list(overrides))))
+    return collection.requested(COLLECT.settings(overrides))
 
 
 class TestCheckpoint:
@@ -406,20 +408,23 @@ class TestCheckpoint:
         ("overrides", "message"),
         [
             ([], "give one of suite, data and env, got none of them"),
-            (["suite=mini", "data=hopper/medium"], r"got ['suite', 'data']"),
+            (["suite=mini", "data=hopper/medium"], "got suite and data"),
             (["data=hopper/best"], "no data set 'hopper/best' to make; choose from hopper/random"),
-            (["suite=maxi"], "there is one suite, mini; got 'maxi'"),
-            (["env=CartPole-v1"], "env needs a policy, a checkpoint or 'random', and an id"),
-            (["data=[hopper/medium,hopper/random]", "id=a-v0"], "id names one data set, but 2"),
+            (["suite=maxi"], "suite=maxi: expected mini or null"),
+            (["env=CartPole-v1"], "env needs a policy, a checkpoint or random, and an id"),
+            (
+                ["data=[hopper/medium,hopper/random]", "id=a-v0"],
+                "id=a-v0 names one data set, but several",
+            ),
             (
                 ["suite=mini", "transitions=1000", "seed=1"],
-                "with transitions and seed give id=: mini/hopper/medium-v0 is the suite's data",
+                "with transitions and seed give id=: mini/<name>-v0 is the suite's data",
             ),
             (
-                ["data=hopper/random", "transitions=0"],
-                "with transitions give id=: mini/hopper/random",
+                ["data=hopper/random", "transitions=5"],
+                "with transitions give id=: mini/<name>-v0",
             ),
-            (["data=hopper/medium", ANT], "with stages give id=: mini/hopper/medium-v0"),
+            (["data=hopper/medium", ANT], "with stages give id=: mini/<name>-v0"),
             (["data=hopper/medium", ANT, "id=a-v0"], "is not of hopper: sizes of observation and"),
             (["data=pointmaze/umaze", ANT, "id=a-v0"], "pointmaze/umaze is made without a trained"),
             (["data=hopper/random", ANT, "id=a-v0"], "hopper/random is made without a trained"),
@@ -441,17 +446,18 @@ class TestCheckpoint:
     def test_is_told_on_the_command_line(self, store: Path):
         done = self.run("data=hopper/best")
         assert done.returncode == 1
-        assert "ValueError: there is no data set 'hopper/best' to make" in done.stderr
+        assert "collect.py: there is no data set 'hopper/best' to make" in done.stderr
+        assert "Traceback" not in done.stderr
         assert list(store.iterdir()) == []
 
     def test_stages_of_another_training_play(self, tmp_path: Path):
-        trained = collect.behavior("hopper/medium").policy
+        trained = collection.behavior("hopper/medium").policy
         trained.save(tmp_path / "stages.pt")
         ((id, who, transitions),) = requests(
             "data=hopper/medium", f"stages={tmp_path / 'stages.pt'}", "id=my/hopper-v0"
         )
         assert (id, transitions) == ("my/hopper-v0", 100_000)
-        assert who.parameters == collect.behavior("hopper/medium").parameters
+        assert who.parameters == collection.behavior("hopper/medium").parameters
         better = dataclasses.replace(trained, returns=trained.returns.flip(0))
         better.save(tmp_path / "stages.pt")
         ((_, who, _),) = requests(
@@ -460,15 +466,15 @@ class TestCheckpoint:
         assert who.stages == [0]
 
     def test_the_commands_that_are_shown_make_different_data_sets(self):
-        config, readme = RECIPES / "config" / "collect.yaml", RECIPES.parent / "README.md"
-        for text in (collect.__doc__, config.read_text(), readme.read_text()):
-            commands = re.findall(r"python recipes/collect\.py (.+)", text)
+        texts = RECIPES / "collect.py", CONFIG / "collect.yaml", RECIPES.parent / "README.md"
+        for text in (path.read_text() for path in texts):
+            commands = re.findall(r"python recipes/collect\.py ([^-].+)", text)
             assert len(commands) == 3
             made = [id for command in commands for id, *_ in requests(*command.split())]
-            assert len(made) == len(set(made)) == len(collect.MINI) + 2
+            assert len(made) == len(set(made)) == len(collection.MINI) + 2
 
     def test_the_suite_has_its_own_sizes(self):
         assert [(id, size) for id, _, size in requests("suite=mini")] == [
-            (collect.dataset_id(name), 200_000 if name.startswith("antmaze/") else 100_000)
-            for name in collect.MINI
+            (collection.dataset_id(name), 200_000 if name.startswith("antmaze/") else 100_000)
+            for name in collection.MINI
         ]

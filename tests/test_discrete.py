@@ -46,6 +46,7 @@ def cartpole_id(tmp_path_factory: pytest.TempPathFactory) -> str:
         yield "tests/cartpole-v0"
 
 
+@pytest.mark.slow
 def test_iql_beats_the_behaviour_on_cartpole(cartpole_id: str) -> None:
     dataset = load_dataset(cartpole_id)
     behaviour = dataset.episode_returns.mean().item()

@@ -57,6 +57,7 @@ def test_they_are_those_of_the_weights_when_the_round_began() -> None:
     assert [each.summary() for each in its.evaluations] == expected
 
 
+@pytest.mark.slow
 def test_training_goes_on_meanwhile_and_waits_only_for_what_is_left() -> None:
     with Evaluations(MAKE, ARCHITECTURE, [5], 1) as evaluations:
         evaluations.start(0, policies(1))

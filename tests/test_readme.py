@@ -83,6 +83,7 @@ def test_the_step_trains_on_a_prioritized_buffer(maze_id: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_several_processes_train(maze_id: str, tmp_path: Path) -> None:
     text = program(
         "several processes",

@@ -150,7 +150,7 @@ def test_the_folder_of_a_run_is_named_after_its_task(tmp_path: Path) -> None:
 
 def test_the_environment_is_an_id_with_arguments() -> None:
     assert build.environment(config("env=null").data.env) is None
-    assert build.environment(config("env=Hopper-v5").data.env) == "Hopper-v5"
+    assert build.environment(config("env=Hopper-v5").data.env).id == "Hopper-v5"
     cfg = config("env={id:Hopper-v5,max_episode_steps:7,frame_skip:2}")
     env = gymnasium.make(build.environment(cfg.data.env))
     assert (env.spec.id, env.spec.max_episode_steps) == ("Hopper-v5", 7)
@@ -172,7 +172,7 @@ def test_without_evaluation_no_environment_is_needed(
     maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "Evaluator", None)
-    cfg = config(f"dataset={maze_id}", "temperature=3", "eval_episodes=0", "env=NoSuchEnv-v0")
+    cfg = config(f"dataset={maze_id}", "temperature=3", "eval_episodes=0")
     dataset = load_dataset(maze_id, reward="minus_one")
     monkeypatch.setattr(
         build, "load_dataset", lambda *_, **__: dataclasses.replace(dataset, env_spec=None)
@@ -291,7 +291,7 @@ def test_a_run_stopped_before_anything_was_logged_can_be_resumed(
     assert [each["steps"] for each in finished] == [60, 60]
 
 
-@pytest.mark.parametrize("saved", [1, 3])
+@pytest.mark.parametrize("saved", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_killed_while_its_learners_are_saved_continues(
     maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int
 ) -> None:

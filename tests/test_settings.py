@@ -14,11 +14,16 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from torchrl_iql_recipes.algorithms import algorithms
+from torchrl_iql_recipes.behaviors.settings import Collection, SoftActorCritic
 from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE, Door
 from torchrl_iql_recipes.experiment.schema import Part, SettingsError, allowed, written
 from torchrl_iql_recipes.experiment.settings import PARTS, Settings
 
-SCHEMAS = {**PARTS, **algorithms()}
+DOORS = {
+    "collection": Door("collect", (Collection,)),
+    "sac": Door("sac", (SoftActorCritic,)),
+}
+SCHEMAS = {**PARTS, **algorithms(), **{name: door.parts[0] for name, door in DOORS.items()}}
 FIELDS = [(part, name) for part in SCHEMAS for name in SCHEMAS[part].model_fields]
 EVERY = pytest.mark.parametrize(("part", "name"), FIELDS)
 EASILY_MISTYPED = {"env": "evn"}
@@ -68,6 +73,8 @@ def out_of_range(field: FieldInfo) -> Iterator[Any]:
 
 
 def door_of(part: str) -> tuple[Door, list[str]]:
+    if part in DOORS:
+        return DOORS[part], []
     return ONLINE, [f"algorithm={part}"] if part in algorithms() else []
 
 
@@ -118,7 +125,8 @@ def test_the_default_is_allowed_and_explained(part: str, name: str) -> None:
     field = schema.model_fields[name]
     schema.check(name, field.get_default())
     assert field.description
-    assert f"      {field.description}" in ONLINE.help("", part if part in algorithms() else "iql")
+    door, overrides = door_of(part)
+    assert f"      {field.description}" in door.help("", overrides)
 
 
 @pytest.mark.parametrize("axis", ["learning_rate", "discount", "expectile", "temperature"])
@@ -146,7 +154,7 @@ def test_integral_numbers_may_be_written_with_an_exponent() -> None:
         ("steps=ten", "steps=ten: expected an integer of at least 0"),
         ("expectil=0.8", "there is no setting expectil: did you mean expectile?"),
         ("decay_actor=true", "decay_actor is now decay_steps"),
-        ("share=0.2", "share is no setting of algorithm=iql, but of percent_bc"),
+        ("share=0.2", "share is a setting of percent_bc: give algorithm=percent_bc"),
         ("algorithm=bcc", "algorithm=bcc: did you mean bc?"),
         ("task=antmaze/umase", "task=antmaze/umase: did you mean antmaze/umaze?"),
         ("compute.thread=1", "there is no setting compute.thread: did you mean compute.threads?"),
@@ -260,3 +268,27 @@ def test_a_device_or_an_environment_that_does_not_exist_is_refused_in_one_line()
         ONLINE.settings(["checkpoint=nowhere.ckpt"])
     with pytest.raises(SettingsError, match="steps=0: expected an integer of at least 1"):
         OFFLINE.settings(["steps=0"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["dataset=no/such-v0"], "dataset=no/such-v0: no Minari data set 'no/such-v0'"),
+        (["dataset=no.hdf5"], "dataset=no.hdf5: no D4RL file no.hdf5"),
+        (["env=Hoper-v5"], "env=Hoper-v5: unknown environment 'Hoper-v5': Environment `Hoper`"),
+    ],
+)
+def test_data_that_can_not_be_had_are_refused_in_one_line(
+    given: list[str], message: str, root: Path
+) -> None:
+    from torchrl_iql_recipes.experiment import build
+
+    with pytest.raises(SettingsError) as error:
+        build.dataset_for(OFFLINE.settings(given).data)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_several_runs_may_be_asked_for_anywhere_in_the_command(tmp_path: Path) -> None:
+    arguments = ("dataset=no.hdf5", "--multirun", "steps=10,20")
+    done = started(tmp_path, "offline.py", *arguments, f"hydra.sweep.dir={tmp_path / 'runs'}")
+    assert "import of torch halted" in done.stderr, done.stderr  # it began to run

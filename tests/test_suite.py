@@ -12,7 +12,7 @@ from pathlib import Path
 import minari
 import pytest
 
-from torchrl_iql_recipes import collect
+from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.comparison import finetuning
 
 COMPARISON = Path(finetuning.__file__).parent
@@ -34,16 +34,17 @@ def replicas(folder: Path) -> list[dict]:
     return json.loads((folder / "scores.json").read_text())["replicas"]
 
 
+@pytest.mark.slow
 def test_the_table_is_that_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    collect.build(collect.dataset_id(NAME), collect.behavior(NAME), 1000, workers=1)
+    collection.build(collection.dataset_id(NAME), collection.behavior(NAME), 1000, workers=1)
     done = suite(tmp_path / "suite")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "suite" / "pointmaze-medium"
     for algorithm, title in (("bc", "BC"), ("iql", "IQL")):
         learners = {(each["title"], each["seed"]) for each in replicas(folder / algorithm)}
         assert learners == {(title, 0), (title, 1)}
-    dataset = minari.load_dataset(collect.dataset_id(NAME))
+    dataset = minari.load_dataset(collection.dataset_id(NAME))
     reached = [episode.terminations[-1] for episode in dataset]
     behaviour = 100 * sum(reached) / len(reached)
     assert done.stdout.splitlines()[-1].startswith(f"| {NAME} | {behaviour:.1f} | ")
@@ -66,7 +67,7 @@ def test_the_table_is_that_of_the_runs(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.slow
 def test_fine_tuning_goes_on_from_the_offline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    collect.build(collect.dataset_id(NAME), collect.behavior(NAME), 1000, workers=1)
+    collection.build(collection.dataset_id(NAME), collection.behavior(NAME), 1000, workers=1)
     online = ["compute.execution=eager", "collector.frames_per_batch=10"]
     arguments = ["--env-steps", "40", "--evaluations", "2", "--online", *online]
     done = suite(tmp_path / "suite", *arguments, script="finetuning.py")
@@ -110,7 +111,7 @@ def test_the_table_has_the_last_score_and_the_mean_of_the_second_half(tmp_path: 
 
 def test_a_run_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    collect.build(collect.dataset_id(NAME), collect.behavior(NAME), 200, workers=1)
+    collection.build(collection.dataset_id(NAME), collection.behavior(NAME), 200, workers=1)
     done = suite(tmp_path / "suite", "--seeds", "-1")
     assert done.returncode == 1
     log = tmp_path / "suite/pointmaze-medium/bc/log.txt"

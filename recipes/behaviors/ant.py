@@ -152,4 +152,8 @@ class AntToGoal(gymnasium.Env):
         return view
 
 
-ANT_TO_GOAL = EnvSpec("AntToGoal-v0", entry_point="behaviors.ant:AntToGoal", max_episode_steps=500)
+ANT_TO_GOAL = EnvSpec(
+    "AntToGoal-v0",
+    entry_point="torchrl_iql_recipes.behaviors.ant:AntToGoal",
+    max_episode_steps=500,
+)

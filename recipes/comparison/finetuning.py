@@ -12,7 +12,7 @@ import csv
 from pathlib import Path
 from statistics import mean
 
-from torchrl_iql_recipes import collect
+from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.comparison import suite
 from torchrl_iql_recipes.comparison.jobs import Job, finish
 from torchrl_iql_recipes.experiment import plots
@@ -74,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     args.algorithms = ["iql"]
     for name in args.data:
-        collect.ensure(collect.dataset_id(name))
+        collection.ensure(collection.dataset_id(name))
     finish([suite.runs(name, args)["iql"] for name in args.data], args.jobs)
     finish([online_run(name, seed, args) for name in args.data for seed in args.seeds], args.jobs)
     print(table(args))

@@ -13,11 +13,11 @@ from pathlib import Path
 from statistics import mean
 
 from torchrl_iql import load_dataset
-from torchrl_iql_recipes import collect
 from torchrl_iql_recipes.algorithms import algorithms
+from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.comparison.jobs import Job, finish
 
-RECIPES = Path(collect.__file__).parent
+RECIPES = Path(__file__).parents[1]
 
 EVALUATIONS = 4
 """On the way, the last one included."""
@@ -44,7 +44,7 @@ def runs(name: str, args: argparse.Namespace) -> dict[str, Job]:
 
 def behaviour_score(name: str) -> float:
     """Return the mean normalized score of the data."""
-    dataset = load_dataset(collect.dataset_id(name))
+    dataset = load_dataset(collection.dataset_id(name))
     mean_return = float(dataset.episode_returns.mean())
     if dataset.reference_scores is None:  # a maze, with reward 1 at the goal
         return 100 * mean_return
@@ -83,7 +83,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--episodes", type=int, default=50, help="of an evaluation")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--data", nargs="+", default=list(collect.MINI), choices=collect.MINI)
+    parser.add_argument("--data", nargs="+", default=list(collection.MINI), choices=collection.MINI)
     parser.add_argument("--folder", type=Path, default=Path("runs/suite"))
     parser.add_argument("overrides", nargs="*", help="further settings of recipes/offline.py")
     return parser
@@ -92,7 +92,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def main() -> None:
     args = parser(__doc__.partition("\n")[0]).parse_args()
     for name in args.data:
-        collect.ensure(collect.dataset_id(name))
+        collection.ensure(collection.dataset_id(name))
     finish([run for name in args.data for run in runs(name, args).values()], args.jobs)
     print(table(args))
 

@@ -27,7 +27,7 @@ from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment.schema import Part, SettingsError, allowed, written
 from torchrl_iql_recipes.experiment.settings import PARTS, Networks, Settings
 
-__all__ = ["OFFLINE", "ONLINE", "Door"]
+__all__ = ["OFFLINE", "ONLINE", "Door", "Experiment"]
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
 
@@ -37,11 +37,11 @@ RENAMED = {"decay_actor": "decay_steps, with 0 for false and null, its default, 
 
 @dataclass(frozen=True)
 class Door:
-    """A script that is started with settings.
+    """A script that is started with the settings of a part; :class:`Experiment` has several.
 
     Args:
         name: of the script, and of its primary configuration in ``config``.
-        parts: whose settings it has, beside those of the algorithm.
+        parts: whose settings it has.
     """
 
     name: str
@@ -50,19 +50,15 @@ class Door:
     @property
     def groups(self) -> tuple[str, ...]:
         """Those of ``config`` of which it takes one file each."""
-        return ("task", "algorithm", *(part.group for part in self.parts if part.group))
+        return tuple(part.group for part in self.parts if part.group)
 
-    def known(self, algorithm: str) -> dict[str, tuple[type[Part], str]]:
-        """Return the part of every setting, and its name there, by the name that it is given by."""
-        return {
-            given: (part, name)
-            for part in (*self.parts, algorithms()[algorithm])
-            for given, name in part.names().items()
-        }
+    def parts_of(self, overrides: Sequence[Override]) -> tuple[type[Part], ...]:
+        """Return the parts whose settings may be given beside these."""
+        return self.parts
 
     # --- The command line --------------------------------------------------------------------------------
 
-    def open(self, run: Callable[[Settings, Path], None], description: str | None) -> None:
+    def open(self, run: Callable[[Any, Path], None], description: str | None) -> None:
         """Do what the command line asks for: all that a script's ``main`` has to do.
 
         Args:
@@ -70,6 +66,8 @@ class Door:
             description: what ``--help`` begins with.
         """
         arguments = sys.argv[1:]
+        # Hydra wants this one before all else.
+        sys.argv[1:] = sorted(arguments, key=lambda each: each not in ("-m", "--multirun"))
         options = [each for each in arguments if each.startswith("-")]
         # With options of Hydra, what has no equals sign may be their value.
         overrides = [
@@ -77,7 +75,7 @@ class Door:
         ]
         try:
             if {"-h", "--help"} & set(options):
-                print(self.help(description, self._algorithm(_parsed(overrides))))
+                print(self.help(description, overrides))
                 return
             if (folder := self._resumed(overrides)) is not None:
                 run(self.stored(folder), folder)
@@ -91,7 +89,7 @@ class Door:
         def job(cfg: DictConfig) -> None:
             context = HydraConfig.get()
             try:
-                settings = self._inheriting(_values(cfg, context.runtime.choices), overrides)
+                settings = self._made(_values(cfg, context.runtime.choices), overrides)
                 run(settings, Path(context.runtime.output_dir))
             except SettingsError as error:
                 sys.exit(f"{self.name}.py: {error}")
@@ -99,8 +97,8 @@ class Door:
         self._register()
         hydra.main(config_path=str(CONFIG), config_name=self.name, version_base="1.3")(job)()
 
-    def settings(self, overrides: Sequence[str] = ()) -> Settings:
-        """Compose the settings of a new run: as given, else of the family, else the defaults.
+    def settings(self, overrides: Sequence[str] = ()) -> Any:
+        """Compose the settings of a new run.
 
         Args:
             overrides: as on the command line.
@@ -109,22 +107,28 @@ class Door:
             SettingsError: one of them is refused.
         """
         self.check(overrides)
-        return self._inheriting(self.compose(overrides), overrides)
+        return self._made(self.compose(overrides), overrides)
 
-    def stored(self, folder: Path) -> Settings:
+    def stored(self, folder: Path) -> Any:
         """Return the settings that a run was started with.
 
         Raises:
             SettingsError: the folder is not that of a run.
         """
+        return self._made(self._stored(folder), ())
+
+    def _stored(self, folder: Path) -> dict[str, Any]:
         if not (folder / "config.yaml").exists():
             raise SettingsError(f"resume={folder}: that folder has no config.yaml")
         values: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
         own = {field for part in self.parts if not part.group for field in part.model_fields}
-        theirs = {field for part in PARTS.values() if not part.group for field in part.model_fields}
-        if own - values.keys() or (theirs - own) & values.keys():
+        if own - values.keys():
             raise SettingsError(f"resume={folder}: that run is not one of {self.name}.py")
-        return Settings.of(values)
+        return values
+
+    def _made(self, values: dict[str, Any], overrides: Sequence[str]) -> Any:
+        (part,) = self.parts
+        return part.of(values)
 
     def _resumed(self, overrides: Sequence[str]) -> Path | None:
         given = {each.key_or_group: each for each in _parsed(overrides)}
@@ -147,8 +151,11 @@ class Door:
             SettingsError: with one line that says which, and what is allowed.
         """
         parsed = _parsed(overrides)
-        algorithm = self._algorithm(parsed)
-        known = self.known(algorithm)
+        known = {
+            given: (part, name)
+            for part in self.parts_of(parsed)
+            for given, name in part.names().items()
+        }
         for each in parsed:
             key = each.key_or_group
             if key in self.groups:
@@ -158,23 +165,15 @@ class Door:
             if key == "resume" or key.partition(".")[0] == "hydra":
                 continue
             if key not in known or each.is_delete() or each.is_add():
-                raise SettingsError(self._unknown(key, algorithm))
+                raise SettingsError(self._unknown(key, [*known, *self.groups, "resume"]))
             part, name = known[key]
             for value in _values_of(each):
                 part.check(name, value, several=True)
 
-    def _algorithm(self, parsed: Iterable[Override]) -> str:
-        given = [each.value() for each in parsed if each.key_or_group == "algorithm"]
-        name = str(given[-1]) if given and not isinstance(given[-1], list) else "iql"
-        return name if name in algorithms() else "iql"  # check has more to say of it
-
-    def _unknown(self, key: str, algorithm: str) -> str:
+    def _unknown(self, key: str, known: Sequence[str]) -> str:
         if key in RENAMED:
             return f"{key} is now {RENAMED[key]}"
-        theirs = [name for name, each in algorithms().items() if key in each.model_fields]
-        if theirs:
-            return f"{key} is no setting of algorithm={algorithm}, but of {', '.join(theirs)}"
-        near = difflib.get_close_matches(key, [*self.known(algorithm), *self.groups, "resume"], n=1)
+        near = difflib.get_close_matches(key, known, n=1)
         hint = (
             f": did you mean {near[0]}?" if near else f", see python recipes/{self.name}.py --help"
         )
@@ -193,7 +192,81 @@ class Door:
         except (HydraException, OmegaConfBaseException) as error:
             raise SettingsError(" ".join(str(error).split())) from None
 
-    def _inheriting(self, values: dict[str, Any], overrides: Sequence[str]) -> Settings:
+    def _register(self) -> None:
+        """Tell Hydra the settings, each with where its value comes from if nobody gives one."""
+        own: dict[str, Any] = {part.group: part.defaults() for part in self.parts if part.group}
+        for part in (part for part in self.parts if not part.group):
+            own |= self._node(part)
+        ConfigStore.instance().store(self.name, own, group="settings", package="_global_")
+
+    def _node(self, part: type[Part]) -> dict[str, Any]:
+        return part.defaults()
+
+    # --- Help ----------------------------------------------------------------------------------------------
+
+    def help(self, description: str | None, overrides: Sequence[str] = ()) -> str:
+        """Describe every setting with its default, its meaning and its range."""
+        parsed = _parsed(overrides)
+        lines = [(description or "").strip()]
+        by_task = self._by_task(parsed)
+        for part in self.parts_of(parsed):
+            lines += ["", f"{part.__name__}: {(part.__doc__ or '').splitlines()[0]}"]
+            for given, name in part.names().items():
+                field = part.model_fields[name]
+                default = written(field.get_default()) or "''"
+                default += ", or by task" if given in by_task else ""
+                default += f", or by config/{part.group}" if part.group else ""
+                several = ", or several" if name in part.axes() else ""
+                lines += [
+                    f"  {given}  ({allowed(field)}{several}; default: {default})",
+                    f"      {field.description}",
+                ]
+        if self.groups:
+            lines += ["", "Choices, each a file in recipes/config:", ""]
+            lines += [f"  {group}={' | '.join(_files(group))}" for group in self.groups]
+        return "\n".join([*lines, "", "Options of Hydra, as -m for several runs: --hydra-help"])
+
+    def _by_task(self, overrides: Sequence[Override]) -> set[str]:
+        return set()
+
+
+class Experiment(Door):
+    """A script that trains an algorithm on a task: what is not given is as the task's family has it."""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return ("task", "algorithm", *super().groups)
+
+    def parts_of(self, overrides: Sequence[Override]) -> tuple[type[Part], ...]:
+        return (*self.parts, algorithms()[self._algorithm(overrides)])
+
+    def _algorithm(self, overrides: Iterable[Override]) -> str:
+        given = [each.value() for each in overrides if each.key_or_group == "algorithm"]
+        name = str(given[-1]) if given and not isinstance(given[-1], list) else "iql"
+        return name if name in algorithms() else "iql"  # check has more to say of it
+
+    def _unknown(self, key: str, known: Sequence[str]) -> str:
+        theirs = [name for name, each in algorithms().items() if key in each.model_fields]
+        if theirs:
+            return f"{key} is a setting of {' and '.join(theirs)}: give algorithm={theirs[0]}"
+        return super()._unknown(key, known)
+
+    def _stored(self, folder: Path) -> dict[str, Any]:
+        values = super()._stored(folder)
+        theirs = {
+            field
+            for part in PARTS.values()
+            if part not in self.parts and not part.group
+            for field in part.model_fields
+        }
+        if theirs & values.keys():
+            raise SettingsError(f"resume={folder}: that run is not one of {self.name}.py")
+        return values
+
+    def stored(self, folder: Path) -> Settings:
+        return Settings.of(self._stored(folder))
+
+    def _made(self, values: dict[str, Any], overrides: Sequence[str]) -> Settings:
         """Take what is not given from the run of the checkpoint, if any; what was learned says how.
 
         Raises:
@@ -230,42 +303,28 @@ class Door:
         return Settings.of({**values, **taken, "checkpoint": str(Path(path).resolve())})
 
     def _register(self) -> None:
-        """Tell Hydra the settings, each with where its value comes from if nobody gives one."""
-        store = ConfigStore.instance()
-        own: dict[str, Any] = {part.group: part.defaults() for part in self.parts if part.group}
-        for part in (part for part in self.parts if not part.group):
-            own |= _node(part)
-        store.store(self.name, own, group="settings", package="_global_")
+        super()._register()
         for name, algorithm in algorithms().items():
-            store.store(name, _node(algorithm), group="settings_of", package="_global_")
+            ConfigStore.instance().store(
+                name, self._node(algorithm), group="settings_of", package="_global_"
+            )
 
-    # --- Help ----------------------------------------------------------------------------------------------
+    def _node(self, part: type[Part]) -> dict[str, Any]:
+        """Give each setting the algorithm's value in the family, else the task's, else the default."""
+        return {
+            name: f"${{oc.select:algorithm.families.${{task.family}}.{name},"
+            f"${{oc.select:task.{name},{_literal(default)}}}}}"
+            for name, default in part.defaults().items()
+        }
 
-    def help(self, description: str | None, algorithm: str) -> str:
-        """Describe every setting with its default, its meaning and its range."""
-        lines = [(description or "").strip(), "", f"Settings (of algorithm={algorithm}):"]
-        by_task = _by_task(algorithm)
-        for part in (*self.parts, algorithms()[algorithm]):
-            lines += ["", f"{part.__name__}: {(part.__doc__ or '').splitlines()[0]}"]
-            for given, name in part.names().items():
-                field = part.model_fields[name]
-                default = written(field.get_default()) or "''"
-                default += ", or by task" if given in by_task else ""
-                default += f", or by config/{part.group}" if part.group else ""
-                several = ", or several" if name in part.axes() else ""
-                lines += [
-                    f"  {given}  ({allowed(field)}{several}; default: {default})",
-                    f"      {field.description}",
-                ]
-        lines += ["", "Choices, each a file in recipes/config:", ""]
-        lines += [f"  {group}={' | '.join(_files(group))}" for group in self.groups]
-        return "\n".join([*lines, "", "Options of Hydra, as -m for several runs: --hydra-help"])
+    def _by_task(self, overrides: Sequence[Override]) -> set[str]:
+        return _by_task(self._algorithm(overrides))
 
 
-OFFLINE = Door(
+OFFLINE = Experiment(
     "offline", tuple(part for name, part in PARTS.items() if name not in ("online", "collector"))
 )
-ONLINE = Door("online", tuple(PARTS.values()))
+ONLINE = Experiment("online", tuple(PARTS.values()))
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
@@ -288,15 +347,6 @@ def _values_of(override: Override) -> Iterator[Any]:
         yield override.value()
 
 
-def _node(part: type[Part]) -> dict[str, str]:
-    """Give each setting the algorithm's value in the family, else the task's, else the default."""
-    return {
-        name: f"${{oc.select:algorithm.families.${{task.family}}.{name},"
-        f"${{oc.select:task.{name},{_literal(default)}}}}}"
-        for name, default in part.defaults().items()
-    }
-
-
 def _literal(value: Any) -> str:
     """Write a default in OmegaConf's grammar."""
     if isinstance(value, tuple):
@@ -315,7 +365,7 @@ def _values(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         else value
         for key, value in values.items()
     }
-    return {"task": choices["task"], "algorithm": choices["algorithm"], **plain}
+    return {**{key: choices[key] for key in ("task", "algorithm") if key in choices}, **plain}
 
 
 def _by_task(algorithm: str) -> set[str]:

@@ -98,7 +98,7 @@ def train(
             metrics = step.run(minibatches, steps)
             bar.update(steps)
             records.evaluated(evaluations)
-            if step.steps % log_interval == 0:
+            if step.steps % log_interval == 0 or step.steps == end:
                 bar.set_postfix(records.log(metrics))
             if step.steps % interval == 0 or step.steps == end:
                 records.evaluate(evaluations)

@@ -82,8 +82,15 @@ def dataset_for(settings: Settings) -> OfflineDataset:
     if data.dataset is not None:
         dataset = build.dataset_for(data)
         if dataset.env_spec is None:
-            raise ValueError(f"{dataset.name} does not name an environment: give env=<id>")
-        return build.learned_from(settings, dataset)
+            raise SettingsError(f"{dataset.name} does not name an environment: give env=<id>")
+        learned = build.learned_from(settings, dataset)
+        stored, used = (set(each.transitions.keys(True, True)) for each in (dataset, learned))
+        if used != stored:
+            raise SettingsError(
+                f"algorithm={settings.values['algorithm']} learns from {sorted(map(str, used - stored))}, "
+                "which are not collected: it is for offline.py"
+            )
+        return learned
     env = build.environment(data.env)
     if env is None:
         raise SettingsError("without a data set there is no environment: give env=<id>")

@@ -1,0 +1,211 @@
+"""Soft Actor-Critic, by TorchRL's loss and collector, for the policies that data sets are made with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.envs.registration import EnvSpec
+from omegaconf import OmegaConf
+from tensordict import TensorDictBase
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
+from torchrl.modules import MLP, ValueOperator
+from torchrl.objectives import SACLoss, SoftUpdate
+from tqdm import tqdm
+
+from torchrl_iql_recipes.behaviors.ant import ANT_TO_GOAL
+from torchrl_iql_recipes.behaviors.policies import Stages, actor
+from torchrl_iql_recipes.behaviors.recording import record
+from torchrl_iql_recipes.behaviors.settings import SoftActorCritic
+from torchrl_iql_recipes.experiment.folder import RunFolder, StopSignal
+
+ENVIRONMENTS: dict[str, EnvSpec] = {
+    "hopper": gymnasium.spec("Hopper-v5"),
+    "halfcheetah": gymnasium.spec("HalfCheetah-v5"),
+    "walker2d": gymnasium.spec("Walker2d-v5"),
+    "ant": ANT_TO_GOAL,
+}
+
+EVALUATION_SEED = 10_000
+CHECKPOINT_EVERY = 4  # stages
+
+
+class Critic(torch.nn.Module):
+    def __init__(self, inputs: int, hidden_sizes: list[int]) -> None:
+        super().__init__()
+        self.mlp = MLP(
+            in_features=inputs,
+            out_features=1,
+            num_cells=hidden_sizes,
+            activation_class=torch.nn.ReLU,
+        )
+
+    def forward(self, observation: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        return self.mlp(torch.cat([observation, action], dim=-1))
+
+
+class Training:
+    """SAC on one environment: its networks, its replay buffer and the stages kept so far."""
+
+    def __init__(self, cfg: SoftActorCritic, path: Path) -> None:
+        self.cfg = cfg
+        self.folder = RunFolder(path)
+        env = gymnasium.make(ENVIRONMENTS[cfg.behavior])
+        self.evaluation_env = gymnasium.make(ENVIRONMENTS[cfg.behavior])
+        torch.manual_seed(cfg.seed)
+        self.env = TransformedEnv(GymWrapper(env), DoubleToFloat(in_keys=["observation"]))
+        (observation_size,) = env.observation_space.shape or ()
+        (action_size,) = env.action_space.shape or ()
+        self.sizes = (observation_size, action_size, list(cfg.actor_sizes))
+        self.actor = actor(*self.sizes)
+        critic = Critic(observation_size + action_size, list(cfg.critic_sizes))
+        self.loss = SACLoss(
+            self.actor,
+            ValueOperator(critic, in_keys=["observation", "action"]),
+            loss_function="l2",
+            action_spec=self.env.action_spec,
+        )
+        self.loss.make_value_estimator(gamma=cfg.discount)
+        self.target = SoftUpdate(self.loss, tau=cfg.target_rate)
+        self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=cfg.learning_rate, fused=True)
+        self.buffer = ReplayBuffer(storage=LazyTensorStorage(cfg.frames), batch_size=cfg.batch_size)
+        self.frames = 0
+        self.updates = 0
+        self.stages: list[tuple[int, float, dict[str, torch.Tensor]]] = []
+        if checkpoints := self._checkpoints():
+            self._resume(checkpoints[-1])
+
+    def train(self) -> None:
+        """Collect and update in turns. Ctrl-C saves a checkpoint and ends the training."""
+        cfg = self.cfg
+        # Not collector.set_seed: it resets the environment, but not the observation that it acts on.
+        self.env.set_seed(cfg.seed + self.frames)
+        collector = Collector(
+            self.env,
+            self.actor,
+            frames_per_batch=cfg.frames_per_batch,
+            total_frames=cfg.frames - self.frames,
+            init_random_frames=max(0, cfg.random_frames - self.frames) or None,
+        )
+        with (
+            StopSignal() as stop,
+            tqdm(total=cfg.frames, initial=self.frames, desc=cfg.behavior, unit="step") as bar,
+        ):
+            for batch in collector:
+                self.buffer.extend(_transitions(batch))
+                self.frames += len(batch)
+                bar.update(len(batch))
+                metrics = self._update() if self.frames > cfg.random_frames else {}
+                if self.frames % cfg.stage_interval == 0:
+                    self._keep_stage(metrics)
+                    bar.set_postfix({"return": self.stages[-1][1]})
+                if stop.requested:
+                    break
+        collector.shutdown()
+        self._save()
+
+    def _update(self) -> dict[str, float]:
+        loss = None
+        due = int((self.frames - self.cfg.random_frames) * self.cfg.updates_per_frame)
+        for _ in range(due - self.updates):
+            loss = self.loss(self.buffer.sample())
+            (loss["loss_actor"] + loss["loss_qvalue"] + loss["loss_alpha"]).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.target.step()
+            self.updates += 1
+        return {} if loss is None else {key: loss[key].mean().item() for key in loss.keys()}
+
+    def _keep_stage(self, metrics: dict[str, float]) -> None:
+        weights = {key: value.clone() for key, value in self.actor.state_dict().items()}
+        self.stages.append((self.frames, 0.0, weights))
+        score = self._evaluate()
+        self.stages[-1] = (self.frames, score, weights)
+        self.folder.log(self.frames, {**metrics, "return": score})
+        self.result().save(self.folder.path / "stages.pt")
+        if len(self.stages) % CHECKPOINT_EVERY == 0:
+            self._save()
+
+    def _evaluate(self) -> float:
+        """Play the last stage as it does for data, stochastically, and return its mean return."""
+        sample, rng = self.result().sampler(-1), np.random.default_rng(self.frames)
+        episodes = [
+            record(self.evaluation_env, lambda state: sample(state, rng), seed=EVALUATION_SEED + i)
+            for i in range(self.cfg.eval_episodes)
+        ]
+        return float(np.mean([sum(episode.rewards) for episode in episodes]))
+
+    def result(self) -> Stages:
+        frames, returns, weights = zip(*self.stages, strict=True)
+        return Stages(
+            sizes=self.sizes,
+            frames=torch.tensor(frames),
+            returns=torch.tensor(returns),
+            weights={key: torch.stack([each[key] for each in weights]) for key in weights[0]},
+        )
+
+    # --- Checkpoints ---------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "frames": self.frames,
+            "updates": self.updates,
+            "stages": self.stages,
+        }
+
+    def _checkpoints(self) -> list[Path]:
+        """List the folders, the newest last."""
+        return sorted(self.folder.path.glob("checkpoint-*[0-9]"))
+
+    def _save(self) -> None:
+        """Replace the checkpoint in one piece."""
+        earlier = self._checkpoints()
+        folder = self.folder.path / f"checkpoint-{self.frames:09}"
+        unfinished = folder.with_suffix(".new")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        self.buffer.dumps(unfinished / "buffer")
+        torch.save(self._state(), unfinished / "state.pt")
+        if folder not in earlier:
+            unfinished.rename(folder)
+        for each in {*earlier, unfinished} - {folder}:
+            shutil.rmtree(each, ignore_errors=True)
+
+    def _resume(self, folder: Path) -> None:
+        state = torch.load(folder / "state.pt", weights_only=True)
+        self.buffer.loads(folder / "buffer")
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.frames, self.updates = state["frames"], state["updates"]
+        self.stages = state["stages"]
+        self.folder.return_to(self.frames)
+        torch.manual_seed(self.cfg.seed + self.frames)
+
+
+def _transitions(batch: TensorDictBase) -> TensorDictBase:
+    """Select what the loss and the data sets need of what was collected."""
+    next_keys = ("observation", "reward", "done", "terminated", "truncated")
+    return batch.select("observation", "action", *(("next", key) for key in next_keys))
+
+
+def run(settings: SoftActorCritic, path: Path) -> None:
+    """Train, or go on with a training, in a folder."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    torch.set_float32_matmul_precision("medium")  # oneDNN: faster, of the same accuracy
+    path.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(settings.model_dump(mode="json")), path / "config.yaml")
+    training = Training(settings, path)
+    training.train()
+    stages = path / "stages.pt" if training.stages else "none yet"
+    print(f"{training.frames} steps, stages: {stages}")
+    if training.frames < settings.frames:
+        print(f"Interrupted. Continue with: python recipes/sac.py resume={path}")
