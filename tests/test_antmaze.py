@@ -143,6 +143,24 @@ def test_a_pose_a_cell_and_a_goal_can_be_asked_for() -> None:
             AntMaze(**wrong)
 
 
+@pytest.mark.parametrize("maze", MAZES)
+def test_its_map_is_where_it_says(maze: str) -> None:
+    map = AntMaze(maze).maze
+    found = set()
+    for row, cells in enumerate(map.maze_map):
+        for column, cell in enumerate(cells):
+            x = (column + 0.5) * map.maze_size_scaling - map.x_map_center
+            y = map.y_map_center - (row + 0.5) * map.maze_size_scaling
+            found |= set() if cell else {(x, y)}
+    assert found == {tuple(centre(maze, cell)) for cell in free_cells(maze)}
+    goals = []
+    env = AntMaze(maze)
+    for seed in range(100):
+        env.reset(seed=seed)
+        goals.append(env.goal)
+    np.testing.assert_allclose(np.mean(goals, axis=0), map.goal, atol=0.15)
+
+
 def test_it_leaves_no_files_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     AntMaze("umaze").close()

@@ -15,6 +15,7 @@ Gymnasium knows the environments after ``import torchrl_iql``, as
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -27,7 +28,7 @@ from gymnasium.envs.mujoco.mujoco_env import DEFAULT_SIZE, MujocoEnv
 from gymnasium.spaces import Box, Dict
 from gymnasium.utils import EzPickle
 
-__all__ = ["CELL", "MAZES", "AntMaze", "ant_model", "centre", "free_cells", "is_free"]
+__all__ = ["CELL", "MAZES", "AntMaze", "Map", "ant_model", "centre", "free_cells", "is_free"]
 
 MAZES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -142,6 +143,25 @@ def centre(maze: str, cell: Cell) -> np.ndarray:
 
 def _cells(rows: tuple[str, ...], kinds: str) -> list[Cell]:
     return [(i, j) for i, row in enumerate(rows) for j, kind in enumerate(row) if kind in kinds]
+
+
+@dataclass(frozen=True)
+class Map:
+    """A maze as gymnasium-robotics' mazes tell theirs, rows from the top, where y is largest.
+
+    Attributes:
+        maze_map: 1 for walls, 0 for free cells.
+        maze_size_scaling: side of a cell, in metres.
+        x_map_center: distance of the left edge from the origin, in metres.
+        y_map_center: of the upper edge.
+        goal: the middle of where goals are drawn, ``[2]`` in metres.
+    """
+
+    maze_map: list[list[int]]
+    maze_size_scaling: float
+    x_map_center: float
+    y_map_center: float
+    goal: np.ndarray
 
 
 class AntMaze(MujocoEnv, EzPickle):
@@ -291,6 +311,19 @@ class AntMaze(MujocoEnv, EzPickle):
         if self.render_mode == "human":
             self.render()
         return self._observation(), float(reached), reached, False, {"success": reached}
+
+    @property
+    def maze(self) -> Map:
+        """The maze, for pictures."""
+        rows = MAZES[self.maze_name]
+        ((row, column),), (goal,) = _cells(rows, "r"), _cells(rows, "g")
+        return Map(
+            maze_map=[[int(kind == "#") for kind in each] for each in reversed(rows)],
+            maze_size_scaling=CELL,
+            x_map_center=CELL * (column + 0.5),
+            y_map_center=CELL * (len(rows) - row - 0.5),
+            goal=centre(self.maze_name, goal) + sum(GOAL_NOISE) / 2,
+        )
 
     def _observation(self) -> Any:
         state = np.concatenate([self.data.qpos, self.data.qvel])

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter
 
+from torchrl_iql.antmaze import Map
+
 __all__ = ["fine_tuning", "learning_curves", "value_map"]
 
 BLUE = "#2a6f97"
@@ -117,15 +119,15 @@ def _rows(metrics_csv: Path) -> list[dict[str, str]]:
 
 def value_map(
     value: Callable[[np.ndarray], np.ndarray],
-    maze: Maze,
+    maze: Maze | Map,
     trajectories: Sequence[np.ndarray],
     png: Path,
 ) -> None:
     """Draw V over the free cells of a maze, for a body at rest, and trajectories on top.
 
-    A flat observation of a maze is ``(achieved goal [2], desired goal [2], body [D - 4])``. The map
-    moves the body of the first trajectory's first observation, which is at rest and knows the goal,
-    to every position.
+    A flat observation of a maze is ``(achieved goal [2], desired goal [2], body [D - 4])``, and of D4RL's
+    AntMaze ``(position [2], body [27])``. The map moves the body of the first trajectory's first observation,
+    which is at rest and knows the goal if it is told, to every position.
 
     Args:
         value: V of flat observations, float32 ``[n, D]`` to ``[n]``.
@@ -143,6 +145,8 @@ def value_map(
     at_rest = trajectories[0][0]
     observations = np.tile(at_rest, (len(positions), 1)).astype(np.float32)
     observations[:, :2] = positions
+    told = not isinstance(maze, Map) or len(at_rest) > 29
+    goal = at_rest[2:4] if told else maze.goal
     if np.array_equal(at_rest[4:6], at_rest[:2]):  # The point mass's body has its position, too.
         observations[:, 4:6] = positions
     values = np.full(pixels.shape, np.nan)
@@ -167,7 +171,7 @@ def value_map(
     marker = {"color": RED, "edgecolors": "white", "zorder": 3}
     starts = np.stack([trajectory[0, :2] for trajectory in trajectories])
     axes.scatter(starts[:, 0], starts[:, 1], s=40, label="start", **marker)
-    axes.scatter(at_rest[2], at_rest[3], s=250, marker="*", label="goal", **marker)
+    axes.scatter(*goal, s=250, marker="*", label="goal", **marker)
     axes.set_axis_off()
     figure.colorbar(image, label="V(s)", shrink=0.8)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
