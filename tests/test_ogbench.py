@@ -314,7 +314,7 @@ class TestFile:
         with pytest.raises(FileNotFoundError, match=expected):
             load_dataset(name_of("scene"), download=False)
         for path in (tmp_path / "scene-play-v0.npz", tmp_path):
-            with pytest.raises(FileNotFoundError, match=f"^no .* {path}"):
+            with pytest.raises(FileNotFoundError, match=f"^no .*{path}"):
                 load_dataset(path, env="scene-singletask-v0")
 
     def test_whose_name_tells_no_environment_needs_one(self, home: Path, tmp_path: Path) -> None:

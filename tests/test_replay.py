@@ -7,11 +7,13 @@ from typing import Any
 
 import gymnasium
 import h5py
+import minari
 import numpy as np
 import pytest
 from gymnasium.spaces import Box
-from minari import DataCollector
+from minari.data_collector import EpisodeBuffer
 
+from episodes import stacked
 from torchrl_iql.antmaze import AntMaze
 from torchrl_iql.data import Replay, replay
 from torchrl_iql.data.__main__ import main
@@ -327,16 +329,37 @@ def collect(
     **options: Any,
 ) -> str:
     """Record random episodes as Minari does, each with a seed."""
-    collector = DataCollector(env, record_infos=infos)
-    collector.action_space.seed(0)
+    env.action_space.seed(0)
+    buffers = []
     for seed in range(episodes):
-        collector.reset(seed=None if options else seed, options=options or None)
+        start = {"options": options} if options else {"seed": seed}
+        observation, info = env.reset(**start)
+        seen, told, taken = [observation], [info], []
         for _ in range(steps):
-            _, _, terminated, truncated, _ = collector.step(collector.action_space.sample())
-            if terminated or truncated:
+            action = env.action_space.sample()
+            observation, *outcome, info = env.step(action)
+            seen.append(observation)
+            told.append(info)
+            taken.append((action, *outcome))
+            if outcome[1] or outcome[2]:
                 break
-    collector.create_dataset(name)
-    collector.close()
+        actions, rewards, terminations, truncations = map(list, zip(*taken, strict=True))
+        buffers.append(
+            EpisodeBuffer(
+                seed=start.get("seed"),
+                options=start.get("options"),
+                observations=stacked(seen),
+                actions=np.stack(actions),
+                rewards=rewards,
+                terminations=terminations,
+                truncations=[*truncations[:-1], not terminations[-1]],
+                infos={key: np.stack([each[key] for each in told]) for key in told[0]}
+                if infos
+                else {},
+            )
+        )
+    minari.create_dataset_from_buffers(name, buffers, env=env)
+    env.close()
     return name
 
 
