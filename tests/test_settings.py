@@ -257,6 +257,33 @@ def test_a_run_of_another_script_is_not_resumed(tmp_path: Path) -> None:
             other.stored(tmp_path)
 
 
+@pytest.mark.parametrize("missing", ["maze", "n_steps", "decay_steps", "eval_workers"])
+def test_a_run_of_an_earlier_version_with_fewer_settings_is_resumed(
+    missing: str, tmp_path: Path
+) -> None:
+    import yaml
+
+    for door in (OFFLINE, ONLINE):
+        values = dict(door.settings([]).values)
+        del values[missing]
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+        stored = door.stored(tmp_path)
+        assert stored.learners == door.settings([]).learners
+        assert (stored.data, stored.evaluation) == (
+            door.settings([]).data,
+            door.settings([]).evaluation,
+        )
+
+
+def test_a_training_of_a_behaviour_is_no_run(tmp_path: Path) -> None:
+    import yaml
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(SoftActorCritic().model_dump(mode="json")))
+    assert DOORS["sac"].stored(tmp_path) == SoftActorCritic()
+    with pytest.raises(SettingsError, match=r"that run is not one of offline\.py"):
+        OFFLINE.stored(tmp_path)
+
+
 def test_a_device_or_an_environment_that_does_not_exist_is_refused_in_one_line() -> None:
     from torchrl_iql_recipes.experiment import build
 

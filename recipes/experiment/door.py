@@ -121,10 +121,17 @@ class Door:
         if not (folder / "config.yaml").exists():
             raise SettingsError(f"resume={folder}: that folder has no config.yaml")
         values: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        own = {field for part in self.parts if not part.group for field in part.model_fields}
-        if own - values.keys():
+        own = [part.model_fields.keys() for part in self.parts if not part.group]
+        # An earlier version may have had fewer settings of a part, but another script has other parts.
+        if values.keys() - self._recorded(values) or not all(each & values.keys() for each in own):
             raise SettingsError(f"resume={folder}: that run is not one of {self.name}.py")
         return values
+
+    def _recorded(self, values: Mapping[str, Any]) -> set[str]:
+        """Return the names that are in the file of a run with these values."""
+        return {
+            name for part in self.parts for name in ([part.group] if part.group else part.names())
+        }
 
     def _made(self, values: dict[str, Any], overrides: Sequence[str]) -> Any:
         (part,) = self.parts
@@ -251,17 +258,10 @@ class Experiment(Door):
             return f"{key} is a setting of {' and '.join(theirs)}: give algorithm={theirs[0]}"
         return super()._unknown(key, known)
 
-    def _stored(self, folder: Path) -> dict[str, Any]:
-        values = super()._stored(folder)
-        theirs = {
-            field
-            for part in PARTS.values()
-            if part not in self.parts and not part.group
-            for field in part.model_fields
-        }
-        if theirs & values.keys():
-            raise SettingsError(f"resume={folder}: that run is not one of {self.name}.py")
-        return values
+    def _recorded(self, values: Mapping[str, Any]) -> set[str]:
+        algorithm = algorithms().get(values.get("algorithm", ""))
+        names = algorithm.names() if algorithm else {}
+        return {*super()._recorded(values), "task", "algorithm", *names}
 
     def stored(self, folder: Path) -> Settings:
         return Settings.of(self._stored(folder))
