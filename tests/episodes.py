@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -15,7 +16,7 @@ from minari import EpisodeData
 from minari.data_collector import EpisodeBuffer
 from tensordict import TensorDict
 
-from torchrl_iql.data import OfflineDataset
+from torchrl_iql.data import OfflineDataset, load
 
 MARKS = [
     pytest.mark.filterwarnings("ignore:.*is set to None", "ignore:env_spec is None"),
@@ -120,6 +121,21 @@ def assert_transitions(found: TensorDict, expected: list[tuple]) -> None:
         values = np.stack(values).reshape(column.shape)
         np.testing.assert_array_equal(column, values.astype(column.numpy().dtype))
     assert following["done"].equal(following["terminated"] | following["truncated"])
+
+
+def refused_bytes(path: Path, contents: bytes, every: int) -> int:
+    """Flip one byte of a file after the other; count the times that loading is refused, by its name."""
+    refused = 0
+    for at in range(0, len(contents), every):
+        broken = bytearray(contents)
+        broken[at] ^= 0xFF
+        path.write_bytes(broken)
+        try:
+            load(path, cache=False)
+        except ValueError as error:
+            assert str(error).startswith(str(path))
+            refused += 1
+    return refused
 
 
 def with_value(value: float, index: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:

@@ -15,6 +15,16 @@ SMALL = [
     "compute.threads=1",
     "compute.execution=eager",
 ]
+TINY = [
+    "steps=6",
+    "eval_interval=6",
+    "eval_episodes=1",
+    "log_interval=3",
+    "hidden_sizes=[8,8]",
+    "batch_size=16",
+    "compute.threads=1",
+    "compute.execution=eager",
+]
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -30,11 +30,10 @@ from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.behaviors.mazes import Plan, PointWalks, share_arrived
 from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.behaviors.rollouts import CheckpointRollouts
-from torchrl_iql_recipes.behaviors.settings import Collection
-from torchrl_iql_recipes.experiment.door import CONFIG, Door
+from torchrl_iql_recipes.collect import COLLECT
+from torchrl_iql_recipes.experiment.door import CONFIG
 
 RECIPES = CONFIG.parent
-COLLECT = Door("collect", (Collection,))
 STITCH = collection.behavior("pointmaze/stitch")
 PATIENCE = 300
 """Seconds that a process may take on a busy machine."""

@@ -16,6 +16,7 @@ import pytest
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
+from episodes import refused_bytes
 from torchrl_iql.data import OfflineDataset, load
 
 NAME = "hopper_medium-v2.hdf5"
@@ -384,17 +385,7 @@ class TestFile:
             path.write_bytes(broken)
             with pytest.raises(ValueError, match=rf"^{path}: is no intact HDF5 file: .+"):
                 load(path)
-        refused = 0
-        for at in range(0, len(contents), 37):
-            broken = bytearray(contents)
-            broken[at] ^= 0xFF
-            path.write_bytes(broken)
-            try:
-                load(path, cache=False)
-            except ValueError as error:
-                assert str(error).startswith(str(path))
-                refused += 1
-        assert refused > 10
+        assert refused_bytes(path, contents, every=37) > 10
         assert not cache_folder.exists()
 
     def test_damaged_rows(self, tmp_path):

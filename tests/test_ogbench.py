@@ -22,6 +22,8 @@ import pytest
 import torch
 from tensordict.nn import TensorDictModule
 
+from episodes import refused_bytes
+from runs import TINY
 from test_d4rl import Server
 from torchrl_iql import Evaluator, OfflineDataset, load_dataset, load_policy
 from torchrl_iql.data.__main__ import main as inspect
@@ -45,17 +47,6 @@ EVERY = pytest.mark.parametrize("world", FAMILIES)
 ROWS = 30
 AT_GOAL = {0: (10, 11, 12, 20), 1: (0, ROWS - 2), 2: (ROWS - 1,)}
 """Rows of each walk that are at the goal."""
-
-SMALL = [
-    "steps=6",
-    "eval_interval=6",
-    "eval_episodes=1",
-    "log_interval=3",
-    "hidden_sizes=[8,8]",
-    "batch_size=16",
-    "compute.threads=1",
-    "compute.execution=eager",
-]
 
 
 def name_of(world: str, task: str = "") -> str:
@@ -356,17 +347,7 @@ class TestFile:
             path.write_bytes(broken)
             with pytest.raises(ValueError, match=f"^{path}: is no intact NPZ file: .+"):
                 load_dataset(path)
-        refused = 0
-        for at in range(0, len(contents), 97):
-            broken = bytearray(contents)
-            broken[at] ^= 0xFF
-            path.write_bytes(broken)
-            try:
-                load_dataset(path, cache=False)
-            except ValueError as error:
-                assert str(error).startswith(str(path))
-                refused += 1
-        assert refused > 10
+        assert refused_bytes(path, contents, every=97) > 10
         assert not cache_folder.exists()
 
 
@@ -475,7 +456,7 @@ def test_a_task_is_trained_and_scored(
     written(home, world)
     short = f"env={{id: {world}-singletask-v0, max_episode_steps: 15}}"
     task = f"task=ogbench/{world}-{KINDS[world]}"
-    settings = OFFLINE.settings([task, f"algorithm={algorithm}", short, *SMALL])
+    settings = OFFLINE.settings([task, f"algorithm={algorithm}", short, *TINY])
     scores = offline.run(settings, tmp_path)
     (replica,) = scores["replicas"]
     assert replica["score"] == replica["normalized_score"] == 100 * replica["success"]

@@ -14,14 +14,16 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from torchrl_iql_recipes.algorithms import algorithms
-from torchrl_iql_recipes.behaviors.settings import Collection, SoftActorCritic
+from torchrl_iql_recipes.behaviors.settings import SoftActorCritic
+from torchrl_iql_recipes.collect import COLLECT
 from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE, Door
 from torchrl_iql_recipes.experiment.schema import Part, SettingsError, allowed, written
 from torchrl_iql_recipes.experiment.settings import PARTS, Settings
+from torchrl_iql_recipes.sac import SAC
 
 DOORS = {
-    "collection": Door("collect", (Collection,)),
-    "sac": Door("sac", (SoftActorCritic,)),
+    "collection": COLLECT,
+    "sac": SAC,
 }
 SCHEMAS = {**PARTS, **algorithms(), **{name: door.parts[0] for name, door in DOORS.items()}}
 FIELDS = [(part, name) for part in SCHEMAS for name in SCHEMAS[part].model_fields]

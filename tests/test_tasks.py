@@ -27,6 +27,7 @@ from gymnasium_robotics.envs.franka_kitchen.kitchen_env import (
 from minari.data_collector import EpisodeBuffer
 from tensordict.nn import TensorDictModule
 
+from runs import TINY
 from torchrl_iql import Evaluator, load_dataset, load_policy
 from torchrl_iql.antmaze import AntMaze
 from torchrl_iql.environments import antmaze_id
@@ -113,17 +114,6 @@ TASKS = {
 TRANSITIONS = 240
 REACHED = 25
 """The transition of a maze's episode that reaches the goal."""
-
-SMALL = [
-    "steps=6",
-    "eval_interval=6",
-    "eval_episodes=1",
-    "log_interval=3",
-    "hidden_sizes=[8,8]",
-    "batch_size=16",
-    "compute.threads=1",
-    "compute.execution=eager",
-]
 
 
 def config(task: str, *overrides: str) -> Settings:
@@ -346,7 +336,7 @@ def test_d4rls_files_of_antmaze_are_trained_on_and_evaluated(
     name: str, task: str, maze: str, starts: list[tuple[int, int]], tmp_path: Path
 ):
     path = antmaze_file(tmp_path / name, maze, starts)
-    settings = config(task, *SMALL, f"dataset={path}", "eval_episodes=1")
+    settings = config(task, *TINY, f"dataset={path}", "eval_episodes=1")
     dataset = build.dataset_for(settings.data)
     assert dataset.episode_lengths.tolist() == [21, 29, 29, 29]
     assert dataset.env_spec.id == antmaze_id(maze)
@@ -367,7 +357,7 @@ def test_the_maze_of_d4rls_files_is_not_guessed(tmp_path: Path):
     with pytest.raises(
         SettingsError, match=r"of 29 numbers .* AntMaze_Large-v4 has .* of 31 numbers"
     ):
-        overrides = [*SMALL, f"dataset={path}", "eval_episodes=1", "env=AntMaze_Large-v4"]
+        overrides = [*TINY, f"dataset={path}", "eval_episodes=1", "env=AntMaze_Large-v4"]
         offline.run(config("antmaze/large-play", *overrides), tmp_path / "run")
 
 
@@ -460,7 +450,7 @@ class TestScores:
     ],
 )
 def test_a_task_is_trained_and_scored(recorded: str, tmp_path: Path):
-    scores = offline.run(config(recorded, *SMALL), tmp_path)
+    scores = offline.run(config(recorded, *TINY), tmp_path)
     (replica,) = scores["replicas"]
     expected = references(TASKS[recorded][1])
     if expected is None:

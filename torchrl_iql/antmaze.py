@@ -301,7 +301,7 @@ class AntMaze(MujocoEnv, EzPickle):
         positions[:2] += self._start
         velocities = RESET_NOISE * self.np_random.standard_normal(self.model.nv)
         self.set_state(positions, self.init_qvel + velocities)
-        return self._observation()
+        return self._get_obs()
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Apply torques, ``[8]`` in [-1, 1], for 0.1 s."""
@@ -310,7 +310,7 @@ class AntMaze(MujocoEnv, EzPickle):
         reached = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= GOAL_RADIUS)
         if self.render_mode == "human":
             self.render()
-        return self._observation(), float(reached), reached, False, {"success": reached}
+        return self._get_obs(), float(reached), reached, False, {"success": reached}
 
     @property
     def maze(self) -> Map:
@@ -325,7 +325,7 @@ class AntMaze(MujocoEnv, EzPickle):
             goal=centre(self.maze_name, goal) + sum(GOAL_NOISE) / 2,
         )
 
-    def _observation(self) -> Any:
+    def _get_obs(self) -> Any:
         state = np.concatenate([self.data.qpos, self.data.qvel])
         if not self.goal_observation:
             return state

@@ -32,7 +32,7 @@ from torchrl_iql.data.episodes import EpisodeRule, errors_at
 from torchrl_iql.data.source import Source
 from torchrl_iql.environments import antmaze_id, spec_of
 
-__all__ = ["SUFFIX", "d4rl_episodes", "d4rl_source", "has_next_observations"]
+__all__ = ["d4rl_episodes", "d4rl_source", "has_next_observations", "is_d4rl"]
 
 SUFFIX = ".hdf5"
 
@@ -53,6 +53,11 @@ MAZE_OF = {"u-maze": "umaze", "big-maze": "medium", "hardest-maze": "large"}
 
 REQUIRED = "observations", "actions", "rewards", "terminals"
 OPTIONAL = "timeouts", "next_observations"
+
+
+def is_d4rl(source: str | Path) -> bool:
+    """Return whether this is the name of a D4RL file, or any file that is there."""
+    return Path(source).suffix == SUFFIX or Path(source).is_file()
 
 
 def d4rl_source(source: str | Path, *, env_spec: EnvSpec | None, download: bool) -> Source:

@@ -11,7 +11,7 @@ from minari import EpisodeData
 from tensordict import TensorDict
 
 from torchrl_iql.data.cache import entry_path, read, write
-from torchrl_iql.data.d4rl import SUFFIX, d4rl_source
+from torchrl_iql.data.d4rl import d4rl_source, is_d4rl
 from torchrl_iql.data.dataset import OfflineDataset, require_rules
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.minari import minari_source
@@ -104,7 +104,7 @@ def load(
 def _open(source: str | Path, env_spec: EnvSpec | None, download: bool) -> Source:
     if is_ogbench(source):
         return ogbench_source(source, env_spec=env_spec, download=download)
-    if Path(source).suffix == SUFFIX or Path(source).is_file():
+    if is_d4rl(source):
         return d4rl_source(source, env_spec=env_spec, download=download)
     return minari_source(source, download=download)
 

@@ -29,7 +29,7 @@ from gymnasium.spaces import Discrete
 from minari import EpisodeData, MinariDataset
 from tqdm import tqdm
 
-from torchrl_iql.data.d4rl import SUFFIX, d4rl_episodes, d4rl_source, has_next_observations
+from torchrl_iql.data.d4rl import d4rl_episodes, d4rl_source, has_next_observations, is_d4rl
 from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.minari import minari_source
 from torchrl_iql.data.simulator import Simulator
@@ -314,7 +314,7 @@ def _recorded(
     source: str | Path, env_spec: EnvSpec | None, rng: np.random.Generator, download: bool
 ) -> tuple[EnvSpec | None, Iterator[_Episode]]:
     """Find the environment, if the data name it, and the episodes in a random order."""
-    if Path(source).suffix == SUFFIX or Path(source).is_file():
+    if is_d4rl(source):
         found = d4rl_source(source, env_spec=env_spec, download=download)
         time_limit = cast(int | None, found.made_with)
         stored = list(d4rl_episodes(found.path, time_limit, ("qpos", "qvel", "goal")))

@@ -52,17 +52,17 @@ class Simulator:
             self._inner,
             *(getattr(self._inner, name, None) for name in ("ant_env", "point_env")),
         ]
-        bodies = [each for each in parts if isinstance(each, MujocoEnv)]
-        self.body: Any = next(filter(_reader, bodies), None)
+        bodies = (
+            each for each in parts if isinstance(each, MujocoEnv) and hasattr(each, "_get_obs")
+        )
+        self.body: Any = next(bodies, None)
         self.has_goal = self.body is not None and isinstance(self._inner, AntMaze | MazeEnv)
         self.positions, self.velocities = 0, 0
         if self.body is not None:
             self.positions, self.velocities = self.body.model.nq, self.body.model.nv
             if self.put(self.state()).shape != self.env.observation_space.shape:
-                self.body, self.has_goal = (
-                    None,
-                    False,
-                )  # changed by a wrapper that is none of observations
+                # Changed by a wrapper that is none of observations.
+                self.body, self.has_goal = None, False
 
     def put(self, state: np.ndarray) -> np.ndarray:
         """Go into a state; return the observation. What else MuJoCo remembers is as after a reset."""
@@ -75,7 +75,7 @@ class Simulator:
         if self.has_goal:
             self._inner.goal = goal.copy()
         self.body.set_state(qpos, qvel)
-        observation = _reader(self.body)()
+        observation = self.body._get_obs()  # there is no public one
         if isinstance(observation, tuple):  # of gymnasium-robotics' point
             observation = observation[0]
         if self.body is not self._inner:
@@ -181,11 +181,6 @@ class Simulator:
                 self.put(state)
                 again.append(self.step(action))
         return first, again
-
-
-def _reader(body: Any) -> Any:
-    """Return the method that observes; there is no public one."""
-    return getattr(body, "_get_obs", None) or getattr(body, "_observation", None)
 
 
 def _wrappers(env: gymnasium.Env) -> Any:
