@@ -55,7 +55,7 @@ class TestSource:
     @pytest.mark.parametrize(
         ("of_load", "of_episodes", "allowed"),
         [
-            ("reward", "reward_rule", "none, minus_one, return_range"),
+            ("reward", "reward_rule", "none, minus_one, return_range, unit_rms"),
             ("episodes", "episode_rule", "as_stored, until_success"),
         ],
     )

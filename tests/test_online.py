@@ -32,8 +32,8 @@ from test_training import PlainLoop, assert_close
 from torchrl_iql import OfflineDataset, checkpoint, load_dataset, load_policy, models
 from torchrl_iql.data.minibatches import Minibatches
 from torchrl_iql.data.rewards import RewardTransform
-from torchrl_iql.data.spaces import action_rows, action_support
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
+from torchrl_iql.spaces import action_rows, action_support
 from torchrl_iql_recipes.experiment import build, offline, online
 from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.networks import Networks

@@ -1,34 +1,48 @@
 """Environments as they are read here: specifications, spaces, flat observations, success, reference scores.
 
 An observation that is not a vector becomes one as :class:`gymnasium.wrappers.FlattenObservation` makes it,
-in data (:mod:`torchrl_iql.data.spaces`), in evaluations and online.
+in data (:mod:`torchrl_iql.spaces`), in evaluations and online. Actions are those of data sets there,
+and become the environment's in one place, :func:`data_environment`.
+
+An environment is given in all places in the same ways: as an id, ``"module:Id-v0"`` after which Gymnasium
+imports the module, a specification, or a function without arguments that makes it.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 import gymnasium
 import gymnasium_robotics
 from gymnasium import Space, spaces
-from gymnasium.envs.registration import EnvSpec
+from gymnasium.envs.registration import EnvSpec, WrapperSpec
 from gymnasium.wrappers import FlattenObservation
 
 from torchrl_iql.ogbench import OwnChance, is_from_ogbench, is_single_task, ogbench_package
+from torchrl_iql.spaces import action_row_space, environment_action, selected
 
 __all__ = [
     "REFERENCE_SCORES",
+    "Env",
     "antmaze_id",
+    "data_environment",
     "flat_environment",
+    "observing",
     "reference_scores_of",
     "require_reference_scores",
     "spaces_of",
     "spec_of",
     "success",
 ]
+
+Env = str | EnvSpec | Callable[[], gymnasium.Env]
+"""What an environment is given by."""
 
 gymnasium.register_envs(gymnasium_robotics)
 
@@ -80,39 +94,60 @@ def require_reference_scores(scores: tuple[float, float]) -> None:
         )
 
 
-def spec_of(env: str | EnvSpec | None) -> EnvSpec | None:
-    """Return the specification of an environment that may be given by its id.
+def spec_of(env: Env | None) -> EnvSpec | None:
+    """Return the specification of an environment that may be given otherwise.
 
     Raises:
         ModuleNotFoundError: if it is one of OGBench's single tasks, and OGBench is not installed.
-        ValueError: if gymnasium does not know the id.
+        ValueError: if gymnasium does not know the id, or there is no module of that name.
     """
-    if not isinstance(env, str):
+    if env is None or isinstance(env, EnvSpec):
         return env
+    if not isinstance(env, str):
+        return _spec_of_maker(env)
     if is_single_task(env):
         ogbench_package()
+    module, _, name = env.rpartition(":")
     try:
-        return gymnasium.spec(env)
-    except gymnasium.error.Error as error:
+        if module:
+            importlib.import_module(module)
+        return gymnasium.spec(name)
+    except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(f"unknown environment {env!r}: {error}") from error
 
 
-def spaces_of(env_spec: EnvSpec) -> tuple[Space, Space]:
-    """Return an environment's observation and action space, as recordings are to be read.
+def _spec_of_maker(make: Callable[[], gymnasium.Env]) -> EnvSpec:
+    name = getattr(make, "__qualname__", type(make).__qualname__)
+    return EnvSpec(id=re.sub(r"[^\w.-]+", "_", name), entry_point=make)  # pyright: ignore
 
-    Compound observations are recorded as the vectors that they are flattened to, others as they are.
+
+def observing(env_spec: EnvSpec, keys: Sequence[str]) -> EnvSpec:
+    """Return an environment that shows these entries of its observations alone.
+
+    Raises:
+        ValueError: if it can not be built, or its observations have no such entries.
+    """
+    with _made(env_spec) as env:
+        kept = selected(env.observation_space, keys)
+    assert isinstance(kept, spaces.Dict)
+    wrapper = WrapperSpec(
+        "FilterObservation", "gymnasium.wrappers:FilterObservation", {"filter_keys": list(kept)}
+    )
+    return replace(env_spec, additional_wrappers=(*env_spec.additional_wrappers, wrapper))
+
+
+def spaces_of(env_spec: EnvSpec) -> tuple[Space, Space]:
+    """Return an environment's observation and action space.
 
     Raises:
         ValueError: it can not be built.
     """
     with _made(env_spec) as env:
-        observation_space, action_space = env.observation_space, env.action_space
-    if isinstance(observation_space, spaces.Dict | spaces.Tuple):
-        observation_space = spaces.flatten_space(observation_space)
-    return observation_space, action_space
+        spaces_ = env.observation_space, env.action_space
+    return spaces_
 
 
-def flat_environment(env_spec: EnvSpec | str) -> gymnasium.Env:
+def flat_environment(env: Env) -> gymnasium.Env:
     """Make an environment whose observations are vectors.
 
     One of OGBench is in :class:`~torchrl_iql.ogbench.OwnChance`.
@@ -120,20 +155,50 @@ def flat_environment(env_spec: EnvSpec | str) -> gymnasium.Env:
     Raises:
         ValueError: it can not be built.
     """
-    env = _made(env_spec)
-    space = env.observation_space
+    made = _made(env)
+    space = made.observation_space
     is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
-    return env if is_vector else FlattenObservation(env)
+    return made if is_vector else FlattenObservation(made)
 
 
-def _made(env_spec: EnvSpec | str) -> gymnasium.Env:
+def data_environment(env: Env) -> gymnasium.Env:
+    """Make an environment that shows and takes what the rows of a data set hold.
+
+    Observations are vectors. Actions are vectors of float32, or categories counted from 0.
+
+    Raises:
+        TypeError: if the action space is neither ``Box`` nor ``Discrete``.
+        ValueError: it can not be built.
+    """
+    flat = flat_environment(env)
     try:
-        if isinstance(env_spec, str) and is_single_task(env_spec):
+        return _DataActions(flat)
+    except TypeError:
+        flat.close()
+        raise
+
+
+class _DataActions(gymnasium.ActionWrapper):
+    """Takes the rows of :func:`~torchrl_iql.spaces.action_rows` for actions."""
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        self.action_space = action_row_space(env.action_space)
+
+    def action(self, action: Any) -> Any:
+        return environment_action(self.env.action_space, action)
+
+
+def _made(env: Env) -> gymnasium.Env:
+    try:
+        spec = spec_of(env)
+        assert spec is not None
+        if is_single_task(spec.id):
             ogbench_package()
-        env = gymnasium.make(env_spec)
-        return OwnChance(env) if is_from_ogbench(env) else env
+        made = gymnasium.make(spec)
+        return OwnChance(made) if is_from_ogbench(made) else made
     except Exception as error:  # of gymnasium, or of the package that the environment is in
-        name = getattr(env_spec, "id", env_spec)
+        name = getattr(env, "id", env)
         raise ValueError(
             f"the environment {name!r} can not be built: {error}. Is the package that defines it "
             "installed and registered with gymnasium?"

@@ -14,18 +14,19 @@ from typing import Self
 
 import numpy as np
 import torch
-from gymnasium.envs.registration import EnvSpec
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Discrete
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_iql.environments import (
-    flat_environment,
+    Env,
+    data_environment,
     reference_scores_of,
     require_reference_scores,
     success,
 )
+from torchrl_iql.spaces import observation_dtype
 
 __all__ = ["Evaluation", "Evaluator"]
 
@@ -41,7 +42,7 @@ class Evaluation:
             it never reported on it.
         normalized_scores: 0 for a random and 100 for an expert policy, float64 ``[E]``; ``None`` if
             neither reference returns nor successes are known.
-        trajectories: the flat observations of each episode, float32 ``[length + 1, D]``; ``None``
+        trajectories: the flat observations of each episode, ``[length + 1, D]``; ``None``
             unless they were asked for.
 
     Example:
@@ -97,11 +98,13 @@ class Evaluator:
 
     There is one environment per episode, built once. The policy acts for all of them at once, and
     each plays exactly one episode, until it is terminated or truncated: a short episode does not
-    make room for another, and a finished environment is not stepped any more. Observations that are
-    not vectors are flattened by :class:`gymnasium.wrappers.FlattenObservation`.
+    make room for another, and a finished environment is not stepped any more. Observations and actions
+    are as data sets hold them, whatever the spaces of the environment
+    (:func:`~torchrl_iql.environments.data_environment`).
 
     Args:
-        env_spec: the environment, as an id or as the spec stored with a data set.
+        env_spec: the environment: an id, ``"module:Id-v0"``, the specification of a data set, or a
+            function that makes it.
         episodes: the number of episodes ``E``, at least 1.
         seed: episode ``i`` is reset with ``seed + i``, at every call.
         reference_scores: the returns of a random and of an expert policy, for the normalized score
@@ -129,7 +132,7 @@ class Evaluator:
 
     def __init__(
         self,
-        env_spec: EnvSpec | str,
+        env_spec: Env,
         *,
         episodes: int = 10,
         seed: int = 0,
@@ -140,12 +143,8 @@ class Evaluator:
         if reference_scores is not None:
             require_reference_scores(reference_scores)
         self.seed = seed
-        self.envs = [flat_environment(env_spec) for _ in range(episodes)]
-        action_space = self.envs[0].action_space
-        if not isinstance(action_space, Box | Discrete):
-            self.close()
-            raise TypeError(f"The action space must be Box or Discrete, got {action_space}.")
-        self.action_space = action_space
+        self.envs = [data_environment(env_spec) for _ in range(episodes)]
+        self.action_space = self.envs[0].action_space
         if reference_scores is None:
             reference_scores = reference_scores_of(self.envs[0].spec)
         self.reference_scores = reference_scores
@@ -156,10 +155,11 @@ class Evaluator:
         """Play one episode in each environment.
 
         Args:
-            policy: reads ``"observation"``, float32 ``[E, D]``, and writes ``"action"``: ``[E, *A]``
-                for a ``Box`` of shape ``A`` (clipped to its bounds); ``[E]`` or ``[E, 1]`` (index)
-                or ``[E, n]`` (one-hot) for a ``Discrete(n)``. It acts on the device of its
-                parameters, in eval mode, without gradients and without exploration.
+            policy: reads ``"observation"``, ``[E, D]``, uint8 of images and else float32, and writes
+                ``"action"``: ``[E, A]`` or ``[E, *shape]`` for a ``Box`` of a shape of ``A`` entries
+                (clipped to its bounds, and rounded where it holds integers); ``[E]`` or ``[E, 1]``
+                (categories from 0) or ``[E, n]`` (one-hot) for a ``Discrete(n)``. It acts on the device
+                of its parameters, in eval mode, without gradients and without exploration.
             keep_trajectories: whether to return the observations of every episode.
 
         Returns:
@@ -174,7 +174,8 @@ class Evaluator:
         successes: list[bool | None] = [None] * episodes
         running = np.ones(episodes, dtype=bool)
         resets = [env.reset(seed=self.seed + i)[0] for i, env in enumerate(self.envs)]
-        observations = np.stack(resets).astype(np.float32)
+        dtype = observation_dtype(self.envs[0].observation_space)
+        observations = np.stack(resets).astype(dtype)
         trajectories = [[observation] for observation in observations.copy()]
 
         with (
@@ -221,28 +222,30 @@ class Evaluator:
     def _actions(
         self, policy: TensorDictModuleBase, observations: np.ndarray, running: np.ndarray
     ) -> np.ndarray:
-        """Return checked actions, ``[E, *A]`` in the space's type (``A`` is ``()`` if discrete)."""
+        """Return checked actions, ``[E, A]``, or ``[E]`` if discrete."""
         device = next((parameter.device for parameter in policy.parameters()), None)
         batch = TensorDict(
             {"observation": torch.tensor(observations, device=device)}, [len(observations)]
         )
         actions = policy(batch)["action"].cpu().numpy()
-        space = self.action_space
-        shapes = [space.shape] if isinstance(space, Box) else [(), (1,), (int(space.n),)]
-        allowed = [(len(observations), *shape) for shape in shapes]
+        played, taken = (env.action_space for env in (self.envs[0].unwrapped, self.envs[0]))
+        shapes: list[tuple[int, ...]] = [(), (1,)]
+        if isinstance(taken, Discrete):
+            shapes.append((int(taken.n),))
+        else:
+            shapes = [played.shape or (), taken.shape or ()]
+        allowed = [(len(observations), *shape) for shape in dict.fromkeys(shapes)]
         if actions.shape not in allowed:
             raise ValueError(
-                f"The policy wrote an action of shape {list(actions.shape)}; {space} needs "
+                f"The policy wrote an action of shape {list(actions.shape)}; {played} needs "
                 f"{' or '.join(str(list(shape)) for shape in allowed)}."
             )
         not_a_number = running & np.isnan(actions).reshape(len(actions), -1).any(axis=1)
         if not_a_number.any():
             raise ValueError(f"The action of episode {np.flatnonzero(not_a_number)[0]} is NaN.")
-        if isinstance(space, Box):
-            return np.clip(actions, space.low, space.high).astype(space.dtype)
-        if actions.shape[1:] in [(), (1,)]:
-            return actions.reshape(-1)
-        return space.start + actions.argmax(axis=1)
+        if isinstance(taken, Discrete) and actions.shape == (len(actions), taken.n) and taken.n > 1:
+            return actions.argmax(axis=1)
+        return actions.reshape(len(actions), *(taken.shape or ()))
 
     def _normalized_scores(
         self, returns: np.ndarray, successes: np.ndarray | None

@@ -391,6 +391,8 @@ class Torso(nn.Module):
 
     def forward(self, observation: Tensor, action: Tensor | None = None) -> Tensor:
         batch = observation.shape[:-1]
+        if observation.dtype is torch.uint8:  # images are kept in bytes until here
+            observation = observation.to(self.layers[0].weight.dtype)
         stacked = self.mlp[0].weight.shape[:-2]  # pyright: ignore
         if stacked:
             observation = observation.reshape(-1, observation.shape[-1])

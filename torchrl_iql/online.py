@@ -18,10 +18,8 @@ from functools import partial
 from typing import Any, SupportsFloat
 
 import gymnasium
-import numpy as np
 import torch
 from gymnasium import Space
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box
 from gymnasium.wrappers import DtypeObservation
 from tensordict import TensorDict, TensorDictBase
@@ -51,8 +49,8 @@ from torchrl.weight_update import SharedMemWeightSyncScheme
 from torchrl_iql.data.dataset import OfflineDataset
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.rewards import UNCHANGED, RewardTransform
-from torchrl_iql.data.spaces import action_support
-from torchrl_iql.environments import flat_environment, success
+from torchrl_iql.environments import Env, data_environment, success
+from torchrl_iql.spaces import action_support, observation_dtype
 
 __all__ = [
     "Experience",
@@ -68,19 +66,20 @@ ANSWER_TIMEOUT = 10.0
 
 
 def environment(
-    env_spec: EnvSpec | str,
+    env_spec: Env,
     *,
     reward_transform: RewardTransform = UNCHANGED,
     episode_rule: EpisodeRule = "as_stored",
 ) -> EnvBase:
     """Make a TorchRL environment whose transitions are like those of a data set.
 
-    Observations are flat float32 vectors, discrete actions are counted from 0, and ``("next", "reward")``
-    is transformed. ``("next", "episode_reward")`` is the sum of the raw rewards and
-    ``("next", "step_count")`` the number of steps of the present episode.
+    Observations and actions are the rows of a data set, see
+    :func:`~torchrl_iql.environments.data_environment`, and ``("next", "reward")`` is transformed.
+    ``("next", "episode_reward")`` is the sum of the raw rewards and ``("next", "step_count")`` the number
+    of steps of the present episode.
 
     Args:
-        env_spec: the environment, as an id or a specification.
+        env_spec: the environment: an id, a specification, or a function that makes it.
         reward_transform: that of the data set.
         episode_rule: that of the data set. ``"until_success"`` terminates at the first success that
             the environment reports.
@@ -94,7 +93,8 @@ def environment(
         >>> raw = steps["reward"] + 1
         >>> torch.testing.assert_close(raw.cumsum(0), steps["episode_reward"])
     """
-    env = DtypeObservation(flat_environment(env_spec), np.float32)
+    env = data_environment(env_spec)
+    env = DtypeObservation(env, observation_dtype(env.observation_space))
     if episode_rule == "until_success":
         env = _UntilSuccess(env)
     return TransformedEnv(

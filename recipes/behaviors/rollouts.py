@@ -13,12 +13,13 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.spaces import Box, flatten
+from gymnasium.spaces import flatten
 from minari.data_collector import EpisodeBuffer
 from tensordict.nn import TensorDictModule
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from torchrl_iql import load_policy
+from torchrl_iql.spaces import environment_action, observation_dtype
 from torchrl_iql_recipes.behaviors.policies import Stages
 from torchrl_iql_recipes.behaviors.recording import record
 
@@ -110,13 +111,10 @@ class CheckpointRollouts:
 
         @torch.no_grad()
         def act(observation: object) -> np.ndarray:
-            flat = flatten(env.observation_space, observation)
-            batch = torch.as_tensor(flat, dtype=torch.float32)[None]
+            space = env.observation_space
+            flat = flatten(space, observation).astype(observation_dtype(space))  # pyright: ignore
             with set_exploration_type(ExplorationType.RANDOM):
-                action = self.policy(observation=batch)[-1][0].numpy()
-            space = env.action_space
-            if isinstance(space, Box):
-                return np.clip(action, space.low, space.high).astype(space.dtype)
-            return space.start + action  # pyright: ignore
+                action = self.policy(observation=torch.from_numpy(flat)[None])[-1][0].numpy()
+            return environment_action(env.action_space, action)
 
         return record(env, act, seed=int(rng.integers(2**31)))

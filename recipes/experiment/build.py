@@ -214,7 +214,8 @@ def step_for(
         compute: where and how.
         steps: of the run, for schedules.
     """
-    statistics = dataset.observation_statistics() if len(dataset.transitions) else None
+    normalize = architecture.normalize_observation and len(dataset.transitions) > 0
+    statistics = dataset.observation_statistics() if normalize else None
     losses = []
     for learner in learners:
         torch.manual_seed(learner.seed)

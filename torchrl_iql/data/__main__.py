@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect.add_argument("--reward", choices=get_args(RewardRule), default="none")
     inspect.add_argument("--episodes", choices=get_args(EpisodeRule), default="as_stored")
     inspect.add_argument("--env", help="id of the environment to evaluate in")
+    keys, columns = "entries of compound observations that are observed", "further columns to keep"
+    inspect.add_argument("--observation-keys", nargs="+", metavar="KEY", help=keys)
+    inspect.add_argument("--columns", nargs="+", metavar="NAME", default=(), help=columns)
     compare = commands.add_parser(
         "replay",
         help="compare recorded transitions with a simulator's",
@@ -42,7 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = replay(given.source, given.env, samples=given.samples, seed=given.seed)
             print(found)
             return STATUS[found.verdict]
-        dataset = load(given.source, reward=given.reward, episodes=given.episodes, env=given.env)
+        dataset = load(
+            given.source,
+            reward=given.reward,
+            episodes=given.episodes,
+            env=given.env,
+            observation_keys=given.observation_keys,
+            columns=given.columns,
+        )
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if given.command == "replay" else 1

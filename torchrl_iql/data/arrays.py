@@ -7,6 +7,9 @@ An episode ends
   is not the observation of the following row: it is truncated there;
 - without either of the two arrays, at the time limit of the environment: it is truncated there.
 
+The first two ends are recorded; where recorded rows just do not go on, and at the last row, the episode
+stops without a record of its end.
+
 With ``next_observations`` all rows are kept, and a row that is both terminal and a time-out
 terminates. Without, the next observation is that of the following row, and a row is dropped if the
 following one belongs to another episode or is missing: that of a time-out, terminal or not, and the
@@ -26,8 +29,9 @@ import numpy as np
 from gymnasium import Space
 from gymnasium.spaces import Box
 from minari import EpisodeData
+from tensordict import NestedKey
 
-from torchrl_iql.data.spaces import flags, numbers, require_finite
+from torchrl_iql.spaces import flags, numbers, require_finite, written
 
 __all__ = ["action_box", "array_episodes", "observation_box"]
 
@@ -35,16 +39,20 @@ JUMP = 1e-6
 """A larger distance between a next observation and the following one is a jump, official code."""
 
 
-def observation_box(observations: Any) -> Space:
-    """Make the space of the rows of an array ``[n, D]``, or ``[n, ...]``, without bounds."""
-    return Box(-np.inf, np.inf, _row_shape(observations, "observations"))
+def observation_box(observations: Any, key: str = "observations") -> Space:
+    """Make the space of the rows of an array ``[n, D]``, or ``[n, ...]``: without bounds, or of bytes."""
+    shape = _row_shape(observations, key)
+    if observations.dtype == np.uint8:
+        return Box(0, 255, shape, np.uint8)
+    return Box(-np.inf, np.inf, shape)
 
 
 def action_box(actions: Any) -> Space:
     """Make the space [-1, 1] of the rows of an array ``[n, A]``, or ``[n, ...]``, of floats."""
     if actions.dtype.kind != "f":
         raise ValueError(
-            f"actions has dtype {actions.dtype}, expected floats, or a Discrete action space"
+            f"actions has dtype {actions.dtype}, expected floats, or a Discrete action space: give "
+            "action_space=gymnasium.spaces.Discrete(n), or the environment that has it"
         )
     return Box(-1.0, 1.0, _row_shape(actions, "actions"))
 
@@ -63,7 +71,8 @@ def array_episodes(
     terminals: np.ndarray,
     timeouts: np.ndarray | None = None,
     next_observations: np.ndarray | None = None,
-    infos: Mapping[str, np.ndarray | None] | None = None,
+    cuts: np.ndarray | None = None,
+    infos: Mapping[NestedKey, np.ndarray | None] | None = None,
     time_limit: int | None = None,
 ) -> Iterator[EpisodeData]:
     """Split arrays of n rows into episodes, whose ids are their numbers and rows.
@@ -75,6 +84,7 @@ def array_episodes(
         terminals: ``[n]`` or ``[n, 1]``, 0 or 1 of any type.
         timeouts: the same.
         next_observations: as ``observations``.
+        cuts: rows, bool ``[n]``, after which the recording does not go on, whatever the next row is.
         infos: arrays ``[n, ...]``, or None where they are not needed.
         time_limit: steps of an episode, used without ``timeouts`` and ``next_observations``.
 
@@ -85,7 +95,7 @@ def array_episodes(
     """
     observations = numbers(observations, "observations")
     rows = {"actions": actions, "rewards": rewards, "terminals": terminals, "timeouts": timeouts}
-    rows |= {f"infos/{name}": values for name, values in (infos or {}).items()}
+    rows |= {f"infos/{written(name)}": values for name, values in (infos or {}).items()}
     for key, values in rows.items():
         if values is not None and values.shape[:1] != observations.shape[:1]:
             found, expected = list(values.shape), list(observations.shape)
@@ -94,27 +104,27 @@ def array_episodes(
             )
 
     terminals = flags(terminals, "terminals")
+    recorded = np.zeros_like(terminals) if timeouts is None else flags(timeouts, "timeouts")
     if next_observations is not None:
         next_observations = numbers(next_observations, "next_observations")
         if next_observations.shape != observations.shape:
             found, expected = list(next_observations.shape), list(observations.shape)
             raise ValueError(f"next_observations has shape {found}, expected {expected}")
         require_finite(next_observations, "next_observations", rows=~terminals)
-        truncated = _jumps(observations, next_observations)
-        if timeouts is not None:
-            truncated |= flags(timeouts, "timeouts")
+        truncated = _jumps(observations, next_observations) | recorded
     elif timeouts is not None:
-        truncated = flags(timeouts, "timeouts")
+        truncated = recorded.copy()
     elif time_limit is not None and time_limit > 0:
-        truncated = _at_time_limit(terminals, time_limit)
+        truncated = recorded = _at_time_limit(terminals, time_limit)
     else:
         raise ValueError(
             "without timeouts and next_observations, the environment's time limit tells where "
-            "episodes end: name an environment that has one"
+            "episodes end: name an environment that has one, or give timeouts, all zeros if nothing but "
+            "terminals ended an episode"
         )
 
     def episodes() -> Iterator[EpisodeData]:
-        ends = terminals | truncated
+        ends = terminals | truncated if cuts is None else terminals | truncated | cuts
         ends[-1:] = True
         start = 0
         for number, end in enumerate(ends.nonzero()[0].tolist()):
@@ -131,8 +141,7 @@ def array_episodes(
                     actions=actions[start:stop],
                     rewards=rewards[start:stop],
                     terminations=terminals[start:stop],
-                    # An episode that does not terminate is truncated where it stops.
-                    truncations=np.zeros(stop - start, bool),
+                    truncations=_last(stop - start, recorded[end] and not terminals[stop - 1]),
                     infos={
                         name: None if values is None else values[start:stop]
                         for name, values in (infos or {}).items()
@@ -141,6 +150,12 @@ def array_episodes(
             start = end + 1
 
     return episodes()
+
+
+def _last(length: int, flag: bool) -> np.ndarray:
+    flags = np.zeros(length, bool)
+    flags[-1:] = flag
+    return flags
 
 
 def _jumps(observations: np.ndarray, next_observations: np.ndarray) -> np.ndarray:

@@ -3,14 +3,17 @@
 The arrays ``observations``, ``actions``, ``rewards`` and ``terminals``, and ``timeouts`` and
 ``next_observations`` if they are stored, are split as :mod:`torchrl_iql.data.arrays` says. Without
 ``next_observations`` the transitions are those that the official code of IQL learns from. Of the
-others, an episode rule needs ``infos/success``; the rest is not read.
+others, an episode rule needs ``infos/success``, and those that are named as columns are kept; any other array
+beside these would be input that is not understood, and is refused.
 
-Observations have no bounds, actions lie in [-1, 1]. A file names no environment, but one of D4RL's
-AntMaze is known by its name, or by its 29 and 8 columns and the one maze that holds all its positions.
+Observations have no bounds. Actions are those of the environment that is given, if it has as many, else
+they lie in [-1, 1]. A file names no environment, but one of D4RL's AntMaze is known by its name, or by its 29
+and 8 columns and the one maze that holds all its positions.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -23,14 +26,15 @@ from typing import Any, cast
 import h5py
 from gymnasium.envs.registration import EnvSpec
 from minari import EpisodeData
+from tensordict import NestedKey
 from torch.hub import download_url_to_file
 
 from torchrl_iql.antmaze import MAZES, is_free
 from torchrl_iql.data.arrays import action_box, array_episodes, observation_box
 from torchrl_iql.data.cache import unfinished
-from torchrl_iql.data.episodes import EpisodeRule, errors_at
+from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.source import Source
-from torchrl_iql.environments import antmaze_id, spec_of
+from torchrl_iql.environments import antmaze_id, spaces_of, spec_of
 
 __all__ = ["d4rl_episodes", "d4rl_source", "has_next_observations", "is_d4rl"]
 
@@ -60,14 +64,22 @@ def is_d4rl(source: str | Path) -> bool:
     return Path(source).suffix == SUFFIX or Path(source).is_file()
 
 
-def d4rl_source(source: str | Path, *, env_spec: EnvSpec | None, download: bool) -> Source:
+def d4rl_source(
+    source: str | Path,
+    *,
+    env_spec: EnvSpec | None,
+    download: bool,
+    columns: Collection[str] | None = (),
+) -> Source:
     """Find a D4RL file: at its path, and a mere name also where D4RL keeps its files.
 
     That is the folder ``$D4RL_DATASET_DIR``, or ``~/.d4rl/datasets``.
 
     Args:
         source: the path, or the name.
-        env_spec: the environment whose time limit ends the episodes of a file that does not tell.
+        env_spec: the environment whose actions they are, and whose time limit ends the episodes of a file
+            that does not tell.
+        columns: arrays or infos that are to be kept; None if it does not matter what is read.
         download: whether to download a name that is in neither place into that folder, if it is one of
             the locomotion files of version 2, as ``"hopper_medium-v2.hdf5"``, or of AntMaze.
 
@@ -81,20 +93,37 @@ def d4rl_source(source: str | Path, *, env_spec: EnvSpec | None, download: bool)
         if missing:
             found = ", ".join(map(str, list(file)[:10])) or "nothing"
             raise ValueError(f"has no array {', '.join(missing)}; found {found}")
+        if columns is not None:
+            _require_read(file, columns)
+        transitions = cast(h5py.Dataset, file["rewards"]).shape[:1]
         observation_space = observation_box(file["observations"])
         action_space = action_box(file["actions"])
+        if env_spec is not None and (of_env := spaces_of(env_spec)[1]).shape == action_space.shape:
+            action_space = of_env
         tells = any(key in file for key in OPTIONAL)
         env_spec = env_spec or _antmaze(path, file)
     time_limit = None if tells or env_spec is None else env_spec.max_episode_steps
     return Source(
         name=str(source),
         path=path,
+        transitions=math.prod(transitions),
         observation_space=observation_space,
         action_space=action_space,
         env_spec=env_spec,
         made_with=time_limit,
-        episodes=partial(_episodes, path, time_limit),
+        episodes=partial(d4rl_episodes, path, time_limit),
     )
+
+
+def _require_read(file: h5py.File, columns: Collection[str]) -> None:
+    """Refuse arrays, as long as the others, that would be left out without a word."""
+    arrays = {key: its for key, its in file.items() if isinstance(its, h5py.Dataset)}
+    rows = arrays["rewards"].shape[:1]
+    known = {*REQUIRED, *OPTIONAL, *columns}
+    if unread := [key for key, its in arrays.items() if key not in known and its.shape[:1] == rows]:
+        raise ValueError(
+            f"has arrays that are not read, {unread}: name them in columns= to keep them beside the others"
+        )
 
 
 def _antmaze(path: Path, file: h5py.File) -> EnvSpec | None:
@@ -155,12 +184,6 @@ def _opened(path: Path) -> Iterator[h5py.File]:
             raise ValueError(f"is no intact HDF5 file: {error}") from error
 
 
-def _episodes(
-    path: Path, time_limit: int | None, episode_rule: EpisodeRule
-) -> Iterator[EpisodeData]:
-    return d4rl_episodes(path, time_limit, ("success",) if episode_rule == "until_success" else ())
-
-
 def d4rl_episodes(
     path: Path, time_limit: int | None, wanted: Collection[str]
 ) -> Iterator[EpisodeData]:
@@ -169,17 +192,19 @@ def d4rl_episodes(
     Args:
         path: the file.
         time_limit: steps of an episode, for a file that does not tell where episodes end.
-        wanted: names of infos to read; the others that are stored are None.
+        wanted: names of infos to read, or of arrays beside the others; the other infos are None.
 
     Raises:
         ValueError: if the file is damaged or incomplete.
     """
     with _opened(path) as file:
         arrays = {key: _array(file, key) for key in REQUIRED + OPTIONAL if key in file}
-        infos: dict[str, Any] = {}
-        if wanted and "infos" in file:
-            infos = dict.fromkeys(cast(h5py.Group, file["infos"]))
-            infos |= {name: _array(file, f"infos/{name}") for name in wanted if name in infos}
+        infos: dict[NestedKey, Any] = {}
+        if wanted and isinstance(stored := file.get("infos"), h5py.Group):
+            infos |= dict.fromkeys(stored)
+            infos |= {name: _array(file, f"infos/{name}") for name in wanted if name in stored}
+        others = set(wanted) & set(file) - {*REQUIRED, *OPTIONAL}
+        infos |= {name: _array(file, name) for name in sorted(others)}
         return array_episodes(**arrays, infos=infos, time_limit=time_limit)
 
 

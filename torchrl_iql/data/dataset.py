@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, get_args
 
 import numpy as np
@@ -18,28 +20,60 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorStorage
 
-from torchrl_iql.data.arrays import action_box, array_episodes, observation_box
+from torchrl_iql.data.arrays import array_episodes
 from torchrl_iql.data.episodes import (
     EpisodeRule,
     episode_data,
     errors_at,
     is_episode,
+    require_names,
     transition_columns,
 )
 from torchrl_iql.data.minibatches import Minibatches
+from torchrl_iql.data.observed import chosen, flattened, given_arrays, shown
 from torchrl_iql.data.report import Report, report
-from torchrl_iql.data.rewards import REWARD_RULES, UNCHANGED, RewardRule, RewardTransform
-from torchrl_iql.data.spaces import action_rows, array, flags, require_finite
-from torchrl_iql.data.tensordicts import categories, transition_arrays
-from torchrl_iql.environments import require_reference_scores, spaces_of, spec_of
+from torchrl_iql.data.rewards import (
+    OF_WHOLE_EPISODES,
+    REWARD_RULES,
+    UNCHANGED,
+    RewardRule,
+    RewardTransform,
+)
+from torchrl_iql.data.tensordicts import transition_arrays
+from torchrl_iql.environments import Env, observing, require_reference_scores, spaces_of, spec_of
+from torchrl_iql.spaces import (
+    ActionsOutside,
+    action_rows,
+    array,
+    observation_dtype,
+    require_finite,
+    selected,
+    written,
+)
 
-__all__ = ["OfflineDataset", "require_rules"]
+__all__ = ["OfflineDataset", "Recording", "require_rules", "warn_of_fragments"]
 
 STD_FLOOR = 1e-6
 """A deviation of at most this share of a column's largest magnitude is float32 rounding."""
 
 PART = 100_000
-"""Transitions that statistics are taken of at once."""
+"""Transitions that statistics are taken of at once, or fewer:"""
+
+PART_BYTES = 1 << 25
+"""Bytes that one of their copies in float64 takes at most, if it has several rows."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Where transitions were taken from: equal transitions may be, whatever it is.
+
+    Attributes:
+        stopped: how many episodes end without a record of it, neither terminal nor time-out.
+        transitions: how many were recorded, before rules dropped some; None if that is not known.
+    """
+
+    stopped: int = field(default=0, compare=False)
+    transitions: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -51,14 +85,15 @@ class OfflineDataset:
         transitions: TensorDict on the CPU, in memory or mapped from a file, batch size ``[n]``,
             episode after episode:
 
-            - ``"observation"`` and ``("next", "observation")``: ``[n, D]`` float32, flattened as
-              ``gymnasium.wrappers.FlattenObservation`` does;
+            - ``"observation"`` and ``("next", "observation")``: ``[n, D]`` float32, or uint8 where
+              all of it is bytes, flattened as ``gymnasium.wrappers.FlattenObservation`` does;
             - ``"action"``: ``[n, A]`` float32, just inside the bounds, for ``Box``; ``[n]`` int64,
               counted from 0, for ``Discrete``;
             - ``("next", "reward")``: ``[n, 1]`` float32, after the reward rule;
             - ``("next", "terminated")`` and ``("next", "truncated")``: ``[n, 1]`` bool, and
               ``("next", "done")``, one or the other. An episode that ends with neither is marked
-              truncated.
+              truncated;
+            - the columns that were asked for, as they are stored, of floats in float32.
         episode_lengths: transitions per episode, ``[E]`` int64, after the episode rule.
         episode_returns: sum of raw rewards per episode, ``[E]`` float64, after the episode rule.
         observation_space: space of the source, not flattened.
@@ -68,6 +103,7 @@ class OfflineDataset:
         reward_rule: how rewards were changed, see :mod:`torchrl_iql.data.rewards`.
         reward_transform: the same in numbers, for rewards that are collected later.
         episode_rule: where episodes end: ``"as_stored"`` or ``"until_success"``.
+        recording: what is known of where the transitions were taken from.
     """
 
     name: str
@@ -81,6 +117,7 @@ class OfflineDataset:
     reward_rule: RewardRule = "none"
     reward_transform: RewardTransform = UNCHANGED
     episode_rule: EpisodeRule = "as_stored"
+    recording: Recording = Recording()
 
     @classmethod
     def from_episodes(
@@ -90,31 +127,42 @@ class OfflineDataset:
         *,
         observation_space: Space,
         action_space: Space,
-        env_spec: str | EnvSpec | None = None,
+        env_spec: Env | None = None,
         reference_scores: tuple[float, float] | None = None,
         reward_rule: RewardRule = "none",
         episode_rule: EpisodeRule = "as_stored",
+        observation_keys: Sequence[str] | None = None,
+        columns: Sequence[NestedKey] = (),
     ) -> OfflineDataset:
         """Check episodes and join them: the one way in, in which every other one ends.
 
         Args:
             name: what error messages call the data set.
             episodes: episodes with one observation more than actions, rewards and flags: Minari's,
-                or mappings with the same entries. Of these, ``"truncations"``, ``"infos"`` and
-                ``"id"``, the position by default, may be missing.
+                or mappings with the same entries. Of these, ``"truncations"``, which says that the
+                last transition is one if it is no termination, ``"infos"`` and ``"id"``, the position
+                by default, may be missing.
             observation_space: space of one observation.
             action_space: space of one action, ``Box`` or ``Discrete``.
             env_spec: the environment to evaluate in, or its id.
             reference_scores: the returns that score 0 and 1 when normalized.
-            reward_rule: ``"none"``, ``"minus_one"`` or ``"return_range"``.
+            reward_rule: ``"none"``, ``"minus_one"``, ``"return_range"`` or ``"unit_rms"``, see
+                :mod:`torchrl_iql.data.rewards`.
             episode_rule: ``"as_stored"``, or ``"until_success"`` to terminate each episode at its
                 first success and drop the rest.
+            observation_keys: which entries of a ``Dict`` space are observed, in the data and, by
+                ``dataset.env_spec``, in the environment; all by default.
+            columns: the infos that become columns of the transitions, under their names. One that also
+                tells of the last state, with T + 1 entries, has a column under ``"next"``, too.
 
         Raises:
             TypeError: if a space can not be turned into rows, or what is given is no list of episodes.
             ValueError: if a rule is unknown or does not apply, reference scores are not finite or not
                 in order, there are no episodes, or one is damaged; the message names the data set,
                 the episode, the key and the index.
+
+        Where most transitions are followed by one that does not continue them, a warning says that they
+        may not be in the order of time.
 
         Example:
             >>> import numpy as np
@@ -142,47 +190,72 @@ class OfflineDataset:
                 require_reference_scores(reference_scores)
         if is_episode(episodes):
             raise TypeError(f"{name}: episodes is a single episode, expected a list of them")
-        spaces = observation_space, action_space
-        parts = []
+        spec = spec_of(env_spec)
+        with errors_at(name):
+            require_names(columns)
+            if observation_keys is not None:
+                observation_space = selected(observation_space, observation_keys)
+                spec = spec and observing(spec, observation_keys)
+        parts, stopped, recorded = [], 0, 0
+        outside: list[ActionsOutside] = []
         for position, episode in enumerate(episodes):
             if not is_episode(episode):
                 found = type(episode).__name__
                 raise TypeError(f"{name}: episodes[{position}] is a {found}, expected an episode")
             is_mapping = isinstance(episode, Mapping)
             number = episode.get("id", position) if is_mapping else episode.id
-            with errors_at(f"{name}, episode {number}"):
-                recorded = episode_data(episode) if is_mapping else episode
-                parts.append(transition_columns(recorded, *spaces, episode_rule))
+            try:
+                with errors_at(f"{name}, episode {number}"):
+                    given = episode_data(episode) if is_mapping else episode
+                    if observation_keys is not None:
+                        kept = chosen(given.observations, observation_keys, "observations")
+                        given = replace(given, observations=kept)
+                    part, ended = transition_columns(
+                        given, observation_space, action_space, episode_rule, columns
+                    )
+            except ActionsOutside as error:
+                outside.append(error)
+                continue
+            parts.append(part)
+            stopped += not ended
+            recorded += len(given.rewards)
+        if outside:
+            _refuse(outside, sum(len(part["action"]) for part in parts))
         if not parts:
             raise ValueError(f"{name}: the data set has no episodes")
 
-        columns = {
+        rows = {
             key: torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in parts[0]
         }
         returns = torch.tensor([part["next", "reward"].sum() for part in parts])
         with errors_at(name):
-            transform = REWARD_RULES[reward_rule](returns)
-            columns["next", "reward"] = transform(columns["next", "reward"]).float()
+            if reward_rule in OF_WHOLE_EPISODES:
+                _require_whole(stopped, len(parts), f"reward rule {reward_rule!r}")
+            transform = REWARD_RULES[reward_rule](returns, rows["next", "reward"])
+            rows["next", "reward"] = transform(rows["next", "reward"]).float()
             changed = f"reward rule {reward_rule!r}: rewards"
-            require_finite(columns["next", "reward"].numpy(), changed)
-        return cls(
+            require_finite(rows["next", "reward"].numpy(), changed)
+        dataset = cls(
             name=name,
-            transitions=TensorDict(columns, batch_size=[len(columns["action"])], device="cpu"),
+            transitions=TensorDict(rows, batch_size=[len(rows["action"])], device="cpu"),
             episode_lengths=torch.tensor([len(part["action"]) for part in parts]),
             episode_returns=returns,
             observation_space=observation_space,
             action_space=action_space,
-            env_spec=spec_of(env_spec),
+            env_spec=spec,
             reference_scores=reference_scores,
             reward_rule=reward_rule,
             reward_transform=transform,
             episode_rule=episode_rule,
+            recording=Recording(stopped, recorded),
         )
+        warn_of_fragments(dataset)
+        return dataset
 
     @classmethod
     def empty(
         cls,
-        env_spec: str | EnvSpec,
+        env_spec: Env,
         *,
         reward_rule: RewardRule = "none",
         episode_rule: EpisodeRule = "as_stored",
@@ -206,7 +279,8 @@ class OfflineDataset:
         spec = spec_of(env_spec)
         assert spec is not None
         observation_space, action_space = spaces_of(spec)
-        observations = torch.zeros(0, flatdim(observation_space))
+        dtype = observation_dtype(observation_space)
+        observations = torch.from_numpy(np.zeros((0, flatdim(observation_space)), dtype))
         no_flags = torch.zeros(0, 1, dtype=torch.bool)
         empty = np.zeros((0, *action_space.shape), action_space.dtype)  # pyright: ignore
         columns: dict[NestedKey, Tensor] = {
@@ -226,7 +300,7 @@ class OfflineDataset:
             action_space=action_space,
             env_spec=spec,
             reward_rule=reward_rule,
-            reward_transform=REWARD_RULES[reward_rule](returns),
+            reward_transform=REWARD_RULES[reward_rule](returns, returns),
             episode_rule=episode_rule,
         )
 
@@ -235,19 +309,21 @@ class OfflineDataset:
         cls,
         name: str,
         *,
-        observations: ArrayLike | Tensor,
+        observations: ArrayLike | Tensor | Mapping[str, ArrayLike | Tensor],
         actions: ArrayLike | Tensor,
         rewards: ArrayLike | Tensor,
         terminals: ArrayLike | Tensor,
         timeouts: ArrayLike | Tensor | None = None,
-        next_observations: ArrayLike | Tensor | None = None,
+        next_observations: ArrayLike | Tensor | Mapping[str, ArrayLike | Tensor] | None = None,
         infos: Mapping[str, ArrayLike | Tensor] | None = None,
         observation_space: Space | None = None,
         action_space: Space | None = None,
-        env_spec: str | EnvSpec | None = None,
+        env_spec: Env | None = None,
         reference_scores: tuple[float, float] | None = None,
         reward_rule: RewardRule = "none",
         episode_rule: EpisodeRule = "as_stored",
+        observation_keys: Sequence[str] | None = None,
+        columns: Mapping[str, ArrayLike | Tensor] = MappingProxyType({}),
     ) -> OfflineDataset:
         """Split arrays of n rows, in the order of time, into episodes: D4RL's layout.
 
@@ -255,21 +331,25 @@ class OfflineDataset:
 
         Args:
             name: what error messages call the data set.
-            observations: ``[n, D]``, or as the observation space says.
+            observations: ``[n, D]``, or as the observation space says: a dictionary of arrays of a
+                ``Dict``.
             actions: ``[n, A]``, or as the action space says.
             rewards: ``[n]`` or ``[n, 1]``.
             terminals: where the task ended, ``[n]`` or ``[n, 1]``, 0 or 1 of any type.
             timeouts: where an episode just stopped, likewise.
             next_observations: as ``observations``.
             infos: arrays ``[n, ...]``, of which ``"until_success"`` reads ``"success"``.
-            observation_space: by default that of the environment, if one is given, flattened if it
-                is compound, else a ``Box`` without bounds.
+            observation_space: by default that of the environment, if one is given, else a ``Box``
+                without bounds, of bytes for uint8. Of a compound one, observations may also be the
+                vectors that it is flattened to.
             action_space: by default that of the environment, else, for floats, ``Box(-1, 1)``.
             env_spec: the environment to evaluate in, or its id. Without ``timeouts`` and
                 ``next_observations``, its time limit ends episodes.
             reference_scores: the returns that score 0 and 1 when normalized.
             reward_rule: as in :meth:`from_episodes`.
             episode_rule: as in :meth:`from_episodes`.
+            observation_keys: as in :meth:`from_episodes`.
+            columns: further columns of the transitions, ``[n, ...]`` each.
 
         Raises:
             TypeError: if a space can not be turned into rows.
@@ -291,7 +371,6 @@ class OfflineDataset:
             >>> dataset.transitions["next", "observation"].flatten()
             tensor([1., 2., 3., 4.])
         """
-        spec = spec_of(env_spec)
         given: dict[str, Any] = {
             "observations": observations,
             "actions": actions,
@@ -302,25 +381,35 @@ class OfflineDataset:
         }
         with errors_at(name):
             arrays: dict[str, Any] = {
-                key: array(values, key)
+                key: given_arrays(values, key)
                 for key, values in given.items()
                 if values is not None or key not in ("timeouts", "next_observations")
             }
-            spaces = _spaces(arrays, observation_space, action_space, spec)
+            spec, spaces = flattened(
+                arrays, observation_space, action_space, spec_of(env_spec), observation_keys
+            )
+            told: dict[NestedKey, np.ndarray] = {
+                key: array(values, f"infos/{key}")
+                for key, values in {**(infos or {}), **columns}.items()
+            }
             episodes = array_episodes(
                 **arrays,
-                infos={key: array(values, f"infos/{key}") for key, values in (infos or {}).items()},
+                infos=told,
                 time_limit=None if spec is None else spec.max_episode_steps,
             )
-        return cls.from_episodes(
+        dataset = cls.from_episodes(
             name,
             episodes,
-            **spaces,
+            observation_space=spaces[0],
+            action_space=spaces[1],
             env_spec=spec,
             reference_scores=reference_scores,
             reward_rule=reward_rule,
             episode_rule=episode_rule,
+            columns=list(columns),
         )
+        recording = replace(dataset.recording, transitions=len(arrays["rewards"]))
+        return replace(dataset, recording=recording)
 
     @classmethod
     def from_tensordict(
@@ -330,35 +419,41 @@ class OfflineDataset:
         *,
         observation_space: Space | None = None,
         action_space: Space | None = None,
-        env_spec: str | EnvSpec | None = None,
+        env_spec: Env | None = None,
         reference_scores: tuple[float, float] | None = None,
         reward_rule: RewardRule = "none",
         episode_rule: EpisodeRule = "as_stored",
+        observation_keys: Sequence[NestedKey] | None = None,
+        columns: Sequence[NestedKey] = (),
     ) -> OfflineDataset:
         """Split what a TorchRL collector or replay buffer gives into episodes.
 
         An episode ends with ``terminated``, ``truncated`` or ``done``, where the next observation
         is not that of the following transition, and with each row of ``[B, T]``. All transitions
         are kept, except for padding, which ``("collector", "mask")`` tells. One that is both
-        terminated and truncated is terminated. If most transitions are followed by one that does not
-        continue them, a warning says that they may not be in the order of time.
+        terminated and truncated is terminated.
 
         Args:
             name: what error messages call the data set.
             transitions: ``[n]`` in the order of time, or ``[B, T]``, each row a part of a
                 trajectory, on any device, with ``"observation"``, ``"action"``,
                 ``("next", "observation")``, ``("next", "reward")``, ``("next", "terminated")`` and,
-                optionally, ``("next", "truncated")`` and ``("next", "done")``.
+                optionally, ``("next", "truncated")`` and ``("next", "done")``. What collectors,
+                policies and buffers of TorchRL add is passed over; anything else has to be named.
             observation_space: as in :meth:`from_arrays`. For ``Discrete``, categories or one-hot.
             action_space: as in :meth:`from_arrays`. For ``Discrete``, categories or one-hot.
             env_spec: the environment to evaluate in, or its id.
             reference_scores: the returns that score 0 and 1 when normalized.
             reward_rule: as in :meth:`from_episodes`.
             episode_rule: as in :meth:`from_episodes`.
+            observation_keys: the entries that are observed, here and under ``"next"``, instead of
+                ``"observation"``. By default, if the environment shows several, these.
+            columns: further entries to keep, here, under ``"next"`` or both.
 
         Raises:
             TypeError: if a space can not be turned into rows, or ``transitions`` is no TensorDict.
-            ValueError: as in :meth:`from_arrays`, or if an entry is missing.
+            ValueError: as in :meth:`from_arrays`, if an entry is missing, or if there is one that is
+                not read.
 
         Example:
             >>> transitions = TensorDict(
@@ -376,32 +471,33 @@ class OfflineDataset:
             >>> OfflineDataset.from_tensordict("walks", transitions).episode_lengths
             tensor([2, 1])
         """
-        spec = spec_of(env_spec)
         with errors_at(name):
-            arrays = transition_arrays(transitions)
-            spaces = _spaces(arrays, observation_space, action_space, spec)
-            for key in ("observations", "next_observations", "actions"):
-                kind = "action_space" if key == "actions" else "observation_space"
-                arrays[key] = categories(spaces[kind], arrays[key], key)
+            spec = spec_of(env_spec)
+            if observation_keys is None and isinstance(transitions, TensorDictBase):
+                observed = shown(observation_space, spec, transitions)
+            else:
+                observed = observation_keys
+            arrays = transition_arrays(transitions, observed, columns)
+            spec, spaces = flattened(
+                arrays,
+                observation_space,
+                action_space,
+                spec,
+                None if observation_keys is None else list(map(written, observation_keys)),
+            )
+            kept = list(arrays["infos"])
             episodes = array_episodes(**arrays)
-        dataset = cls.from_episodes(
+        return cls.from_episodes(
             name,
             episodes,
-            **spaces,
+            observation_space=spaces[0],
+            action_space=spaces[1],
             env_spec=spec,
             reference_scores=reference_scores,
             reward_rule=reward_rule,
             episode_rule=episode_rule,
+            columns=kept,
         )
-        ends = flags(arrays["terminals"], "terminals") | arrays["timeouts"]
-        jumps = len(dataset.episode_lengths) - int(ends.sum())
-        if 2 * jumps > len(ends):
-            warnings.warn(
-                f"{name}: {jumps} of {len(ends)} transitions are followed by one that does not "
-                "continue them; are they in the order of time?",
-                stacklevel=2,
-            )
-        return dataset
 
     @property
     def episode_starts(self) -> Tensor:
@@ -451,10 +547,12 @@ class OfflineDataset:
             a data set of their transitions, copied.
 
         Raises:
-            ValueError: if ``share`` is out of range.
+            ValueError: if ``share`` is out of range, or most episodes are fragments.
         """
         if not 0 < share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {share!r}")
+        with errors_at(self.name):
+            _require_whole(self.recording.stopped, len(self.episode_lengths), "the best episodes")
         number = max(1, round(share * len(self.episode_returns)))
         order = self.episode_returns.argsort(descending=True, stable=True)
         chosen = order[:number].sort().values
@@ -464,6 +562,7 @@ class OfflineDataset:
             transitions=self.transitions[is_chosen.repeat_interleave(self.episode_lengths)],
             episode_lengths=self.episode_lengths[chosen],
             episode_returns=self.episode_returns[chosen],
+            recording=Recording(),
         )
 
     def n_step(self, n: int, discount: float) -> OfflineDataset:
@@ -584,31 +683,58 @@ def _statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
     if not len(rows):
         raise ValueError("there are no transitions to take statistics of")
     # In parts, since they may exceed the memory.
-    parts = rows.split(PART)
-    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(rows)
-    squares = torch.stack([(part - mean).square().sum(0) for part in parts])
-    std = (squares.sum(0) / len(rows)).sqrt()
-    largest = torch.stack([part.abs().amax(0) for part in parts]).amax(0)
+    size = rows[0].numel()
+    parts = rows.split(max(1, min(PART, PART_BYTES // (8 * max(1, size)))))
+    mean = torch.zeros(rows.shape[1:], dtype=torch.float64)
+    squares, largest = torch.zeros_like(mean), torch.zeros_like(mean)
+    for part in parts:
+        mean += part.double().sum(0)
+    mean /= len(rows)
+    for part in parts:
+        squares += (part - mean).square_().sum(0)
+        largest = largest.maximum(part.double().abs_().amax(0))
+    std = (squares / len(rows)).sqrt()
     constant = std <= STD_FLOOR * largest
     return mean.float(), std.masked_fill(constant, 1.0).float()
 
 
-def _spaces(
-    arrays: Mapping[str, np.ndarray],
-    observation_space: Space | None,
-    action_space: Space | None,
-    env_spec: EnvSpec | None,
-) -> dict[str, Space]:
-    """Return the spaces that are given, else those of the environment, else those of the arrays."""
-    if env_spec is not None and (observation_space is None or action_space is None):
-        of_env = spaces_of(env_spec)
-        observation_space = of_env[0] if observation_space is None else observation_space
-        action_space = of_env[1] if action_space is None else action_space
-    if observation_space is None:
-        observation_space = observation_box(arrays["observations"])
-    if action_space is None:
-        action_space = action_box(arrays["actions"])
-    return {"observation_space": observation_space, "action_space": action_space}
+def _refuse(outside: Sequence[ActionsOutside], others: int) -> None:
+    """Say which action is the first that its space does not hold, and how many there are."""
+    number, among = (sum(getattr(each, key) for each in outside) for key in ("outside", "actions"))
+    raise ValueError(
+        f"{outside[0]}; so are {number} of {among + others} actions, {number / (among + others):.2%}. "
+        "[-1, 1] is what a file and arrays of floats have by default: give action_space=, or the "
+        "environment that has it, whose bounds the policy then keeps"
+    )
+
+
+def warn_of_fragments(dataset: OfflineDataset) -> None:
+    """Warn if most transitions are followed by one that does not continue them."""
+    stopped, transitions = dataset.recording.stopped, len(dataset.transitions)
+    if 2 * stopped > transitions > 1:
+        warnings.warn(
+            f"{dataset.name}: {stopped} of {transitions} transitions are followed by one that does not "
+            "continue them; are they in the order of time?",
+            stacklevel=_stacklevel(),
+        )
+
+
+def _require_whole(stopped: int, episodes: int, what: str) -> None:
+    if 2 * stopped > episodes:
+        raise ValueError(
+            f"{what}: a statistic of whole episodes, but {stopped} of {episodes} end without a terminal "
+            "or a recorded time-out; give timeouts where episodes were cut (truncations, ('next', "
+            "'truncated')), rows in the order of time, or a rule of single transitions, as 'unit_rms' or "
+            "'none'"
+        )
+
+
+def _stacklevel() -> int:
+    """Return the one that makes a warning point to the caller of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(__package__):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def require_rules(reward_rule: str, episode_rule: str) -> None:

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
 from gymnasium import Space
 from minari import EpisodeData
-from tensordict import NestedKey
+from tensordict import NestedKey, unravel_key
 
-from torchrl_iql.data.spaces import (
+from torchrl_iql.spaces import (
+    ActionsOutside,
     action_rows,
     array,
     column,
     flags,
+    numbers,
+    observation_dtype,
     observation_rows,
     require_finite,
+    written,
 )
 
-__all__ = ["EpisodeRule", "episode_data", "errors_at", "is_episode", "transition_columns"]
+__all__ = [
+    "EpisodeRule",
+    "episode_data",
+    "errors_at",
+    "is_episode",
+    "require_names",
+    "transition_columns",
+]
 
 EpisodeRule = Literal["as_stored", "until_success"]
+
+TAKEN = (
+    "observation",
+    "action",
+    "next",
+    *(f"next/{name}" for name in ("observation", "reward", "done", "terminated", "truncated")),
+)
+"""Entries of transitions that no other column can have the name of."""
 
 REQUIRED = "observations", "actions", "rewards", "terminations"
 OPTIONAL = "id", "truncations", "infos"
@@ -36,6 +55,8 @@ def is_episode(value: Any) -> bool:
 def episode_data(episode: Mapping[str, Any]) -> EpisodeData:
     """Make an episode of its entries; ``"id"``, ``"truncations"`` and ``"infos"`` may be missing.
 
+    Without truncations, what is given is whole: it is truncated at its end if it does not terminate.
+
     Raises:
         ValueError: if another one is missing, or there is one that an episode does not have.
     """
@@ -44,10 +65,12 @@ def episode_data(episode: Mapping[str, Any]) -> EpisodeData:
     if missing or unknown:
         raise ValueError(
             f"found entries {sorted(episode)}, expected {', '.join(REQUIRED)} and, optionally, "
-            f"{', '.join(OPTIONAL)}"
+            f"{', '.join(OPTIONAL)}; others belong into infos, and are kept by columns="
         )
     length = len(column(episode["rewards"], "rewards"))
-    defaults = {"id": 0, "truncations": np.zeros(length, bool), "infos": {}}
+    truncations = np.zeros(length, bool)
+    truncations[-1:] = not np.any(np.ravel(array(episode["terminations"], "terminations"))[-1:])
+    defaults = {"id": 0, "truncations": truncations, "infos": {}}
     return EpisodeData(**defaults | dict(episode))
 
 
@@ -56,6 +79,8 @@ def errors_at(place: str) -> Iterator[None]:
     """Put a place before the message of a TypeError or a ValueError."""
     try:
         yield
+    except ActionsOutside as error:
+        raise ActionsOutside(f"{place}: {error}", error.outside, error.actions) from error
     except TypeError as error:
         raise TypeError(f"{place}: {error}") from error
     except ValueError as error:
@@ -67,7 +92,8 @@ def transition_columns(
     observation_space: Space,
     action_space: Space,
     episode_rule: EpisodeRule,
-) -> dict[NestedKey, np.ndarray]:
+    columns: Sequence[NestedKey] = (),
+) -> tuple[dict[NestedKey, np.ndarray], bool]:
     """Turn an episode of T transitions into one array per entry of a TensorDict.
 
     Args:
@@ -76,9 +102,11 @@ def transition_columns(
         action_space: space of one action.
         episode_rule: ``"as_stored"``, or ``"until_success"`` to terminate the episode at its first
             success and drop the rest.
+        columns: infos that are kept, under their names.
 
     Returns:
-        the entries described in :class:`~torchrl_iql.data.OfflineDataset`, rewards in float64.
+        the entries described in :class:`~torchrl_iql.data.OfflineDataset`, rewards in float64; and
+        whether a flag of the recording tells that the episode ended.
 
     Raises:
         TypeError: if a space can not be turned into rows.
@@ -100,7 +128,9 @@ def transition_columns(
 
     success = _first_success(episode, rewards) if episode_rule == "until_success" else None
     stop = length if success is None else success + 1
-    observations = observation_rows(observation_space, episode.observations, length + 1)[: stop + 1]
+    observations = observation_rows(
+        observation_space, episode.observations, length + 1, observation_dtype(observation_space)
+    )[: stop + 1]
     actions = action_rows(action_space, episode.actions[:stop])
     rewards = rewards[:stop].astype(np.float64)
     terminated = flags(episode.terminations[:stop], "terminations")
@@ -110,6 +140,7 @@ def transition_columns(
             raise ValueError(
                 f"{key}[{ended.argmax()}] ends the episode before its last transition, {stop - 1}"
             )
+    ended = success is not None or bool(terminated[-1] or truncated[-1])
     if success is not None:
         terminated[-1], truncated[-1] = True, False
     elif not terminated[-1]:
@@ -118,7 +149,7 @@ def transition_columns(
     require_finite(observations[:-1] if terminated[-1] else observations, "observations")
     require_finite(rewards, "rewards")
 
-    return {
+    rows: dict[NestedKey, np.ndarray] = {
         "observation": observations[:-1],
         "action": actions,
         ("next", "observation"): observations[1:],
@@ -127,6 +158,37 @@ def transition_columns(
         ("next", "terminated"): terminated.reshape(-1, 1),
         ("next", "truncated"): truncated.reshape(-1, 1),
     }
+    for key in columns:
+        rows |= _column(episode, key, length, stop)
+    return rows, ended
+
+
+def _column(
+    episode: EpisodeData, key: NestedKey, length: int, stop: int
+) -> dict[NestedKey, np.ndarray]:
+    """Return an info under its name; where it tells of T + 1 states, also under ``"next"``."""
+    infos, name = episode.infos or {}, written(key)
+    if key not in infos or infos[key] is None:
+        raise ValueError(f"columns: there is no infos/{name}, found {sorted(map(written, infos))}")
+    values = numbers(infos[key], f"infos/{name}")
+    if len(values) not in (length, length + 1):
+        raise ValueError(
+            f"infos/{name} has {len(values)} entries, expected {length} or {length + 1}"
+        )
+    if values.dtype.kind == "f":
+        values = values.astype(np.float32)
+        require_finite(values, f"infos/{name}")
+    if len(values) == length:
+        return {key: values[:stop]}
+    return {key: values[:stop], unravel_key(("next", key)): values[1 : stop + 1]}
+
+
+def require_names(columns: Sequence[NestedKey]) -> None:
+    """Refuse columns that would take the place of other entries, or are there twice."""
+    names = [written(key) for key in columns]
+    for name in names:
+        if name in TAKEN or names.count(name) > 1:
+            raise ValueError(f"columns: {name!r} is taken; expected further names, each once")
 
 
 def _first_success(episode: EpisodeData, rewards: np.ndarray) -> int | None:

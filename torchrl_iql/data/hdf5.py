@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,16 @@ def _has_images(space: Space) -> bool:
             return is_image_space(space)
 
 
-def hdf5_episodes(dataset: MinariDataset, *, with_success: bool) -> Iterator[EpisodeData]:
+def hdf5_episodes(
+    dataset: MinariDataset, observation_space: Space, wanted: Collection[str]
+) -> Iterator[EpisodeData]:
     """Yield what ``dataset.iterate_episodes()`` does, several times as fast, with fewer infos.
 
     Args:
         dataset: a data set for which :func:`is_plain_hdf5`.
-        with_success: whether to read ``infos["success"]``. Other infos are None.
+        observation_space: of what is read; what it leaves out of a ``Dict`` is not.
+        wanted: names of infos to read, ``a/b`` where they are nested; the others that are stored are
+            None.
 
     Raises:
         OSError: if the file is damaged.
@@ -47,12 +51,12 @@ def hdf5_episodes(dataset: MinariDataset, *, with_success: bool) -> Iterator[Epi
             episode = h5py.h5g.open(file.id, f"episode_{index}".encode())
             yield EpisodeData(
                 id=index,
-                observations=_arrays(episode, "observations", dataset.observation_space),
+                observations=_arrays(episode, "observations", observation_space),
                 actions=_arrays(episode, "actions", dataset.action_space),
                 rewards=_array(episode, "rewards"),
                 terminations=_array(episode, "terminations"),
                 truncations=_array(episode, "truncations"),
-                infos=_success(episode) if with_success else {},
+                infos=_infos(episode, wanted) if wanted else {},
             )
 
 
@@ -77,9 +81,10 @@ def _array(group: h5py.h5g.GroupID, key: str) -> np.ndarray:
     return values
 
 
-def _success(episode: h5py.h5g.GroupID) -> dict[str, Any]:
-    """Read the infos of an episode: their names, and the values of ``"success"`` alone."""
+def _infos(episode: h5py.h5g.GroupID, wanted: Collection[str]) -> dict[str, Any]:
+    """Read the infos of an episode: the names of all, and the values of some."""
     if b"infos" not in episode:
         return {}
     infos = dict.fromkeys(name.decode() for name in h5py.h5g.open(episode, b"infos"))
-    return infos | {"success": _array(episode, "infos/success")} if "success" in infos else infos
+    found = [name for name in wanted if f"infos/{name}".encode() in episode]
+    return infos | {name: _array(episode, f"infos/{name}") for name in found}

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from gymnasium.envs.registration import EnvSpec
 from minari import EpisodeData
 from tensordict import TensorDict
 
 from torchrl_iql.data.cache import entry_path, read, write
 from torchrl_iql.data.d4rl import d4rl_source, is_d4rl
-from torchrl_iql.data.dataset import OfflineDataset, require_rules
-from torchrl_iql.data.episodes import EpisodeRule
+from torchrl_iql.data.dataset import OfflineDataset, Recording, require_rules, warn_of_fragments
+from torchrl_iql.data.episodes import EpisodeRule, errors_at, require_names
 from torchrl_iql.data.minari import minari_source
 from torchrl_iql.data.ogbench import is_ogbench, ogbench_source
-from torchrl_iql.data.rewards import REWARD_RULES, RewardRule
+from torchrl_iql.data.rewards import RewardRule, RewardTransform
 from torchrl_iql.data.source import Source
-from torchrl_iql.environments import spec_of
+from torchrl_iql.environments import Env, observing, spec_of
+from torchrl_iql.spaces import selected
 
 __all__ = ["load"]
 
@@ -31,7 +34,9 @@ def load(
     *,
     reward: RewardRule = "none",
     episodes: EpisodeRule = "as_stored",
-    env: str | EnvSpec | None = None,
+    env: Env | None = None,
+    observation_keys: Sequence[str] | None = None,
+    columns: Sequence[str] = (),
     download: bool = True,
     cache: bool = True,
 ) -> OfflineDataset:
@@ -51,14 +56,19 @@ def load(
             ``"antmaze-medium-navigate-singletask-v0"``, or its ``.npz`` file, see
             :mod:`torchrl_iql.data.ogbench`. Several are joined in their order; their spaces must be
             equal.
-        reward: reward rule: ``"none"``, ``"minus_one"`` (AntMaze), ``"return_range"`` (locomotion).
-            It sees the episodes of all sources.
+        reward: reward rule: ``"none"``, ``"minus_one"`` (AntMaze), ``"return_range"`` (locomotion), or
+            ``"unit_rms"`` (rewards of unknown scale). It sees the episodes of all sources.
         episodes: episode rule: ``"as_stored"``, or ``"until_success"`` for mazes, whose recordings
             go on after the goal: each episode terminates at its first success.
-        env: the environment to evaluate in, as an id or a specification, instead of the first that
-            a source names; a D4RL file names none. Its time limit ends the episodes of D4RL files
+        env: the environment to evaluate in, as an id, a specification or a function that makes it,
+            instead of the first that a source names; a D4RL file names none. Its actions are those of
+            D4RL's files, its time limit ends the episodes of D4RL files
             that do not tell where they end, and its task gives the rewards of OGBench's files.
             Reference scores are the first that a source names.
+        observation_keys: the entries of compound observations that are observed, in the data and in the
+            environment; all by default.
+        columns: infos, of D4RL's files also arrays, that become further columns of the transitions, see
+            :meth:`OfflineDataset.from_episodes`.
         download: whether to download what is not there locally: a Minari id, one of D4RL's
             locomotion files of version 2, or the file of a single task of OGBench.
         cache: whether to use that folder. A folder that can not be written to is a warning.
@@ -75,7 +85,10 @@ def load(
     names = [source] if isinstance(source, str | Path) else list(source)
     if not names:
         raise ValueError("there is no source to load")
-    sources = [_open(name, env_spec, download) for name in names]
+    require_names(columns)
+    sources = [_open(name, env_spec, download, observation_keys, columns) for name in names]
+    if observation_keys is not None and env_spec is not None:
+        env_spec = observing(env_spec, observation_keys)
     _require_equal_spaces(sources)
     first_env = next((each.env_spec for each in sources if each.env_spec), None)
     scores = next((each.reference_scores for each in sources if each.reference_scores), None)
@@ -90,23 +103,47 @@ def load(
     }
     made_with = [each.made_with for each in sources]
     paths = [each.path for each in sources]
-    entry = entry_path(paths, reward, episodes, made_with) if cache else None
+    recorded = sum(each.transitions for each in sources)
+    rules = reward, episodes, made_with, observation_keys and list(observation_keys), list(columns)
+    entry = entry_path(paths, *rules) if cache else None
     if entry and (arrays := read(entry)) is not None:
-        transform = REWARD_RULES[reward](arrays["episode_returns"])
-        return OfflineDataset(**arrays, **known, reward_transform=transform)
+        scale, shift, stopped = arrays["numbers"].tolist()
+        kept = {key: arrays[key] for key in CACHED}
+        transform, recording = RewardTransform(scale, shift), Recording(int(stopped), recorded)
+        cached = OfflineDataset(**kept, **known, reward_transform=transform, recording=recording)
+        warn_of_fragments(cached)
+        return cached
 
-    loaded = OfflineDataset.from_episodes(episodes=_episodes(sources, episodes), **known)
+    wanted = {*columns, *(["success"] if episodes == "until_success" else [])}
+    loaded = OfflineDataset.from_episodes(
+        episodes=_episodes(sources, wanted), columns=columns, **known
+    )
     if entry:
-        write(entry, TensorDict({key: getattr(loaded, key) for key in CACHED}))
-    return loaded
+        transform = loaded.reward_transform
+        numbers = torch.tensor(
+            [transform.scale, transform.shift, loaded.recording.stopped], dtype=torch.float64
+        )
+        arrays = {key: getattr(loaded, key) for key in CACHED}
+        write(entry, TensorDict({**arrays, "numbers": numbers}))
+    return replace(loaded, recording=replace(loaded.recording, transitions=recorded))
 
 
-def _open(source: str | Path, env_spec: EnvSpec | None, download: bool) -> Source:
+def _open(
+    source: str | Path,
+    env_spec: EnvSpec | None,
+    download: bool,
+    observation_keys: Sequence[str] | None,
+    columns: Sequence[str],
+) -> Source:
     if is_ogbench(source):
-        return ogbench_source(source, env_spec=env_spec, download=download)
-    if is_d4rl(source):
-        return d4rl_source(source, env_spec=env_spec, download=download)
-    return minari_source(source, download=download)
+        found = ogbench_source(source, env_spec=env_spec, download=download)
+    elif is_d4rl(source):
+        found = d4rl_source(source, env_spec=env_spec, download=download, columns=columns)
+    else:
+        return minari_source(source, download=download, observation_keys=observation_keys)
+    with errors_at(found.name):
+        selected(found.observation_space, observation_keys)
+    return found
 
 
 def _require_equal_spaces(sources: Sequence[Source]) -> None:
@@ -122,12 +159,12 @@ def _require_equal_spaces(sources: Sequence[Source]) -> None:
 
 
 def _episodes(
-    sources: Sequence[Source], episode_rule: EpisodeRule
+    sources: Sequence[Source], wanted: Collection[str]
 ) -> Iterator[EpisodeData | dict[str, Any]]:
     """Yield the episodes of all sources; of several, each is named after its source."""
     if len(sources) == 1:
-        yield from sources[0].episodes(episode_rule)
+        yield from sources[0].episodes(wanted)
         return
     for source in sources:
-        for episode in source.episodes(episode_rule):
+        for episode in source.episodes(wanted):
             yield vars(episode) | {"id": f"{episode.id} of {source.name}"}

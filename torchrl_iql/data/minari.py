@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import minari
 import numpy as np
+from gymnasium import Space
 from minari import EpisodeData, MinariDataset
 from minari.storage import get_dataset_path
 
-from torchrl_iql.data.episodes import EpisodeRule
+from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.hdf5 import hdf5_episodes, is_plain_hdf5
 from torchrl_iql.data.source import Source
-from torchrl_iql.environments import require_reference_scores
+from torchrl_iql.environments import observing, require_reference_scores
+from torchrl_iql.spaces import selected
 
 __all__ = ["minari_source"]
 
 
-def minari_source(source: str | Path, *, download: bool) -> Source:
+def minari_source(
+    source: str | Path, *, download: bool, observation_keys: Sequence[str] | None = None
+) -> Source:
     """Find a Minari data set.
 
     Args:
         source: its id, or its folder: the one that contains ``data``, or ``data`` itself.
         download: whether to download an id that is not there locally.
+        observation_keys: the entries of its observations that are read; all by default.
 
     Raises:
         FileNotFoundError: if there is no such data set, or its download failed.
@@ -39,20 +45,26 @@ def minari_source(source: str | Path, *, download: bool) -> Source:
         metadata = dataset.storage.metadata
         if not isinstance(metadata["total_steps"], int):
             raise TypeError(f"total_steps is {metadata['total_steps']!r}, expected an integer")
-        return Source(
-            name=str(source),
-            path=dataset.storage.data_path,
-            observation_space=dataset.observation_space,
-            action_space=dataset.action_space,
-            # Minari has no public name for this specification, only for the environment made from it.
-            env_spec=dataset._eval_env_spec or dataset.env_spec,
-            reference_scores=_reference_scores(metadata, str(source)),
-            episodes=partial(_complete_episodes, dataset, str(source)),
-        )
+        # Minari has no public name for this specification, only for the environment made from it.
+        env_spec = dataset._eval_env_spec or dataset.env_spec
     except Exception as error:  # whatever Minari meets in damaged metadata
         raise ValueError(
             f"{source}: Minari can not open {folder}: {error!r}{_advice(folder)}"
         ) from error
+    with errors_at(str(source)):
+        space = selected(dataset.observation_space, observation_keys)
+        if observation_keys is not None and env_spec is not None:
+            env_spec = observing(env_spec, observation_keys)
+    return Source(
+        name=str(source),
+        path=dataset.storage.data_path,
+        transitions=int(metadata["total_steps"]),
+        observation_space=space,
+        action_space=dataset.action_space,
+        env_spec=env_spec,
+        reference_scores=_reference_scores(metadata, str(source)),
+        episodes=partial(_complete_episodes, dataset, str(source), space),
+    )
 
 
 def _reference_scores(metadata: dict[str, Any], name: str) -> tuple[float, float] | None:
@@ -103,22 +115,25 @@ def _advice(folder: Path) -> str:
     return f"; if its download was interrupted, delete {folder.parent} and load it again"
 
 
-def _episode(dataset: MinariDataset, index: int) -> EpisodeData:
+def _episode(dataset: MinariDataset, observation_space: Space, index: int) -> EpisodeData:
     # One at a time: of several, Minari attributes what Arrow reads by its position.
     for episode in dataset.iterate_episodes([index]):
+        if observation_space is not dataset.observation_space:
+            read = {key: episode.observations[key] for key in observation_space}  # pyright: ignore
+            return replace(episode, observations=read)
         return episode
     raise ValueError("the episode is empty")
 
 
 def _complete_episodes(
-    dataset: MinariDataset, name: str, episode_rule: EpisodeRule
+    dataset: MinariDataset, name: str, observation_space: Space, wanted: Collection[str]
 ) -> Iterator[EpisodeData]:
     advice = _advice(dataset.storage.data_path)
     indices = dataset.episode_indices.tolist()
     if is_plain_hdf5(dataset):
-        episodes = hdf5_episodes(dataset, with_success=episode_rule == "until_success")
+        episodes = hdf5_episodes(dataset, observation_space, wanted)
     else:
-        episodes = map(partial(_episode, dataset), indices)
+        episodes = map(partial(_episode, dataset, observation_space), indices)
     steps = 0
     for index in indices:
         try:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPException
@@ -31,7 +31,7 @@ from minari import EpisodeData
 
 from torchrl_iql.data.arrays import action_box, array_episodes, observation_box
 from torchrl_iql.data.cache import unfinished
-from torchrl_iql.data.episodes import EpisodeRule, errors_at
+from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.source import Source
 from torchrl_iql.environments import flat_environment, spec_of
 from torchrl_iql.ogbench import ogbench_package
@@ -101,6 +101,7 @@ def ogbench_source(source: str | Path, *, env_spec: EnvSpec | None, download: bo
     return Source(
         name=str(source),
         path=path,
+        transitions=int(arrays["observations"].shape[0]),
         observation_space=observation_space,
         action_space=action_space,
         env_spec=spec,
@@ -179,7 +180,7 @@ def _headers(path: Path, required: list[str]) -> dict[str, SimpleNamespace]:
     return headers
 
 
-def _episodes(path: Path, spec: EnvSpec, _: EpisodeRule) -> Iterator[EpisodeData]:
+def _episodes(path: Path, spec: EnvSpec, _: Collection[str]) -> Iterator[EpisodeData]:
     from ogbench.relabel_utils import relabel_dataset
 
     with _reading(path):

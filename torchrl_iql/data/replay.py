@@ -33,7 +33,8 @@ from torchrl_iql.data.d4rl import d4rl_episodes, d4rl_source, has_next_observati
 from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.minari import minari_source
 from torchrl_iql.data.simulator import Simulator
-from torchrl_iql.data.spaces import (
+from torchrl_iql.environments import spec_of
+from torchrl_iql.spaces import (
     action_rows,
     array,
     column,
@@ -41,7 +42,6 @@ from torchrl_iql.data.spaces import (
     observation_rows,
     require_finite,
 )
-from torchrl_iql.environments import spec_of
 
 __all__ = ["Deviation", "Replay", "replay"]
 
@@ -315,7 +315,7 @@ def _recorded(
 ) -> tuple[EnvSpec | None, Iterator[_Episode]]:
     """Find the environment, if the data name it, and the episodes in a random order."""
     if is_d4rl(source):
-        found = d4rl_source(source, env_spec=env_spec, download=download)
+        found = d4rl_source(source, env_spec=env_spec, download=download, columns=None)
         time_limit = cast(int | None, found.made_with)
         stored = list(d4rl_episodes(found.path, time_limit, ("qpos", "qvel", "goal")))
         has_next = has_next_observations(found.path)

@@ -1,7 +1,8 @@
-"""The paper's reward rules, one per family of tasks.
+"""Reward rules: the paper's, one per family of tasks, and one for other data.
 
-Each takes the raw episode returns ``[E]`` of a data set, and says how its rewards are changed. What is
-collected online later is changed by the same numbers.
+Each takes the raw episode returns ``[E]`` and rewards ``[n]`` of a data set, both float64, and says how its
+rewards are changed. What is collected online later is changed by the same numbers. Beside the paper's there
+is ``"unit_rms"``, for data of which nobody knows the scale.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ __all__ = [
     "minus_one",
     "none",
     "return_range",
+    "unit_rms",
 ]
 
-RewardRule = Literal["none", "minus_one", "return_range"]
+RewardRule = Literal["none", "minus_one", "return_range", "unit_rms"]
+
+OF_WHOLE_EPISODES = ("return_range",)
+"""Rules that are wrong where episodes are fragments of what was played."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +46,29 @@ class RewardTransform:
     def __call__(self, rewards: Tensor) -> Tensor:
         return rewards * self.scale + self.shift
 
+    def __str__(self) -> str:
+        scaled = "r" if self.scale == 1 else f"{self.scale:.4g} r"
+        return (
+            f"{scaled} {'-' if self.shift < 0 else '+'} {abs(self.shift):g}"
+            if self.shift
+            else scaled
+        )
+
 
 UNCHANGED = RewardTransform()
 
 
-def none(episode_returns: Tensor) -> RewardTransform:
+def none(episode_returns: Tensor, rewards: Tensor) -> RewardTransform:
     """Leave the rewards as they are: Kitchen and Adroit."""
     return UNCHANGED
 
 
-def minus_one(episode_returns: Tensor) -> RewardTransform:
+def minus_one(episode_returns: Tensor, rewards: Tensor) -> RewardTransform:
     """Make rewards ``r - 1``, so that every step before the goal costs one: AntMaze."""
     return RewardTransform(shift=-1.0)
 
 
-def return_range(episode_returns: Tensor) -> RewardTransform:
+def return_range(episode_returns: Tensor, rewards: Tensor) -> RewardTransform:
     """Make rewards ``1000 r / (best - worst episode return)``: locomotion.
 
     Raises:
@@ -67,13 +80,33 @@ def return_range(episode_returns: Tensor) -> RewardTransform:
     if best == worst:
         raise ValueError(
             "reward rule 'return_range' divides by the range of the episode returns, "
-            f"but all of them are {best.item():g}"
+            f"but all of them are {best.item():g}; 'unit_rms' needs none"
         )
     return RewardTransform(scale=1000 / (best - worst).item())
 
 
-REWARD_RULES: dict[RewardRule, Callable[[Tensor], RewardTransform]] = {
+def unit_rms(episode_returns: Tensor, rewards: Tensor) -> RewardTransform:
+    """Divide rewards by their root mean square, so that the temperature means the same on any scale.
+
+    Rewards that are all 0 stay so.
+
+    Raises:
+        ValueError: if there are no rewards.
+    """
+    if not len(rewards):
+        raise ValueError("reward rule 'unit_rms' needs the rewards of a data set")
+    largest = rewards.abs().max()
+    if not largest:
+        return UNCHANGED
+    # Of those over the largest: the squares of large ones may be infinite.
+    return RewardTransform(
+        scale=(1 / (largest * (rewards / largest).square().mean().sqrt())).item()
+    )
+
+
+REWARD_RULES: dict[RewardRule, Callable[[Tensor, Tensor], RewardTransform]] = {
     "none": none,
     "minus_one": minus_one,
     "return_range": return_range,
+    "unit_rms": unit_rms,
 }

@@ -278,7 +278,8 @@ class StackedLosses:
             if column is None:
                 held = list(source.keys(True, True))
                 raise KeyError(f"a step needs the entry {key!r}, and the batch holds {held}")
-            if column.shape != shape or column.dtype != kind:
+            allowed = (kind, torch.uint8) if name.endswith("observation") else (kind,)
+            if column.shape != shape or column.dtype not in allowed:
                 found = f"{tuple(column.shape)} of {column.dtype}"
                 raise ValueError(f"{key!r} is {found}, expected {shape} of {kind}")
             columns[name] = column
@@ -528,8 +529,9 @@ class StackedLosses:
 
     def _inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return what V and the policy read at s and at s', and what the Q networks read."""
-        state = self.normalize(batch["observation"])
-        next_state = self.normalize(batch["next_observation"])
+        # Images are kept in bytes until here.
+        state = self.normalize(batch["observation"].to(self.dtype))
+        next_state = self.normalize(batch["next_observation"].to(self.dtype))
         if self.discrete:
             return state, next_state, state
         return state, next_state, torch.cat([state, self.scale_action(batch["action"])], dim=-1)

@@ -1,25 +1,32 @@
-"""Observations and actions of a whole episode as the rows a network takes."""
+"""Observations and actions as the rows a network takes, and such rows as an environment's actions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium import Space, spaces
 from numpy.typing import DTypeLike
+from tensordict import NestedKey
 from torch import Tensor
 
 __all__ = [
+    "ActionsOutside",
+    "action_row_space",
     "action_rows",
     "action_support",
     "array",
     "column",
+    "environment_action",
     "flags",
     "numbers",
+    "observation_dtype",
     "observation_rows",
     "require_finite",
+    "selected",
+    "written",
 ]
 
 KINDS = {"numbers": "biuf", "integers": "biu"}
@@ -30,6 +37,55 @@ CLIP_MARGIN = 1e-5
 
 RANGE_TOLERANCE = 1e-3
 """Actions farther outside than this share of the range are an error, not rounding."""
+
+
+class ActionsOutside(ValueError):
+    """Actions that no policy in the bounds of their space can take.
+
+    Attributes:
+        outside: how many of them.
+        actions: of how many.
+    """
+
+    def __init__(self, message: str, outside: int, actions: int) -> None:
+        super().__init__(message)
+        self.outside = outside
+        self.actions = actions
+
+
+def selected(space: Space, keys: Sequence[str] | None) -> Space:
+    """Return a ``Dict`` space with these entries alone, in its own order; the space itself for None.
+
+    Raises:
+        ValueError: if it has no entries to choose from, or not one of these.
+    """
+    if keys is None:
+        return space
+    if not isinstance(space, spaces.Dict):
+        raise ValueError(f"observation_keys={list(keys)}: observations are {space}, without keys")
+    unknown = [key for key in keys if key not in space.spaces]
+    if unknown or not keys:
+        raise ValueError(
+            f"observation_keys={list(keys)}: expected some of the observation's {list(space.spaces)}"
+        )
+    return spaces.Dict({key: sub for key, sub in space.spaces.items() if key in keys})
+
+
+def observation_dtype(space: Space) -> type[np.generic]:
+    """Return the type of the rows: that of images, uint8, stays, all else is float32."""
+    match space:
+        case spaces.Dict():
+            leaves = list(space.spaces.values())
+        case spaces.Tuple():
+            leaves = list(space.spaces)
+        case _:
+            return (
+                np.uint8
+                if space.dtype == np.uint8 and isinstance(space, spaces.Box)
+                else np.float32
+            )
+    kinds = {observation_dtype(leaf) for leaf in leaves}
+    return np.uint8 if kinds == {np.uint8} else np.float32
 
 
 def observation_rows(
@@ -53,8 +109,8 @@ def observation_rows(
 
     Raises:
         TypeError: if a leaf of the space has no fixed size.
-        ValueError: if a leaf is missing, has another length, shape or type, or a category outside
-            its space.
+        ValueError: if a leaf is missing, has another length, shape or type, a category outside its
+            space, or there is one that the space does not have.
     """
     leaves = []
     for key, rows in _leaves(space, observations, "observations"):
@@ -62,16 +118,34 @@ def observation_rows(
             raise ValueError(
                 f"{key} has {len(rows)} entries, expected {length}, one more than rewards"
             )
+        if dtype is np.uint8:
+            rows = _bytes(rows, key)
         leaves.append(rows)
     with np.errstate(over="ignore"):  # what becomes infinite is refused later
         return np.concatenate(leaves, axis=1, dtype=dtype)
 
 
+def _bytes(rows: np.ndarray, key: str) -> np.ndarray:
+    whole = rows.astype(np.uint8)
+    if (wrong := whole != rows).any():
+        index = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"{key}{index.tolist()} is {rows[tuple(index)]}, expected 0, 1, ... or 255"
+        )
+    return whole
+
+
 def _leaves(space: Space, values: Any, key: str) -> Iterator[tuple[str, np.ndarray]]:
     match space:
         case spaces.Dict():
+            _require_flat(space, key)
             for name, subspace in space.spaces.items():
                 yield from _leaves(subspace, _entry(values, name, key), f"{key}/{name}")
+            if unread := [name for name in _names(values) if name not in space.spaces]:
+                raise ValueError(
+                    f"{key} has entries that are not read, {unread}: the space has "
+                    f"{list(space.spaces)}; name those to use in observation_keys="
+                )
         case spaces.Tuple():
             for i, subspace in enumerate(space.spaces):
                 yield from _leaves(subspace, _entry(values, i, key), f"{key}/{i}")
@@ -85,6 +159,32 @@ def _leaves(space: Space, values: Any, key: str) -> Iterator[tuple[str, np.ndarr
                 yield key, np.eye(int(n))[_categories(column, n, start, key)]
         case _:
             raise TypeError(f"{key}: can not flatten {space} to a vector of fixed size")
+
+
+def _require_flat(space: spaces.Dict, key: str) -> None:
+    """Refuse entries that have no fixed size, with what to do about it."""
+    flat = [name for name, sub in space.spaces.items() if _is_flat(sub)]
+    for name, sub in space.spaces.items():
+        if name not in flat:
+            raise TypeError(
+                f"{key}/{name}: can not flatten {sub} to a vector of fixed size; leave it out by "
+                f"observation_keys={flat}"
+            )
+
+
+def _is_flat(space: Space) -> bool:
+    match space:
+        case spaces.Dict():
+            return all(map(_is_flat, space.spaces.values()))
+        case spaces.Tuple():
+            return all(map(_is_flat, space.spaces))
+        case _:
+            kinds = spaces.Box | spaces.MultiBinary | spaces.Discrete | spaces.MultiDiscrete
+            return isinstance(space, kinds)
+
+
+def _names(values: Any) -> list[str]:
+    return list(values.keys()) if hasattr(values, "keys") else []
 
 
 def _entry(values: Any, name: str | int, key: str) -> Any:
@@ -143,6 +243,40 @@ def action_rows(space: Space, actions: Any) -> np.ndarray:
             raise TypeError(f"the action space must be Box or Discrete, found {space}")
 
 
+def action_row_space(space: Space) -> Space:
+    """Return the space of the rows of :func:`action_rows`: ``Box [A]`` float32, or ``Discrete`` from 0.
+
+    Raises:
+        TypeError: if the space is of another kind.
+    """
+    match space:
+        case spaces.Discrete():
+            return spaces.Discrete(int(space.n))
+        case spaces.Box():
+            low, high = (bound.ravel().astype(np.float32) for bound in (space.low, space.high))
+            return spaces.Box(low, high, dtype=np.float32)
+        case _:
+            raise TypeError(f"the action space must be Box or Discrete, found {space}")
+
+
+def environment_action(space: Space, row: Any) -> Any:
+    """Return the action of an environment that a row of :func:`action_rows` stands for.
+
+    It is clipped to its bounds, and rounded to whole numbers where the space holds these.
+
+    Args:
+        space: ``Box`` of A elements, or ``Discrete``.
+        row: ``[A]``, or a category counted from 0.
+    """
+    if isinstance(space, spaces.Discrete):
+        return space.dtype.type(space.start + int(np.asarray(row).item()))  # pyright: ignore
+    assert isinstance(space, spaces.Box)
+    action = np.reshape(row, space.shape)
+    if space.dtype.kind != "f":  # pyright: ignore
+        action = np.rint(np.asarray(action, np.float64))
+    return np.clip(action, space.low, space.high).astype(space.dtype)
+
+
 def action_support(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
     """Return the lowest and the highest action of a data set, ``[A]`` float32 each.
 
@@ -168,9 +302,11 @@ def _clip(rows: np.ndarray, space: spaces.Box) -> np.ndarray:
     outside = np.abs(rows - clipped) > margin + RANGE_TOLERANCE * span
     if outside.any():
         step, dim = np.argwhere(outside)[0]
-        raise ValueError(
+        raise ActionsOutside(
             f"actions[{step}, {dim}] is {rows[step, dim]:g}, outside [{low[dim]:g}, {high[dim]:g}] "
-            f"by more than {RANGE_TOLERANCE:g} of this range"
+            f"by more than {RANGE_TOLERANCE:g} of this range",
+            outside=int(outside.any(axis=1).sum()),
+            actions=len(rows),
         )
     return clipped.astype(np.float32, copy=False)
 
@@ -190,7 +326,11 @@ def numbers(values: Any, key: str, kind: str = "numbers") -> np.ndarray:
     found = array(values, key)
     # Without an entry there is no telling: numpy takes an empty list for floats.
     if found.size and found.dtype.kind not in KINDS[kind]:
-        raise ValueError(f"{key} has dtype {found.dtype}, expected {kind}")
+        whole = (
+            kind == "integers" and found.dtype.kind == "f" and bool((found == np.rint(found)).all())
+        )
+        remedy = f": they are whole numbers, give {key}.astype(int)" if whole else ""
+        raise ValueError(f"{key} has dtype {found.dtype}, expected {kind}{remedy}")
     return found
 
 
@@ -207,6 +347,11 @@ def flags(values: Any, key: str) -> np.ndarray:
         step = wrong.argmax()
         raise ValueError(f"{key}[{step}] is {values[step]}, expected 0 or 1")
     return values.astype(bool)
+
+
+def written(key: NestedKey) -> str:
+    """Return the key of an entry as messages and the command line write it, ``next/reward``."""
+    return key if isinstance(key, str) else "/".join(key)  # pyright: ignore
 
 
 def require_finite(values: np.ndarray, key: str, rows: np.ndarray | None = None) -> None:
