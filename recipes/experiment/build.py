@@ -43,7 +43,9 @@ def set_up(compute: Compute) -> None:
         torch.empty(0, device=compute.device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise SettingsError(f"compute.device={compute.device}: {reason}") from None
+        raise SettingsError(
+            f"compute.device={compute.device}: {reason}; compute=cpu trains without it"
+        ) from None
     if compute.threads is not None:
         torch.set_num_threads(compute.threads)
     torch.set_float32_matmul_precision(compute.matmul_precision)
@@ -95,6 +97,8 @@ def dataset_for(data: Data) -> OfflineDataset:
             [collection.ensure(source) for source in sources],
             reward=data.reward,
             episodes=data.episodes,
+            observation_keys=data.observation_keys,
+            columns=data.columns,
         )
         dataset = load(env=env)
         if env is None and data.maze is not None:

@@ -67,7 +67,7 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
             settings.learners, evaluated, records.folders, strict=True
         )
     ]
-    return results.write(path, settings, dataset.name, replicas)
+    return results.write(path, settings, dataset.name, replicas, results.rules(dataset))
 
 
 def train(
@@ -109,10 +109,18 @@ def train(
 
 
 def describe(dataset: OfflineDataset) -> str:
+    """Write what the user reads first: the data, and what the rules make of them."""
+    rows, recording = len(dataset.transitions), dataset.recording
+    dropped = (recording.transitions or rows) - rows
+    share = (
+        f", {dropped} of {recording.transitions} recorded transitions dropped" if dropped else ""
+    )
     return (
-        f"{dataset.name}: {len(dataset.transitions)} transitions in "
+        f"{dataset.name}: {rows} transitions in "
         f"{len(dataset.episode_lengths)} episodes, mean return {dataset.episode_returns.mean():.1f}; "
-        f"environment: {dataset.env_spec and dataset.env_spec.id}"
+        f"environment: {dataset.env_spec and dataset.env_spec.id}\n"
+        f"Rules: reward {dataset.reward_rule} ({dataset.reward_transform} of a reward r), episodes "
+        f"{dataset.episode_rule}{share}"
     )
 
 

@@ -42,7 +42,8 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
         if not (path / "last.ckpt").exists():
             learned = offline.run(_offline(settings), path / "offline")
             if learned["replicas"][0]["interrupted"]:
-                return results.write(path, settings, learned["dataset"], learned["replicas"])
+                known = (learned[key] for key in ("dataset", "replicas", "data"))
+                return results.write(path, settings, *known)
     build.set_up(settings.compute)
     dataset = dataset_for(settings)
     last = path / "last.ckpt"
@@ -58,7 +59,7 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
         its.train()
         times.write(evaluations)
         its.draw()
-    return results.write(path, settings, dataset.name, [its.outcome()])
+    return results.write(path, settings, dataset.name, [its.outcome()], results.rules(dataset))
 
 
 def _require_one_learner(settings: Settings) -> None:
@@ -79,6 +80,8 @@ def dataset_for(settings: Settings) -> OfflineDataset:
     data = settings.data
     if data.n_steps > 1:
         raise SettingsError(f"n_steps={data.n_steps}: transitions are collected one by one, give 1")
+    if data.columns:
+        raise SettingsError(f"columns={list(data.columns)}: are not collected, give none")
     if data.dataset is not None:
         dataset = build.dataset_for(data)
         if dataset.env_spec is None:

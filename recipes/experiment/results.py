@@ -11,11 +11,11 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
-from torchrl_iql import Evaluation
+from torchrl_iql import Evaluation, OfflineDataset
 from torchrl_iql_recipes.experiment.settings import Learner, Settings
 from torchrl_iql_recipes.files import whole
 
-__all__ = ["VERSION", "outcome", "read", "report", "summaries", "write"]
+__all__ = ["VERSION", "outcome", "read", "report", "rules", "summaries", "write"]
 
 VERSION = 2
 """Of ``scores.json``. Without one: written before there were versions."""
@@ -45,8 +45,25 @@ def outcome(
     return {**learner.settings(), "title": str(learner.algorithm), **scored, **state, **more}
 
 
+def rules(dataset: OfflineDataset) -> dict[str, Any]:
+    """Return what is said of the data: the rules, in numbers, and how many transitions they left."""
+    transform, recorded = dataset.reward_transform, dataset.recording.transitions
+    return {
+        "reward": dataset.reward_rule,
+        "reward_scale": transform.scale,
+        "reward_shift": transform.shift,
+        "episodes": dataset.episode_rule,
+        "transitions": len(dataset.transitions),
+        "recorded_transitions": recorded,
+    }
+
+
 def write(
-    path: Path, settings: Settings, dataset: str, replicas: Sequence[dict[str, Any]]
+    path: Path,
+    settings: Settings,
+    dataset: str,
+    replicas: Sequence[dict[str, Any]],
+    data: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write ``scores.json`` in a folder, whole or not at all.
 
@@ -55,6 +72,7 @@ def write(
         settings: of the run.
         dataset: the name of what was learned from.
         replicas: the outcome of each learner.
+        data: its :func:`rules`.
 
     Returns:
         what is written: these, a ``version``, and the ``summary`` over seeds of what was evaluated.
@@ -62,6 +80,7 @@ def write(
     scores: dict[str, Any] = {
         "version": VERSION,
         "dataset": dataset,
+        "data": dict(data),
         "algorithm": settings.values["algorithm"],
         "replicas": list(replicas),
     }

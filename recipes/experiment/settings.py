@@ -56,9 +56,17 @@ class Data(Part):
         None,
         description="that files of D4RL's AntMaze have to be of; null: the one that fits their positions",
     )
-    reward: Literal["none", "minus_one", "return_range"] = Field(
+    observation_keys: tuple[Text, ...] | None = Field(
+        None, description="the entries of compound observations that are observed; null: all"
+    )
+    columns: tuple[Text, ...] = Field(
+        (),
+        description="infos or arrays that batches hold beside what is read, for losses of one's own",
+    )
+    reward: Literal["none", "minus_one", "return_range", "unit_rms"] = Field(
         "none",
-        description="minus_one: less 1, for mazes; return_range: over the range of returns, times 1000",
+        description="minus_one: less 1, for mazes; return_range: over the range of returns, times 1000; "
+        "unit_rms: over their root mean square, on any scale",
     )
     episodes: Literal["as_stored", "until_success"] = Field(
         "as_stored", description="until_success: they end at the first success"
