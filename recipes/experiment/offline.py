@@ -119,7 +119,7 @@ def describe(dataset: OfflineDataset) -> str:
         f"{dataset.name}: {rows} transitions in "
         f"{len(dataset.episode_lengths)} episodes, mean return {dataset.episode_returns.mean():.1f}; "
         f"environment: {dataset.env_spec and dataset.env_spec.id}\n"
-        f"Rules: reward {dataset.reward_rule} ({dataset.reward_transform} of a reward r), episodes "
+        f"Rules: reward {dataset.reward_rule}, r -> {dataset.reward_transform}; episodes "
         f"{dataset.episode_rule}{share}"
     )
 
