@@ -7,12 +7,13 @@ in data (:mod:`torchrl_iql.data.spaces`), in evaluations and online.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
 import gymnasium
-import gymnasium_robotics
 from gymnasium import Space, spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import FlattenObservation
@@ -24,13 +25,31 @@ __all__ = [
     "antmaze_id",
     "flat_environment",
     "reference_scores_of",
+    "register_robotics",
     "require_reference_scores",
     "spaces_of",
     "spec_of",
     "success",
 ]
 
-gymnasium.register_envs(gymnasium_robotics)
+
+@cache
+def register_robotics() -> str:
+    """Tell gymnasium of gymnasium-robotics, at the first look-up: it loads what few need.
+
+    Returns:
+        what it would print about the rewards of some hands, to be said to who asks for one of them.
+    """
+    from farama_notifications import notifications
+
+    notices = notifications.get("gymnasium_robotics", {})
+    of_hands = {version: text for version, text in notices.items() if "AdroitHandDoorDense" in text}
+    for version in of_hands:
+        del notices[version]
+    import gymnasium_robotics
+
+    gymnasium.register_envs(gymnasium_robotics)
+    return of_hands.get(gymnasium_robotics.__version__, "")
 
 
 def antmaze_id(maze: str) -> str:
@@ -91,6 +110,7 @@ def spec_of(env: str | EnvSpec | None) -> EnvSpec | None:
         return env
     if is_single_task(env):
         ogbench_package()
+    register_robotics()
     try:
         return gymnasium.spec(env)
     except gymnasium.error.Error as error:
@@ -127,13 +147,15 @@ def flat_environment(env_spec: EnvSpec | str) -> gymnasium.Env:
 
 
 def _made(env_spec: EnvSpec | str) -> gymnasium.Env:
+    name = env_spec if isinstance(env_spec, str) else env_spec.id
+    if name.replace("-v", "Dense-v") in (notice := register_robotics()):  # dense, if not Sparse-v
+        warnings.warn(notice, stacklevel=3)
     try:
         if isinstance(env_spec, str) and is_single_task(env_spec):
             ogbench_package()
         env = gymnasium.make(env_spec)
         return OwnChance(env) if is_from_ogbench(env) else env
     except Exception as error:  # of gymnasium, or of the package that the environment is in
-        name = getattr(env_spec, "id", env_spec)
         raise ValueError(
             f"the environment {name!r} can not be built: {error}. Is the package that defines it "
             "installed and registered with gymnasium?"

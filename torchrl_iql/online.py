@@ -23,7 +23,7 @@ import torch
 from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box
-from gymnasium.wrappers import DtypeObservation
+from gymnasium.wrappers import TransformObservation
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torchrl.collectors import BaseCollector, Collector
@@ -94,7 +94,7 @@ def environment(
         >>> raw = steps["reward"] + 1
         >>> torch.testing.assert_close(raw.cumsum(0), steps["episode_reward"])
     """
-    env = DtypeObservation(flat_environment(env_spec), np.float32)
+    env = _in_float32(flat_environment(env_spec))
     if episode_rule == "until_success":
         env = _UntilSuccess(env)
     return TransformedEnv(
@@ -106,6 +106,14 @@ def environment(
             RewardScaling(loc=reward_transform.shift, scale=reward_transform.scale),
         ),
     )
+
+
+def _in_float32(env: gymnasium.Env) -> gymnasium.Env:
+    """Make the observations float32, and their bounds, of which gymnasium's own wrapper warns."""
+    space = env.observation_space
+    assert isinstance(space, Box)
+    bounds = Box(space.low.astype(np.float32), space.high.astype(np.float32))
+    return TransformObservation(env, partial(np.asarray, dtype=np.float32), bounds)
 
 
 class _UntilSuccess(gymnasium.Wrapper):

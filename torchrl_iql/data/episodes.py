@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from gymnasium import Space
 from minari import EpisodeData
-from tensordict import NestedKey
 
 from torchrl_iql.data.spaces import (
     action_rows,
@@ -19,6 +18,9 @@ from torchrl_iql.data.spaces import (
     observation_rows,
     require_finite,
 )
+
+if TYPE_CHECKING:
+    from tensordict import NestedKey
 
 __all__ = ["EpisodeRule", "episode_data", "errors_at", "is_episode", "transition_columns"]
 

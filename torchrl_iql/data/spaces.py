@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from gymnasium import Space, spaces
 from numpy.typing import DTypeLike
-from torch import Tensor
 
 __all__ = [
     "action_rows",
@@ -180,7 +179,8 @@ def array(values: Any, key: str) -> np.ndarray:
     if values is None:
         raise ValueError(f"{key} is None, expected an array")
     try:
-        return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+        is_tensor = hasattr(values, "detach")
+        return values.detach().cpu().numpy() if is_tensor else np.asarray(values)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{key} can not be made an array: {error}") from error
 
