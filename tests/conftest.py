@@ -9,9 +9,13 @@ from pathlib import Path
 # the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gymnasium
+import gymnasium_robotics
 import minari
 import pytest
 import torch
+
+gymnasium.register_envs(gymnasium_robotics)  # what tests make of it themselves
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,10 +12,20 @@ import pytest
 import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Space
-from tensordict.nn import TensorDictModule
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 from torch.distributions import Normal
-from torchrl.modules import ProbabilisticActor
+from torchrl.envs import Compose, GymWrapper, InitTracker, TransformedEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import (
+    Delta,
+    GRUModule,
+    LSTMModule,
+    OneHotCategorical,
+    ProbabilisticActor,
+    set_recurrent_mode,
+)
 
 from torchrl_iql.environments import REFERENCE_SCORES
 from torchrl_iql.evaluation import Evaluation, Evaluator
@@ -87,6 +97,28 @@ def constant(action: Any) -> TensorDictModule:
     """Make a policy that always writes the same action."""
     action = torch.as_tensor(action)
     return policy_from(lambda observation: action.expand(len(observation), *action.shape))
+
+
+def forgetting(policy: TensorDictModuleBase) -> Any:
+    """Let a recurrent policy begin anew at every step."""
+
+    def act(observation: torch.Tensor) -> torch.Tensor:
+        is_init = torch.ones(len(observation), 1, dtype=torch.bool)
+        td = TensorDict({"observation": observation, "is_init": is_init}, [len(observation)])
+        return policy(td)["action"]
+
+    return act
+
+
+class Seeded(gymnasium.Wrapper):
+    """Begins all episodes from the same seed."""
+
+    def __init__(self, env: gymnasium.Env, seed: int) -> None:
+        super().__init__(env)
+        self.seed = seed
+
+    def reset(self, **_: Any) -> tuple[Any, dict]:
+        return self.env.reset(seed=self.seed)
 
 
 def by_hand(env: gymnasium.Env, seed: int, act: Any) -> tuple[float, list[np.ndarray]]:
@@ -191,6 +223,73 @@ class TestPolicy:
             expected = evaluate(policy_from(body.linear))
         np.testing.assert_array_equal(evaluation.returns, expected.returns)
         assert set(body.seen) == {(False, False)}
+
+    @pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
+    @pytest.mark.parametrize("module", [LSTMModule, GRUModule])
+    def test_remembers_as_in_a_rollout_of_torchrl(self, env_id: str, module: type):
+        torch.manual_seed(0)
+        env = gymnasium.make(env_id, max_episode_steps=60)
+        discrete = isinstance(env.action_space, Discrete)
+        states = ["h", "c"] if module is LSTMModule else ["h"]
+        memory = module(
+            input_size=env.observation_space.shape[0],  # pyright: ignore
+            hidden_size=8,
+            num_layers=2,
+            in_keys=["observation", *states],
+            out_keys=["embedding", *(("next", key) for key in states)],
+            default_recurrent_mode=True,
+        )
+        head = nn.Sequential(nn.Linear(8, 2 if discrete else 1), nn.Tanh())
+        kind = (OneHotCategorical, ["logits"]) if discrete else (Delta, ["param"])
+        body = TensorDictSequential(memory, TensorDictModule(head, ["embedding"], kind[1]))
+        policy = ProbabilisticActor(body, in_keys=kind[1], distribution_class=kind[0])
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.mul_(4)
+        with Evaluator(env.spec, episodes=3, seed=5) as evaluate:
+            evaluate(policy)  # of whose episodes nothing is left
+            trajectories = evaluate(policy, keep_trajectories=True).trajectories
+            without = evaluate(policy_from(forgetting(policy)), keep_trajectories=True).trajectories
+        assert trajectories is not None and without is not None
+        if not discrete:  # two choices may be the same without a memory
+            assert not np.allclose(trajectories, without, rtol=1e-2)
+        for i, trajectory in enumerate(trajectories):
+            transforms = Compose(InitTracker(), memory.make_tensordict_primer())
+            rolled = TransformedEnv(GymWrapper(Seeded(gymnasium.make(env.spec), 5 + i)), transforms)
+            with (
+                torch.no_grad(),
+                set_recurrent_mode(False),
+                set_exploration_type(ExplorationType.DETERMINISTIC),
+            ):
+                expected = rolled.rollout(100, policy)["next", "observation"]
+            np.testing.assert_allclose(trajectory[1:], expected, rtol=1e-4, atol=1e-4)
+
+    def test_remembers_by_torchrls_keys_alone(self):
+        torch.manual_seed(0)
+        cell = nn.GRUCell(2, 2)
+        memory = TensorDictModule(cell, ["observation", "state"], [("next", "state")])
+        copies = TensorDictModule(lambda state: state, [("next", "state")], ["action"])
+        with Evaluator(countdown(), episodes=5) as evaluate:
+            evaluation = evaluate(TensorDictSequential(memory, copies), keep_trajectories=True)
+        assert evaluation.trajectories is not None
+        for i, trajectory in enumerate(evaluation.trajectories):
+            state, total = None, 0.0
+            for observation in torch.from_numpy(trajectory[:-1]):
+                state = cell(observation, state)
+                total += state.sum().item()
+            assert evaluation.returns[i] == pytest.approx(total, rel=1e-5)
+
+    @pytest.mark.parametrize("written", ["goal", ("next", "goal")])
+    def test_an_input_that_nothing_provides_is_named(self, written: Any):
+        def act(observation: torch.Tensor, goal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return goal - observation, goal
+
+        policy = TensorDictModule(act, ["observation", "goal"], ["action", written])
+        with (
+            Evaluator(countdown(), episodes=2) as evaluate,
+            pytest.raises(ValueError, match=r"reads \['goal'\], which nothing provides"),
+        ):
+            evaluate(policy)
 
     def test_gets_the_mode_of_every_submodule_back(self):
         frozen, trained = nn.Linear(2, 2).eval(), nn.Linear(2, 2)

@@ -51,6 +51,7 @@ from iql_losses import (
     OBS,
     TEMPERATURE,
     Concatenate,
+    assert_entries,
     by_hand,
     iql_loss,
     networks,
@@ -198,23 +199,71 @@ def test_action_space_missing():
     ["observation", "action", ("next", "observation"), ("next", "reward"), ("next", "done")],
     ids=str,
 )
-def test_a_missing_entry_is_named(kind, key):
+@pytest.mark.parametrize("estimator", ["td0", "td1", "tdlambda"])
+def test_a_missing_entry_is_named(kind, key, estimator):
     """The message also lists what the batch holds."""
-    loss, td = iql_loss(kind), transitions(kind).exclude(key)
+    loss = iql_loss(kind).make_value_estimator(estimator)
+    td = transitions(kind, (4, 5)).exclude(key)
+    if key == ("next", "done") and estimator == "td0":
+        td = td.exclude(("next", "terminated"))  # either would do
     with pytest.raises(KeyError) as error:
         loss(td)
     assert repr(key) in error.value.args[0].split(", and the batch holds")[0]
 
 
+def test_one_step_needs_one_of_done_and_terminated(kind):
+    """As TorchRL's; where there are both, done is not read."""
+    nets, td = networks(kind), transitions(kind)
+    td["next", "done"] = td["next", "terminated"]
+    loss, expected = iql_loss(kind, nets), torchrl_loss(kind, nets)(td.clone())
+    for key in ("done", "terminated"):
+        assert_entries(loss(td.exclude(("next", key))), expected)
+    td["next", "done"] = td["next", "done"].float()
+    assert_entries(loss(td), expected)
+
+
 @pytest.mark.parametrize("key", ["reward", "done", "terminated"])
 def test_entries_without_a_last_dimension(kind, key):
     """``[B]`` would broadcast to ``[B, B]`` against V(s') ``[B, 1]``."""
-    loss, td = iql_loss(kind), transitions(kind)
+    loss, td = iql_loss(kind).make_value_estimator("td1"), transitions(kind)
     td["next", key] = td["next", key].squeeze(-1)
     with pytest.raises(ValueError) as error:
         loss(td)
     for part in (repr(("next", key)), f"({BATCH},)", f"({BATCH}, 1)"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("key", ["done", "terminated"])
+def test_flags_that_are_numbers(kind, key, dtype):
+    """``~`` of an integer is no negation: TorchRL computes with -1 and -2."""
+    loss, td = iql_loss(kind).make_value_estimator("td1"), transitions(kind)
+    td["next", key] = td["next", key].to(dtype)
+    with pytest.raises(ValueError) as error:
+        loss(td)
+    for part in (repr(("next", key)), str(dtype), ".bool()"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32, torch.bool], ids=str)
+def test_types_of_categorical_actions(dtype):
+    """Any integers are; what is none is refused with the remedy."""
+    loss, td = iql_loss("categorical"), transitions("categorical")
+    expected = loss(td.clone())
+    td["action"] = td["action"].to(dtype)
+    if dtype in (torch.int32, torch.uint8):
+        assert_entries(loss(td), expected)
+        return
+    with pytest.raises(ValueError) as error:
+        loss(td)
+    for part in ("'action'", str(dtype), ".long()"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["categorical", "one-hot"])
+def test_an_empty_batch(kind):
+    """It has no mean, but that is no error."""
+    assert iql_loss(kind)(transitions(kind, (0,)))["loss_value"].isnan()
 
 
 @pytest.mark.parametrize(

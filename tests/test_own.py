@@ -13,12 +13,12 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from episodes import MARKS, walk, write
 from gymnasium.spaces import Discrete
 from minari.data_collector import EpisodeBuffer
 from omegaconf import OmegaConf
-from runs import TINY, rows
 
+from episodes import MARKS, walk, write
+from runs import TINY, rows
 from torchrl_iql import load_policy
 from torchrl_iql_recipes.experiment import offline
 from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
@@ -178,7 +178,13 @@ def test_a_new_user_trains_and_resumes(tmp_path: Path) -> None:
     )
     settings = [each for each in TINY if not each.startswith("eval_episodes")]
     done = subprocess.run(
-        [sys.executable, str(RECIPES / "offline.py"), "dataset=test/clicks-v0", "eval_episodes=0", *settings],
+        [
+            sys.executable,
+            str(RECIPES / "offline.py"),
+            "dataset=test/clicks-v0",
+            "eval_episodes=0",
+            *settings,
+        ],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -200,14 +206,18 @@ def test_actions_that_the_environment_can_not_take_are_refused(tmp_path: Path) -
     observations = gymnasium.make("Pendulum-v1").observation_space
     name = write(*wide, dataset_id="test/wide-v0", action_space=box, observation_space=observations)
     settings = OFFLINE.settings([f"dataset={name}", "env=Pendulum-v1", *TINY])
-    message = r"3.33% of the actions of test/wide-v0 lie outside those of Pendulum-v1, \[-2\] to \[2\]"
+    message = (
+        r"3.33% of the actions of test/wide-v0 lie outside those of Pendulum-v1, \[-2\] to \[2\]"
+    )
     with pytest.raises(SettingsError, match=message):
         offline.run(settings, tmp_path / "run")
 
 
 def test_unbounded_actions_need_the_bounds_of_the_data(tmp_path: Path) -> None:
     box = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
-    write(walk(30), walk(20), action_space=box, observation_space=gymnasium.spaces.Box(-99, 99, (2,)))
+    write(
+        walk(30), walk(20), action_space=box, observation_space=gymnasium.spaces.Box(-99, 99, (2,))
+    )
     settings = ["dataset=test/walks-v0", "eval_episodes=0", *TINY]
     settings.remove("eval_episodes=1")
     with pytest.raises(SettingsError, match=r"action_bounds=space: .*give action_bounds=data"):

@@ -1,12 +1,9 @@
 """Implicit Q-Learning for TorchRL."""
 
-from torchrl_iql import models
-from torchrl_iql.checkpoint import load_policy
-from torchrl_iql.data import OfflineDataset
-from torchrl_iql.data import load as load_dataset
-from torchrl_iql.evaluation import Evaluation, Evaluator
-from torchrl_iql.objectives import DiscreteIQLLoss, IQLLoss
-from torchrl_iql.training import TrainStep
+from typing import TYPE_CHECKING
+
+from torchrl_iql import environments as environments  # tells gymnasium of AntMaze
+from torchrl_iql import lazy
 
 __all__ = [
     "DiscreteIQLLoss",
@@ -19,3 +16,27 @@ __all__ = [
     "load_policy",
     "models",
 ]
+
+if TYPE_CHECKING:
+    from torchrl_iql import models
+    from torchrl_iql.checkpoint import load_policy
+    from torchrl_iql.data import OfflineDataset
+    from torchrl_iql.data import load as load_dataset
+    from torchrl_iql.evaluation import Evaluation, Evaluator
+    from torchrl_iql.objectives import DiscreteIQLLoss, IQLLoss
+    from torchrl_iql.training import TrainStep
+else:
+    __getattr__, __dir__ = lazy.attach(
+        __name__,
+        {
+            "DiscreteIQLLoss": "objectives",
+            "Evaluation": "evaluation",
+            "Evaluator": "evaluation",
+            "IQLLoss": "objectives",
+            "OfflineDataset": "data",
+            "TrainStep": "training",
+            "load_dataset": "data:load",
+            "load_policy": "checkpoint",
+            "models": "models",
+        },
+    )

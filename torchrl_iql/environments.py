@@ -13,13 +13,14 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
 import gymnasium
-import gymnasium_robotics
 from gymnasium import Space, spaces
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 from gymnasium.wrappers import FlattenObservation
@@ -35,6 +36,7 @@ __all__ = [
     "flat_environment",
     "observing",
     "reference_scores_of",
+    "register_robotics",
     "require_reference_scores",
     "spaces_of",
     "spec_of",
@@ -44,7 +46,24 @@ __all__ = [
 Env = str | EnvSpec | Callable[[], gymnasium.Env]
 """What an environment is given by."""
 
-gymnasium.register_envs(gymnasium_robotics)
+
+@cache
+def register_robotics() -> str:
+    """Tell gymnasium of gymnasium-robotics, at the first look-up: it loads what few need.
+
+    Returns:
+        what it would print about the rewards of some hands, to be said to who asks for one of them.
+    """
+    from farama_notifications import notifications
+
+    notices = notifications.get("gymnasium_robotics", {})
+    of_hands = {version: text for version, text in notices.items() if "AdroitHandDoorDense" in text}
+    for version in of_hands:
+        del notices[version]
+    import gymnasium_robotics
+
+    gymnasium.register_envs(gymnasium_robotics)
+    return of_hands.get(gymnasium_robotics.__version__, "")
 
 
 def antmaze_id(maze: str) -> str:
@@ -107,6 +126,7 @@ def spec_of(env: Env | None) -> EnvSpec | None:
         return _spec_of_maker(env)
     if is_single_task(env):
         ogbench_package()
+    register_robotics()
     module, _, name = env.rpartition(":")
     try:
         if module:
@@ -193,6 +213,10 @@ def _made(env: Env) -> gymnasium.Env:
     try:
         spec = spec_of(env)
         assert spec is not None
+        if spec.id.replace("-v", "Dense-v") in (
+            notice := register_robotics()
+        ):  # dense, if not Sparse-v
+            warnings.warn(notice, stacklevel=3)
         if is_single_task(spec.id):
             ogbench_package()
         made = gymnasium.make(spec)

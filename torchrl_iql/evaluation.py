@@ -15,9 +15,10 @@ from typing import Self
 import numpy as np
 import torch
 from gymnasium.spaces import Discrete
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import set_recurrent_mode
 
 from torchrl_iql.environments import (
     Env,
@@ -159,14 +160,17 @@ class Evaluator:
                 ``"action"``: ``[E, A]`` or ``[E, *shape]`` for a ``Box`` of a shape of ``A`` entries
                 (clipped to its bounds, and rounded where it holds integers); ``[E]`` or ``[E, 1]``
                 (categories from 0) or ``[E, n]`` (one-hot) for a ``Discrete(n)``. It acts on the device
-                of its parameters, in eval mode, without gradients and without exploration.
+                of its parameters, in eval mode, without gradients and without exploration. A recurrent
+                one reads ``"is_init"``, bool ``[E, 1]``, and what it wrote under ``"next"`` one step
+                before.
             keep_trajectories: whether to return the observations of every episode.
 
         Returns:
             the outcome of the ``E`` episodes.
 
         Raises:
-            ValueError: if an action has another shape, or that of a running episode is NaN.
+            ValueError: if an action has another shape, or that of a running episode is NaN; or if
+                the policy can not do without an input that nothing provides.
         """
         episodes = len(self.envs)
         returns = np.zeros(episodes)
@@ -181,10 +185,12 @@ class Evaluator:
         with (
             torch.no_grad(),
             set_exploration_type(ExplorationType.DETERMINISTIC),
+            set_recurrent_mode(False),
             _eval_mode(policy),
         ):
+            remembering = _Remembering(policy)
             while running.any():
-                actions = self._actions(policy, observations, running)
+                actions = self._actions(remembering, observations, running)
                 for i in np.flatnonzero(running):
                     observations[i], reward, terminated, truncated, info = self.envs[i].step(
                         actions[i]
@@ -254,6 +260,36 @@ class Evaluator:
             random, expert = self.reference_scores
             return 100.0 * (returns - random) / (expert - random)
         return None if successes is None else 100.0 * successes
+
+
+class _Remembering(TensorDictModuleBase):
+    """A policy in episodes that begin at its first call: it reads what it wrote under ``"next"``."""
+
+    def __init__(self, policy: TensorDictModuleBase) -> None:
+        super().__init__()
+        self.in_keys, self.out_keys = ["observation"], ["action"]
+        self.policy = policy
+        self.state: TensorDictBase | None = None
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        keys = self.policy.in_keys
+        if "is_init" in keys:
+            like = tensordict["observation"][:, :1]
+            first = torch.full_like(like, self.state is None, dtype=torch.bool)
+            tensordict.set("is_init", first)
+        if self.state is not None:
+            tensordict.update(self.state)
+        try:
+            written = self.policy(tensordict)
+        except KeyError as error:
+            if missing := [key for key in keys if key not in tensordict.keys(True)]:
+                raise ValueError(
+                    f"The policy reads {missing}, which nothing provides: it is given 'observation', "
+                    "'is_init', and from the second step on what it wrote under 'next'."
+                ) from error
+            raise
+        self.state = written.get("next", default=tensordict.empty()).select(*keys, strict=False)
+        return written
 
 
 @contextmanager

@@ -403,7 +403,7 @@ class Torso(nn.Module):
             lead = torch.broadcast_shapes(inputs.shape[:-1], actions.shape[:-1])
             inputs = torch.cat([inputs.expand(*lead, -1), actions.expand(*lead, -1)], dim=-1)
         outputs = self.mlp(inputs)
-        return outputs.reshape(*stacked, *batch, -1) if stacked else outputs
+        return outputs.reshape(*stacked, *batch, outputs.shape[-1]) if stacked else outputs
 
 
 class _TanhTo(nn.Module):

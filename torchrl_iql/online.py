@@ -18,10 +18,11 @@ from functools import partial
 from typing import Any, SupportsFloat
 
 import gymnasium
+import numpy as np
 import torch
 from gymnasium import Space
 from gymnasium.spaces import Box
-from gymnasium.wrappers import DtypeObservation
+from gymnasium.wrappers import TransformObservation
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torchrl.collectors import BaseCollector, Collector
@@ -93,8 +94,7 @@ def environment(
         >>> raw = steps["reward"] + 1
         >>> torch.testing.assert_close(raw.cumsum(0), steps["episode_reward"])
     """
-    env = data_environment(env_spec)
-    env = DtypeObservation(env, observation_dtype(env.observation_space))
+    env = _of_rows(data_environment(env_spec))
     if episode_rule == "until_success":
         env = _UntilSuccess(env)
     return TransformedEnv(
@@ -106,6 +106,15 @@ def environment(
             RewardScaling(loc=reward_transform.shift, scale=reward_transform.scale),
         ),
     )
+
+
+def _of_rows(env: gymnasium.Env) -> gymnasium.Env:
+    """Make the observations rows' type, and their bounds, of which gymnasium's own wrapper warns."""
+    space = env.observation_space
+    assert isinstance(space, Box)
+    dtype: Any = observation_dtype(space)
+    bounds = Box(space.low.astype(dtype), space.high.astype(dtype), dtype=dtype)
+    return TransformObservation(env, partial(np.asarray, dtype=dtype), bounds)
 
 
 class _UntilSuccess(gymnasium.Wrapper):

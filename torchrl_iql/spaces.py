@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gymnasium import Space, spaces
 from numpy.typing import DTypeLike
-from tensordict import NestedKey
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from tensordict import NestedKey
 
 __all__ = [
     "ActionsOutside",
@@ -316,7 +317,8 @@ def array(values: Any, key: str) -> np.ndarray:
     if values is None:
         raise ValueError(f"{key} is None, expected an array")
     try:
-        return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+        is_tensor = hasattr(values, "detach")
+        return values.detach().cpu().numpy() if is_tensor else np.asarray(values)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{key} can not be made an array: {error}") from error
 

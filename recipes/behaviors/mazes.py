@@ -11,23 +11,25 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium
-import gymnasium_robotics
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from gymnasium_robotics.envs.maze.maze_v4 import Maze
 from minari import MinariDataset
 from minari.data_collector import EpisodeBuffer
 
+from torchrl_iql.environments import register_robotics
 from torchrl_iql_recipes.behaviors.ant import fallen, from_canonical, to_canonical
 from torchrl_iql_recipes.behaviors.policies import Stages
 from torchrl_iql_recipes.behaviors.recording import record
 
 __all__ = ["MAPS", "AntWalks", "PointWalks", "ant_maze", "point_maze", "share_arrived"]
 
-gymnasium.register_envs(gymnasium_robotics)
+if TYPE_CHECKING:
+    from gymnasium_robotics.envs.maze.maze_v4 import Maze
+
+register_robotics()
 
 MAPS = {
     "stitch": """

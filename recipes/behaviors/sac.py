@@ -92,6 +92,7 @@ class Training:
             frames_per_batch=cfg.frames_per_batch,
             total_frames=cfg.frames - self.frames,
             init_random_frames=max(0, cfg.random_frames - self.frames) or None,
+            auto_register_policy_transforms=False,  # no policy here needs to know where it began
         )
         with (
             StopSignal() as stop,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -38,18 +39,28 @@ __all__ = [
 
 
 def set_up(compute: Compute) -> None:
-    """Set PyTorch up for a run."""
+    """Set PyTorch up for a run.
+
+    Raises:
+        SettingsError: it can not compute on that device.
+    """
     try:
         torch.empty(0, device=compute.device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise SettingsError(
-            f"compute.device={compute.device}: {reason}; compute=cpu trains without it"
+            f"compute.device={compute.device} can not be used, give compute=cpu: {reason}"
         ) from None
+    if compute.device == "cpu":  # where nobody misses what PyTorch looks for when it compiles
+        logging.getLogger("torch.utils.cpp_extension").addFilter(_is_not_of_cuda)
     if compute.threads is not None:
         torch.set_num_threads(compute.threads)
     torch.set_float32_matmul_precision(compute.matmul_precision)
     torch.use_deterministic_algorithms(compute.device == "cpu")
+
+
+def _is_not_of_cuda(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No CUDA runtime is found")
 
 
 def claim(path: Path, settings: Settings) -> None:

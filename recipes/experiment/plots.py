@@ -7,15 +7,18 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from gymnasium_robotics.envs.maze.maze_v4 import Maze
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter
 
 from torchrl_iql.antmaze import Map
+
+if TYPE_CHECKING:
+    from gymnasium_robotics.envs.maze.maze_v4 import Maze
 
 __all__ = ["fine_tuning", "learning_curves", "value_map"]
 

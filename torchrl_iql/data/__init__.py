@@ -1,12 +1,8 @@
 """Offline data sets: read, checked and joined once, then sampled on the training device."""
 
-from torchrl_iql.data.dataset import OfflineDataset
-from torchrl_iql.data.episodes import EpisodeRule
-from torchrl_iql.data.loading import load
-from torchrl_iql.data.minibatches import Minibatches
-from torchrl_iql.data.replay import Replay, replay
-from torchrl_iql.data.report import Report
-from torchrl_iql.data.rewards import RewardRule
+from typing import TYPE_CHECKING
+
+from torchrl_iql import lazy
 
 __all__ = [
     "EpisodeRule",
@@ -18,3 +14,26 @@ __all__ = [
     "load",
     "replay",
 ]
+
+if TYPE_CHECKING:
+    from torchrl_iql.data.dataset import OfflineDataset
+    from torchrl_iql.data.episodes import EpisodeRule
+    from torchrl_iql.data.loading import load
+    from torchrl_iql.data.minibatches import Minibatches
+    from torchrl_iql.data.replaying import Replay, replay
+    from torchrl_iql.data.report import Report
+    from torchrl_iql.data.rewards import RewardRule
+else:
+    __getattr__, __dir__ = lazy.attach(
+        __name__,
+        {
+            "EpisodeRule": "episodes",
+            "Minibatches": "minibatches",
+            "OfflineDataset": "dataset",
+            "Replay": "replaying",
+            "Report": "report",
+            "RewardRule": "rewards",
+            "load": "loading",
+            "replay": "replaying",
+        },
+    )

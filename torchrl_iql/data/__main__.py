@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from torchrl_iql.data import EpisodeRule, RewardRule, load, replay
+from torchrl_iql.data.episodes import EpisodeRule
+from torchrl_iql.data.rewards import RewardRule
 
 STATUS = {"match": 0, "mismatch": 1, "unknown": 3}
 """Exit status of a replay; 2 is an error."""
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("--samples", type=int, default=1000, help="transitions (default: 1000)")
     compare.add_argument("--seed", type=int, default=0, help="of their draw (default: 0)")
     given = parser.parse_args(arguments)
+
+    from torchrl_iql.data import load, replay  # not for --help: they load PyTorch
+
     try:
         if given.command == "replay":
             found = replay(given.source, given.env, samples=given.samples, seed=given.seed)

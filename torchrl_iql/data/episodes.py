@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from gymnasium import Space
 from minari import EpisodeData
-from tensordict import NestedKey, unravel_key
+from tensordict import unravel_key
 
 from torchrl_iql.spaces import (
     ActionsOutside,
@@ -23,6 +23,9 @@ from torchrl_iql.spaces import (
     require_finite,
     written,
 )
+
+if TYPE_CHECKING:
+    from tensordict import NestedKey
 
 __all__ = [
     "EpisodeRule",

@@ -40,12 +40,13 @@ class Simulator:
     """
 
     def __init__(self, env_spec: EnvSpec) -> None:
+        self.env = flat_environment(env_spec)
+
         from gymnasium.envs.mujoco.mujoco_env import MujocoEnv
         from gymnasium_robotics.envs.maze.maze_v4 import MazeEnv
 
         from torchrl_iql.antmaze import AntMaze
 
-        self.env = flat_environment(env_spec)
         self.env.reset(seed=0)
         self._inner: Any = self.env.unwrapped
         parts = [

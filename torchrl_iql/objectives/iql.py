@@ -39,7 +39,7 @@ from torchrl.objectives.utils import (
     default_value_kwargs,
     dispatch_value_estimator,
 )
-from torchrl.objectives.value import ValueEstimatorBase
+from torchrl.objectives.value import TD1Estimator, TDLambdaEstimator, ValueEstimatorBase
 
 from torchrl_iql.objectives import functional as iql
 
@@ -93,10 +93,12 @@ class IQLLoss(LossModule):
     ``loss.temperature = 5.0`` without recompiling. They are not part of the state dict.
 
     Reads: the ``in_keys`` of the networks, ``action``, ``("next", "reward")`` (``[*B, 1]``),
-    ``("next", "done")`` and ``("next", "terminated")`` (bool ``[*B, 1]``; without the latter,
-    ``done``), the ``in_keys`` of V under ``"next"``, and where present ``steps_to_next_obs`` (n-step
-    transitions), ``priority_weight`` (importance weights) and TorchRL's masks. :meth:`set_keys`
-    renames them.
+    ``("next", "terminated")`` (bool ``[*B, 1]``; without it, ``("next", "done")``, which TD(1) and
+    TD(lambda) read anyway), the ``in_keys`` of V under ``"next"``, and where present
+    ``steps_to_next_obs`` (n-step transitions), ``priority_weight`` (importance weights) and TorchRL's
+    masks. :meth:`set_keys` renames them. Inputs that a network can do without may be absent, as the
+    states of :class:`~torchrl.modules.LSTMModule` and :class:`~torchrl.modules.GRUModule`, whose
+    sequences are the last batch dimension and begin where ``is_init``.
 
     Returns:
         a TensorDict of scalars: ``loss_actor``, ``loss_qvalue``, ``loss_value``, ``entropy`` (minus the
@@ -107,7 +109,8 @@ class IQLLoss(LossModule):
 
     Raises:
         ValueError, TypeError: an argument is out of range, at construction.
-        KeyError, ValueError: an entry of the batch is missing or has the wrong shape.
+        KeyError, ValueError: an entry of the batch is missing or has the wrong shape or type.
+        RuntimeError: the Q networks can not be evaluated by :func:`torch.vmap`.
 
     Differences from :class:`torchrl.objectives.IQLLoss`:
         - The defaults are the paper's: ``loss_function="l2"`` (TorchRL ``"smooth_l1"``),
@@ -119,9 +122,11 @@ class IQLLoss(LossModule):
           matrix is multiplied by a random orthogonal one, which keeps its singular values (an
           orthogonal matrix stays orthogonal), and biases are redrawn within their own range.
           TorchRL redraws every parameter uniformly.
-        - The batch receives the priority and nothing else (no ``_log_prob``, ``loc``, ``scale``), and
-          may be locked; in that case the priority is not written.
+        - The batch receives the priority and nothing else (no ``_log_prob``, ``loc``, ``scale``, nor
+          states of recurrent networks), and may be locked; in that case the priority is not written.
         - V(s') is not read where ``terminated``: the next observation may be NaN there.
+        - A recurrent V(s') begins anew where V(s) does, at ``is_init``; TorchRL's goes on from the
+          trajectory before.
         - The losses are float32 or wider, also from bfloat16 networks; expectile, temperature and
           discount stay float64 when the networks are cast.
         - Composite, categorical ``[B, 1]``, boolean one-hot and deterministic actions work, and
@@ -389,14 +394,14 @@ class IQLLoss(LossModule):
 
     def log_likelihood(self, td: TensorDictBase) -> Tensor:
         """Return log pi(a | s) at the data's actions, ``[*B]``; if deterministic -|a - pi(s)|^2."""
-        inputs = _select(td, self.actor_network, "actor_network")
-        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
+        name, network = "actor_network", self.actor_network
+        with self.actor_network_params.to_module(network, preserve_module_state=False):
             if self._deterministic:
-                predicted = _run(self.actor_network, inputs).get(self.tensor_keys.action)
+                predicted = _run(td, network, name).get(self.tensor_keys.action)
                 action = self._get(td, self.tensor_keys.action)
                 _check_shape("action of the policy", predicted, action.shape)
                 return -(at_least_float32(predicted) - action).square().sum(dim=-1)
-            dist = _run(self.actor_network.get_dist, inputs)
+            dist = _run(td, network, name, network.get_dist)
         if isinstance(dist, CompositeDistribution):
             log_prob = dist.log_prob(td.copy())
         else:
@@ -412,9 +417,8 @@ class IQLLoss(LossModule):
 
     def _v(self, td: TensorDictBase, prefix: str | None = None) -> Tensor:
         """Compute V(s), or V(s') with the prefix ``"next"``, ``[*B]``."""
-        inputs = _select(td, self.value_network, "value_network", prefix)
         with self.value_network_params.to_module(self.value_network, preserve_module_state=False):
-            outputs = _run(self.value_network, inputs)
+            outputs = _run(td, self.value_network, "value_network", prefix=prefix)
         value = _get_output(outputs, self.tensor_keys.value, self.value_network)
         return at_least_float32(_squeeze_last(value, self.tensor_keys.value))
 
@@ -431,22 +435,52 @@ class IQLLoss(LossModule):
         return self._q_ensemble(td, self.target_qvalue_network_params)
 
     def _q_ensemble(self, td: TensorDictBase, params: TensorDictParams) -> Tensor:
-        inputs = _select(td, self.qvalue_network, "qvalue_network")
         if self.num_qvalue_nets == 1:
             params = params.unsqueeze(0)
-        network, key = self.qvalue_network, self.tensor_keys.state_action_value
+        name, network = "qvalue_network", self.qvalue_network
+        key = self.tensor_keys.state_action_value
         if takes_stacked_parameters(network) and network.out_keys == [key]:
+
+            def stacked(inputs: TensorDictBase) -> Tensor:
+                return network.module(*(inputs[key] for key in network.in_keys))
+
             with params.to_module(network, preserve_module_state=False):
-                q = _run(lambda td: network.module(*map(td.get, network.in_keys)), inputs)
+                q = _run(td, network, name, stacked)
         else:
-            vmapped = _vmap_func(
-                network,
+            outputs = _run(td, network, name, lambda inputs: self._mapped(inputs, params))
+            q = _get_output(outputs, key, network)
+        return at_least_float32(self.at_action(td, q))
+
+    def _mapped(self, inputs: TensorDictBase, params: TensorDictBase) -> TensorDictBase:
+        """Evaluate the Q networks one by one, or as one through :func:`torch.vmap`.
+
+        Raises:
+            RuntimeError: they can be evaluated one by one, but not as one.
+        """
+
+        def evaluate(inputs: TensorDictBase, *, one_by_one: bool) -> Any:
+            mapped = _vmap_func(
+                self.qvalue_network,
                 (None, 0),
                 randomness=self.vmap_randomness,
-                pseudo_vmap=self.deactivate_vmap,
+                pseudo_vmap=one_by_one,
             )
-            q = _get_output(_run(vmapped, inputs, params), key, network)  # pyright: ignore
-        return at_least_float32(self.at_action(td, q))
+            return mapped(inputs, params)  # pyright: ignore
+
+        if self.deactivate_vmap or torch.compiler.is_compiling():
+            return evaluate(inputs, one_by_one=self.deactivate_vmap)
+        try:
+            return evaluate(inputs.copy(), one_by_one=False)
+        except Exception as error:
+            try:
+                with torch.no_grad():
+                    evaluate(inputs, one_by_one=True)
+            except Exception:
+                raise error from None
+            raise RuntimeError(
+                "torch.vmap can not evaluate qvalue_network for all Q networks at once, though each "
+                f"can be evaluated alone: build the loss with deactivate_vmap=True ({error})"
+            ) from error
 
     def at_action(self, td: TensorDictBase, q: Tensor) -> Tensor:
         """Select the values of the data's actions, ``[N, *B]``, from what the Q networks put out."""
@@ -458,12 +492,12 @@ class IQLLoss(LossModule):
         keys = self.tensor_keys
         next_v = next_v.unsqueeze(-1)
         _check_shape(("next", keys.reward), self._get(td, ("next", keys.reward)), next_v.shape)
-        done = self._get(td, ("next", keys.done))
-        terminated = td.get(("next", keys.terminated), default=done)
-        for key, flag in ((keys.done, done), (keys.terminated, terminated)):
-            _check_shape(("next", key), flag, next_v.shape)
-            if flag.dtype is not torch.bool:
-                raise ValueError(f"{('next', key)!r} has dtype {flag.dtype}, expected torch.bool")
+        reads_done = isinstance(self.value_estimator, (TD1Estimator, TDLambdaEstimator))
+        told = td.get(("next", keys.terminated), default=None) is not None
+        if reads_done or not told:
+            terminated = self._flag(td, ("next", keys.done), next_v.shape)
+        if told:
+            terminated = self._flag(td, ("next", keys.terminated), next_v.shape)
         target = self.value_estimator.value_estimate(
             td.copy(),  # average_rewards writes into it
             next_value=next_v.masked_fill(terminated, 0.0),
@@ -480,11 +514,21 @@ class IQLLoss(LossModule):
             weights = self._expand_loss_mask(weights, loss)
         return self._reduce_loss(loss, td, weights=weights)
 
+    @classmethod
+    def _flag(cls, td: TensorDictBase, key: NestedKey, shape: tuple[int, ...]) -> Tensor:
+        flag = cls._get(td, key)
+        _check_shape(key, flag, shape)
+        if flag.dtype is not torch.bool:
+            raise ValueError(
+                f"{key!r} has dtype {flag.dtype}, expected torch.bool: give it as .bool()"
+            )
+        return flag
+
     @staticmethod
     def _get(td: TensorDictBase, key: NestedKey) -> Tensor:
         value = td.get(key, default=None)
         if value is None:
-            raise KeyError(_missing(td, key, "the loss"))
+            raise KeyError(_missing(td, [key], "the loss"))
         return value
 
     @property
@@ -676,10 +720,15 @@ class DiscreteIQLLoss(IQLLoss):
         if self.action_space == "one_hot":
             _check_shape(self.tensor_keys.action, action, q.shape[1:])
             return (q * action.to(q.dtype)).sum(dim=-1)
+        if action.is_floating_point() or action.dtype is torch.bool:
+            raise ValueError(
+                f"{self.tensor_keys.action!r} has dtype {action.dtype}, expected integers for "
+                "action_space='categorical': give it as .long()"
+            )
         if action.ndim == q.ndim - 2:
             action = action.unsqueeze(-1)
         _check_shape(self.tensor_keys.action, action, (*q.shape[1:-1], 1))
-        return q.gather(-1, action.expand(len(q), *action.shape)).squeeze(-1)
+        return q.gather(-1, action.long().expand(len(q), *action.shape)).squeeze(-1)
 
 
 # --- Checks and helpers -----------------------------------------------------------------------------
@@ -743,8 +792,9 @@ def _coefficient(number: float | Tensor, device: torch.device | None) -> Tensor:
     return torch.as_tensor(number, dtype=torch.float64).to(device)
 
 
-def _missing(td: TensorDictBase, key: NestedKey, reader: str) -> str:
-    return f"{reader} needs the entry {key!r}, and the batch holds {list(td.keys(True, True))}"
+def _missing(td: TensorDictBase, keys: list[NestedKey], reader: str) -> str:
+    entries = f"the entry {keys[0]!r}" if len(keys) == 1 else f"one of the entries {keys}"
+    return f"{reader} needs {entries}, and the batch holds {list(td.keys(True, True))}"
 
 
 def _nested(prefix: str | None, key: NestedKey) -> NestedKey:
@@ -759,24 +809,42 @@ def _inputs(module: TensorDictModule) -> list[NestedKey]:
     return [key for key in module.in_keys if key not in written]
 
 
-def _select(
-    td: TensorDictBase, module: TensorDictModule, name: str, prefix: str | None = None
+def _read(
+    td: TensorDictBase, module: TensorDictModule, prefix: str | None = None
 ) -> TensorDictBase:
     """Make a TensorDict with the inputs of ``module``: what it writes stays out of the batch."""
-    keys = _inputs(module)
-    for key in keys:
-        if _nested(prefix, key) not in td.keys(True):
-            raise KeyError(_missing(td, _nested(prefix, key), name))
-    source = td if prefix is None else td.get(prefix)
-    return source.select(*keys)
+    if prefix is None:
+        return td.select(*_inputs(module), strict=False)
+    inputs = td.get(prefix, default=td.empty()).select(*_inputs(module), strict=False)
+    begins = td.get("is_init", default=None) if "is_init" in module.in_keys else None
+    if begins is not None:
+        # No environment marks a next state, yet a recurrent network has to begin there anew as well.
+        inputs.set("is_init", begins)
+    return inputs
 
 
-def _run(network: Callable, inputs: TensorDictBase, *args: Any) -> Any:
-    """Call a network and explain a failure that comes from the dtype of an input."""
+def _run(
+    td: TensorDictBase,
+    module: TensorDictModule,
+    name: str,
+    call: Callable[[TensorDictBase], Any] | None = None,
+    *,
+    prefix: str | None = None,
+) -> Any:
+    """Evaluate a network, and explain a failure that comes from its inputs.
+
+    Which of them it can do without, as recurrent networks can without a state, only the network knows.
+    """
+    inputs, call = _read(td, module, prefix), call or module
     if torch.compiler.is_compiling():
-        return network(inputs, *args)
+        return call(inputs)
     try:
-        return network(inputs, *args)
+        return call(inputs)
+    except KeyError as error:
+        missing = [_nested(prefix, key) for key in _inputs(module) if key not in inputs.keys(True)]
+        if not missing:
+            raise
+        raise KeyError(_missing(td, missing, name)) from error
     except RuntimeError as error:
         if "dtype" not in str(error) and "scalar type" not in str(error):
             raise

@@ -1,0 +1,62 @@
+"""What the recipes print while they run: progress, and nothing that other libraries say to nobody."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runs import TINY
+from torchrl_iql_recipes.experiment.door import CONFIG
+
+SLOW = pytest.mark.slow
+PROGRESS = re.compile(r".+: +\d+%\|.*\| \d+/\d+ \[.*\]")
+
+SAC = [
+    "behavior=hopper",
+    "frames=40",
+    "random_frames=20",
+    "frames_per_batch=20",
+    "stage_interval=20",
+]
+ONLINE = [*TINY, "temperature=3", "env_steps=20", "collector.frames_per_batch=10"]
+
+
+def run(folder: Path, script: str, *overrides: str) -> None:
+    """Run a script; check that it printed progress alone, and no word of TorchRL's log."""
+    command = [sys.executable, str(CONFIG.parent / script), *overrides]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    lines = [line for line in re.split(r"[\r\n]", ended.stderr) if line.strip()]
+    assert [line for line in lines if not PROGRESS.fullmatch(line.strip())] == []
+    assert "[torchrl]" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    "setting", ["eval_workers=1", pytest.param("compute.execution=auto", marks=SLOW)]
+)
+def test_offline(maze_id: str, tmp_path: Path, setting: str) -> None:
+    run(tmp_path, "offline.py", *TINY, "temperature=3", f"dataset={maze_id}", setting)
+
+
+@pytest.mark.parametrize("collector", ["sync", pytest.param("multi_async", marks=SLOW)])
+def test_online(maze_id: str, tmp_path: Path, collector: str) -> None:
+    run(tmp_path, "online.py", *ONLINE, f"dataset={maze_id}", f"collector={collector}")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "hopper/medium",
+        *(pytest.param(f"{maze}maze/umaze", marks=SLOW) for maze in ("ant", "point")),
+    ],
+)
+def test_collect(root: Path, data: str) -> None:
+    run(root, "collect.py", f"data={data}", "transitions=200", "id=test/own-v0", "workers=1")
+
+
+def test_sac(tmp_path: Path) -> None:
+    run(tmp_path, "sac.py", *SAC, "eval_episodes=1", "actor_sizes=[8]", "critic_sizes=[8]")
