@@ -351,7 +351,7 @@ class IQLLoss(LossModule):
         target_q, v = self._target_q(tensordict), self._v(tensordict)
         log_prob = self.log_likelihood(tensordict)
         _check_shape("V(s)", v, target_q.shape[1:])
-        _check_shape("log-probability of the action", log_prob, v.shape)
+        _check_log_prob(log_prob, v.shape)
         advantage = iql.min_q(target_q) - v
         temperature = self.temperature.to(v.dtype)
         weight = iql.advantage_weight(advantage, temperature, self.weight_clip)
@@ -387,7 +387,7 @@ class IQLLoss(LossModule):
     @staticmethod
     def _check_outputs(outputs: iql.Outputs) -> None:
         _check_shape("V(s)", outputs.v, outputs.target_q.shape[1:])
-        _check_shape("log-probability of the action", outputs.log_prob, outputs.v.shape)
+        _check_log_prob(outputs.log_prob, outputs.v.shape)
         _check_shape("Q(s, a)", outputs.q[0], outputs.td_target.shape)
 
     # --- The networks, evaluated --------------------------------------------------------------------
@@ -782,9 +782,21 @@ def _is_deterministic(actor_network: TensorDictModule) -> bool:
     return any(d in (Delta, TanhDelta, TensorDictDelta) for d in distributions)
 
 
-def _check_shape(what: NestedKey, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tensor.shape != torch.Size(expected):
-        raise ValueError(f"{what!r} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
+def _check_shape(
+    what: NestedKey, tensor: Tensor, expected: tuple[int, ...], remedy: str = ""
+) -> None:
+    if tensor.shape == torch.Size(expected):
+        return
+    if (*tensor.shape, 1) == tuple(expected):
+        remedy = ": give it as .unsqueeze(-1)"
+    raise ValueError(
+        f"{what!r} has shape {tuple(tensor.shape)}, expected {tuple(expected)}{remedy}"
+    )
+
+
+def _check_log_prob(log_prob: Tensor, expected: tuple[int, ...]) -> None:
+    remedy = ": a policy of several dimensions needs torch.distributions.Independent"
+    _check_shape("log-probability of the action", log_prob, expected, remedy)
 
 
 def _coefficient(number: float | Tensor, device: torch.device | None) -> Tensor:
