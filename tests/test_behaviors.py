@@ -20,6 +20,7 @@ from gymnasium_robotics.envs.maze import maps
 from scipy.spatial.transform import Rotation
 from torchrl.envs import ExplorationType, set_exploration_type
 
+from runs import rows
 from test_collect import PATIENCE, started, wait_for
 from torchrl_iql_recipes.behaviors import ant
 from torchrl_iql_recipes.behaviors.collection import POINT_WALKS, ROBOTS, WEIGHTS
@@ -34,6 +35,7 @@ from torchrl_iql_recipes.behaviors.mazes import (
 from torchrl_iql_recipes.behaviors.policies import Stages, actor
 from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.behaviors.rollouts import StageRollouts
+from torchrl_iql_recipes.experiment.folder import RunFolder
 
 RECIPES = Path(ant.__file__).parents[1]
 
@@ -343,6 +345,7 @@ def sac(*overrides: str) -> AbstractContextManager[subprocess.Popen]:
 class TestSAC:
     def test_goes_on_after_it_was_killed(self, tmp_path: Path):
         run = tmp_path / "run"
+        RunFolder(run).log(50, {"return": 0.0})  # of one that was killed before it could save
         with sac(*SMALL, f"hydra.run.dir={run}") as process:
             wait_for(lambda: list(run.glob("checkpoint-*[0-9]")), process)
         kept = Stages.load(run / "stages.pt")
@@ -352,6 +355,7 @@ class TestSAC:
         assert f"1600 steps, stages: {run / 'stages.pt'}" in output
         stages = Stages.load(run / "stages.pt")
         assert stages.frames.tolist() == list(range(100, 1700, 100))
+        assert [int(row["step"]) for row in rows(run)] == stages.frames.tolist()
         (checkpoint,) = run.glob("checkpoint-*")
         assert checkpoint.name == "checkpoint-000001600"
         state = torch.load(checkpoint / "state.pt", weights_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -212,10 +212,13 @@ def test_every_family_of_a_task_is_one_that_an_algorithm_may_name() -> None:
 # --- From the command line -----------------------------------------------------------------------------
 
 
-def started(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script, in a Python that fails as soon as PyTorch or TorchRL is imported."""
+def started(
+    folder: Path, *arguments: str, without: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run a script, in a Python that fails as soon as PyTorch or TorchRL is imported, and lacks others."""
+    missing = ["torch", "torchrl", "tensordict", *without]
     program = (
-        "import sys, runpy; sys.modules |= dict.fromkeys(['torch', 'torchrl', 'tensordict']); "
+        f"import sys, runpy; sys.modules |= dict.fromkeys({missing}); "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [sys.executable, "-c", program, str(CONFIG.parent / arguments[0]), *arguments[1:]]
@@ -228,6 +231,20 @@ def test_a_refusal_comes_before_pytorch_and_before_a_folder(script: str, tmp_pat
     assert done.returncode == 1
     assert done.stderr == f"{script}: there is no setting expectil: did you mean expectile?\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_a_logger_that_is_not_installed_is_refused_with_what_to_do(
+    logger: str, tmp_path: Path
+) -> None:
+    (tmp_path / logger).mkdir()  # not the package: what it leaves
+    done = started(tmp_path, "offline.py", f"logger={logger}", without=[logger])
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"offline.py: logger={logger}: that package is not installed; "
+        f"pip install 'torchrl-iql[{logger}]', or give logger=csv\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [logger]
 
 
 @pytest.mark.parametrize("script", ["offline.py", "online.py"])

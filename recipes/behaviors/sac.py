@@ -80,6 +80,8 @@ class Training:
         self.stages: list[tuple[int, float, dict[str, torch.Tensor]]] = []
         if checkpoints := self._checkpoints():
             self._resume(checkpoints[-1])
+        else:
+            self.folder.return_to(-1)
 
     def train(self) -> None:
         """Collect and update in turns. Ctrl-C saves a checkpoint and ends the training."""

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from torchrl.checkpoint import CheckpointRotation
-from torchrl.record.loggers import get_logger
+from torchrl.record.loggers import Logger
 
 from torchrl_iql import checkpoint
 from torchrl_iql_recipes.files import whole
@@ -32,11 +32,9 @@ class RunFolder:
 
     Args:
         path: created if it does not exist.
-        backend: a logger of TorchRL to send the metrics to as well: ``"tensorboard"``, ``"wandb"`` or
-            ``""`` for none.
     """
 
-    def __init__(self, path: Path, backend: str = "") -> None:
+    def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.metrics = path / "metrics.csv"
@@ -44,7 +42,7 @@ class RunFolder:
         self.best = path / "best.ckpt"
         self.rotation = CheckpointRotation(path / "checkpoints", keep_last=KEPT, prefix="step")
         self._rows: dict[int, dict[str, Any]] = {}
-        self._logger = get_logger(backend, str(path), path.name)
+        self._logger: Logger | None = None
         if self.metrics.exists():  # a resumed run
             with self.metrics.open(newline="") as file:
                 self._rows = {int(row["step"]): row for row in csv.DictReader(file)}
@@ -54,7 +52,9 @@ class RunFolder:
     # --- Metrics -----------------------------------------------------------------------------------------
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add metrics to the line of a step."""
+        """Add metrics to the line of a step, and tell the logger what is new of them."""
+        known = self._rows.get(step, {})
+        news = {k: v for k, v in metrics.items() if str(known.get(k, "")) != str(v)}
         appends = step > max(self._rows, default=-1) and metrics.keys() <= self._columns.keys()
         self._rows.setdefault(step, {"step": step}).update(metrics)
         self._columns.update(dict.fromkeys(metrics))
@@ -64,13 +64,28 @@ class RunFolder:
         else:
             self._write()
         if self._logger is not None:
-            self._logger.log_metrics(dict(metrics), step=step)
+            self._logger.log_metrics(news, step=step)
+
+    def tell(self, logger: Logger) -> None:
+        """Tell a logger every line there is, and from now on what is logged."""
+        self._logger = logger
+        for step, row in sorted(self._rows.items()):
+            known = {k: float(v) for k, v in row.items() if k != "step" and v != ""}
+            logger.log_metrics(known, step=step)
 
     def _write(self) -> None:
         with whole(self.metrics) as new, new.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(row for _, row in sorted(self._rows.items()))
+
+    def newest(self) -> int:
+        """Return the step of the last line, 0 if there is none."""
+        return max(self._rows, default=0)
+
+    def has(self, key: str) -> bool:
+        """Return whether a metric was ever logged."""
+        return any(row.get(key, "") != "" for row in self._rows.values())
 
     def scores(self) -> dict[int, float]:
         """Return the scores of all evaluations, by step."""

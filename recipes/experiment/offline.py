@@ -6,11 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from torchrl_iql import OfflineDataset, TrainStep
 from torchrl_iql.data import Minibatches
-from torchrl_iql_recipes.experiment import build, results
+from torchrl_iql_recipes.experiment import build, progress, results
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.folder import StopSignal
 from torchrl_iql_recipes.experiment.networks import architecture_for
@@ -50,7 +48,8 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
         records = Records(path, settings, step, architecture, dataset.name)
         records.resume()
         times = Times(path, step)
-        train(settings, step, minibatches, records, evaluations)
+        with records:
+            train(settings, step, minibatches, records, evaluations)
         times.write(evaluations)
     records.draw(evaluations)
     unfinished = step.steps < settings.training.steps
@@ -85,7 +84,7 @@ def train(
     log_interval = settings.training.log_interval
     with (
         StopSignal() as stop,
-        tqdm(total=end, initial=step.steps, desc=settings.algorithm.title, unit="step") as bar,
+        progress.bar(settings.algorithm.title, step.steps, end) as bar,
     ):
         at_event = step.steps > 0 and step.steps % interval == 0
         if step.steps == end or (at_event and not records.has_evaluated()):
@@ -99,7 +98,7 @@ def train(
             bar.update(steps)
             records.evaluated(evaluations)
             if step.steps % log_interval == 0 or step.steps == end:
-                bar.set_postfix(records.log(metrics))
+                bar.set_postfix_str(records.log(metrics))
             if step.steps % interval == 0 or step.steps == end:
                 records.evaluate(evaluations)
                 records.save()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from torchrl_iql import OfflineDataset, checkpoint
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
-from torchrl_iql_recipes.experiment import build, offline, results
+from torchrl_iql_recipes.experiment import build, offline, progress, results
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.folder import StopSignal
 from torchrl_iql_recipes.experiment.networks import architecture_for
@@ -56,7 +56,8 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
     with build.evaluations_for(settings, dataset, architecture) as evaluations:
         its = FineTuning(settings, dataset, architecture, evaluations, path, start)
         times = Times(path, its.step)
-        its.train()
+        with its.records:
+            its.train()
         times.write(evaluations)
         its.draw()
     return results.write(path, settings, dataset.name, [its.outcome()], results.rules(dataset))
@@ -175,7 +176,7 @@ class FineTuning:
         env_steps = self.settings.online.env_steps
         with (
             StopSignal() as stop,
-            tqdm(total=env_steps, initial=self.frames, desc="online", unit="step") as bar,
+            progress.bar("online", self.frames, env_steps) as bar,
         ):
             if self.evaluations is not None and self.before is None:
                 self.records.evaluate(self.evaluations)
@@ -207,7 +208,7 @@ class FineTuning:
             bar.update(self.frames - start)
             self.records.evaluated(self.evaluations)
             if metrics is not None and self._reached(settings.training.log_interval, start):
-                bar.set_postfix(self.records.log(metrics, **self._collected()))
+                bar.set_postfix_str(self.records.log(metrics, **self._collected()))
             if self._reached(settings.evaluation.eval_interval, start):
                 self.records.evaluate(self.evaluations)
                 self._save()

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import mean
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from tqdm import tqdm
 
 from torchrl_iql import Evaluation, TrainStep, checkpoint
 from torchrl_iql.models import Architecture
-from torchrl_iql_recipes.experiment import plots
+from torchrl_iql_recipes.experiment import plots, progress
 from torchrl_iql_recipes.experiment.evaluations import Evaluations, Round
 from torchrl_iql_recipes.experiment.folder import RunFolder, newest_common_step
+from torchrl_iql_recipes.experiment.loggers import logger_for
 from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.files import whole
 
@@ -28,7 +30,9 @@ __all__ = ["Records", "Times"]
 
 
 class Records:
-    """The folders of all learners of a run.
+    """The folders of all learners of a run; as a context, also what is told to their loggers.
+
+    Enter it once the run was resumed, if it is to be: a logger goes on after the last line that is left.
 
     Args:
         path: of the run. A learner that is not alone has a folder of its own name there.
@@ -53,33 +57,52 @@ class Records:
         self.settings = settings
         self.step = step
         self.architecture = architecture
-        self.folders = [
-            RunFolder(path / learner.name, settings.logger.backend) for learner in settings.learners
-        ]
+        self.folders = [RunFolder(path / learner.name) for learner in settings.learners]
         self.latest: Sequence[Evaluation] | None = None
+        self._path = path
         self._dataset = dataset
+
+    def __enter__(self) -> Records:
+        with ExitStack() as loggers:
+            for learner, folder in zip(self.settings.learners, self.folders, strict=True):
+                logger = logger_for(self.settings, learner, self._path, folder.newest())
+                if logger is not None:
+                    loggers.push(logger)
+                    folder.tell(logger)
+            self._loggers = loggers.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._loggers.__exit__(kind, error, traceback)
 
     # --- Metrics -----------------------------------------------------------------------------------------
 
-    def log(self, metrics: TensorDictBase, **common: float) -> dict[str, float]:
-        """Write a line of metrics for every learner.
+    def log(self, metrics: TensorDictBase, **common: float) -> str:
+        """Write a line of metrics for every learner, and at the first one how many weights are clipped.
 
         Args:
             metrics: of the last gradient step.
             **common: others, the same for all learners.
 
         Returns:
-            what a progress bar shows: mean losses, and the mean of the last scores.
+            what a progress bar shows.
         """
         values = {key: value.reshape(-1).tolist() for key, value in metrics.items()}
+        shares = values.get("clip_fraction")
+        if shares is not None and not self.folders[0].has("clip_fraction"):
+            tqdm.write("\n".join(progress.clipped(self.settings, self.step.steps, shares)))
         values["policy_lr"] = self.step.learning_rates()["actor_network"]
         for r, folder in enumerate(self.folders):
             own = {key: value[r] for key, value in values.items()}
             folder.log(self.step.steps, common | own)
-        shown = {key[5:]: mean(v) for key, v in values.items() if key.startswith("loss_")}
-        if self.latest is not None:
-            shown["score"] = mean(evaluation.score for evaluation in self.latest)
-        return shown
+        losses = {key[5:]: value for key, value in values.items() if key.startswith("loss_")}
+        scores = self.latest and [evaluation.score for evaluation in self.latest]
+        return progress.figures(self.settings, losses, scores)
 
     # --- Evaluations -------------------------------------------------------------------------------------
 

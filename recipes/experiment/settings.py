@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -181,7 +182,19 @@ class Logger(Part):
     """Who is told the metrics beside metrics.csv."""
 
     group: ClassVar[str] = "logger"
-    backend: Literal["", "tensorboard", "wandb"] = Field("", description="a logger of TorchRL")
+    backend: Literal["", "tensorboard", "wandb"] = Field(
+        "", description="a logger of TorchRL, in which every learner is a run of its own"
+    )
+
+    @model_validator(mode="after")
+    def _is_installed(self) -> Logger:
+        # A folder of that name, as wandb leaves one, is found too, but has no origin.
+        if self.backend and getattr(find_spec(self.backend), "origin", None) is None:
+            raise ValueError(
+                f"logger={self.backend}: that package is not installed; "
+                f"pip install 'torchrl-iql[{self.backend}]', or give logger=csv"
+            )
+        return self
 
 
 class Collector(Part):
