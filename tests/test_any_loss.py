@@ -33,6 +33,7 @@ from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep
 from torchrl_iql.data import Minibatches
 from torchrl_iql.models import Architecture
 from torchrl_iql.training import cosine_decay, warm_up
+from torchrl_iql.training.coefficients import coefficients, learned, set_coefficients
 from torchrl_iql.training.stacked import StackedProgram
 
 SPEC = Bounded(-1, 1, (2,))
@@ -565,6 +566,111 @@ def test_random_numbers_and_moments_are_saved(name: str) -> None:
     assert_equal(second.losses[0], whole.losses[0], 0.0)
 
 
+def numbers(loss: LossModule) -> dict[str, Any]:
+    found = coefficients(loss).items()
+    return {key: its.tolist() if isinstance(its, torch.Tensor) else its for key, its in found}
+
+
+@pytest.mark.parametrize("execution", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@NAMES
+def test_a_learner_goes_on_as_it_was_set(name: str, execution: Any) -> None:
+    """With every coefficient of the loss and every number of the optimisation changed before."""
+    loss = build(name)
+    for key, value in coefficients(loss).items():
+        if isinstance(value, float | torch.Tensor):
+            set_coefficients(loss, {key: value * 0.9})
+    if isinstance(vars(loss).get("loss_function"), str):
+        loss.loss_function = "l1"
+    (network, *_) = TrainStep(build(name)).learning_rates()
+    own = {"execution": execution, "seeds": 3}
+    trained = {
+        "learning_rate": 1e-2,
+        "target_rate": 0.1,
+        "every": {network: 2},
+        "max_grad_norm": 0.5,
+    }
+    first, second = TrainStep(loss, **own, **trained), TrainStep(build(name), **own)
+    kept = TrainStep(build(name), **own)
+    minibatches = Minibatches(transitions(name, 300), 32)
+    first.run(minibatches, 5)
+    for other in (second, kept):  # they were something else before
+        other.run(minibatches, 2)
+    fresh = numbers(kept.losses[0])
+    state = first.state_dict()
+    second.load_state_dict(state)
+    kept.load_state_dict(state, keep=("settings",))
+    assert numbers(second.losses[0]) == numbers(loss)
+    assert numbers(loss) != fresh or name == "bc"  # which has none
+    assert numbers(kept.losses[0]) == fresh
+    for its in (second.losses[0], kept.losses[0]):
+        one, other = (learned(each, each.state_dict()) for each in (its, loss))
+        assert all(torch.equal(one[key], tensor) for key, tensor in other.items())
+    for step in (first, second, kept):
+        step.run(minibatches, 4)
+    assert_equal(second.losses[0], loss, 0.0)
+    assert second.learning_rates() == first.learning_rates() != kept.learning_rates()
+
+
+def test_what_a_schedule_has_set_is_what_a_learner_goes_on_with() -> None:
+    def run(step: TrainStep, batches: list[TensorDict]) -> TrainStep:
+        for batch in batches:
+            if step.steps == 3:
+                step.losses[0].temperature, step.losses[0].weight_clip = 5.0, 0.5
+            step(batch)
+        return step
+
+    batches = [transitions("iql") for _ in range(8)]
+    whole, first, second = (TrainStep(make_loss(0).double()) for _ in range(3))
+    run(whole, batches)
+    second.load_state_dict(run(first, batches[:5]).state_dict())
+    run(second, batches[5:])
+    assert (second.losses[0].temperature, second.losses[0].weight_clip) == (5, 0.5)
+    assert_equal(second.losses[0], whole.losses[0], 0.0)
+
+
+def test_the_value_estimator_is_that_of_the_state() -> None:
+    first, second = (TrainStep(make_loss(0).double()) for _ in range(2))
+    first.losses[0].make_value_estimator("td1", gamma=0.7)
+    for step in (first, second):
+        step(transitions("iql"))
+    second.load_state_dict(first.state_dict())
+    assert coefficients(second.losses[0])["value_type"] == "TD1"
+    assert second.losses[0].value_estimator.gamma == 0.7
+    batch = transitions("iql")
+    for step in (first, second):
+        step(batch.clone())
+    assert_equal(second.losses[0], first.losses[0], 0.0)
+
+
+def test_a_new_learner_may_begin_with_what_was_learned() -> None:
+    batches = [transitions("iql") for _ in range(4)]
+    first, second = TrainStep(make_loss(0).double()), TrainStep(make_loss(1).double(), seeds=7)
+    for batch in batches:
+        first(batch)
+    second.load_state_dict(first.state_dict(), keep=("settings", "optimizer", "random"))
+    assert second.steps == 0
+    assert all(
+        not moment.any() for pair in second.state_dict()["moments"].values() for moment in pair
+    )
+    again = TrainStep(deepcopy(first.losses[0]))
+    for batch in batches:
+        second(batch.clone())
+        again(batch.clone())
+    assert_equal(second.losses[0], again.losses[0], 1e-12)
+    with pytest.raises(ValueError, match=r"keep must hold some of \('settings', .* got 'setting'"):
+        second.load_state_dict(first.state_dict(), keep=["setting"])  # pyright: ignore
+
+
+def test_a_state_of_another_loss_is_refused_by_name() -> None:
+    step = TrainStep(make_loss(0).double())
+    state = step.state_dict()
+    state["coefficients"]["margin"] = 0.5
+    before = snapshot(step.losses[0])
+    with pytest.raises(ValueError, match="the state has margin, and this IQLLoss has not"):
+        step.load_state_dict(state)
+    assert not moved(step.losses[0], before)
+
+
 def test_a_state_is_the_same_stacked_or_not() -> None:
     stacked, general = TrainStep(make_loss(0).double()), TrainStep(make_loss(1).double())
     general._programs = [(general_program(general), slice(0, 1))]
@@ -596,7 +702,7 @@ def test_windows_of_time_reach_a_loss_that_reads_them() -> None:
 def test_a_later_format_is_refused() -> None:
     step = TrainStep(build("bc"))
     state = {**step.state_dict(), "format": 99}
-    with pytest.raises(ValueError, match="format 99, this version reads up to 2"):
+    with pytest.raises(ValueError, match="format 99, this version reads up to 3"):
         step.load_state_dict(state)
 
 

@@ -35,7 +35,10 @@ from torchrl_iql_recipes.behaviors.mazes import (
 from torchrl_iql_recipes.behaviors.policies import Stages, actor
 from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.behaviors.rollouts import StageRollouts
+from torchrl_iql_recipes.behaviors.sac import run as train_sac
 from torchrl_iql_recipes.experiment.folder import RunFolder
+from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.sac import SAC
 
 RECIPES = Path(ant.__file__).parents[1]
 
@@ -343,26 +346,37 @@ def sac(*overrides: str) -> AbstractContextManager[subprocess.Popen]:
 
 
 class TestSAC:
-    def test_goes_on_after_it_was_killed(self, tmp_path: Path):
+    def test_goes_on_after_it_was_killed_for_longer(self, tmp_path: Path):
         run = tmp_path / "run"
         RunFolder(run).log(50, {"return": 0.0})  # of one that was killed before it could save
         with sac(*SMALL, f"hydra.run.dir={run}") as process:
             wait_for(lambda: list(run.glob("checkpoint-*[0-9]")), process)
         kept = Stages.load(run / "stages.pt")
-        with sac(f"resume={run}") as resumed:
+        with sac(f"resume={run}", "frames=1800") as resumed:
             output, _ = resumed.communicate(timeout=PATIENCE)
         assert resumed.returncode == 0, output
-        assert f"1600 steps, stages: {run / 'stages.pt'}" in output
+        assert f"1800 steps, stages: {run / 'stages.pt'}" in output
         stages = Stages.load(run / "stages.pt")
-        assert stages.frames.tolist() == list(range(100, 1700, 100))
+        assert stages.frames.tolist() == list(range(100, 1900, 100))
         assert [int(row["step"]) for row in rows(run)] == stages.frames.tolist()
         (checkpoint,) = run.glob("checkpoint-*")
-        assert checkpoint.name == "checkpoint-000001600"
+        assert checkpoint.name == "checkpoint-000001800"
         state = torch.load(checkpoint / "state.pt", weights_only=True)
-        assert (state["frames"], state["updates"]) == (1600, 280)
+        assert (state["frames"], state["updates"]) == (1800, 320)
         for key, value in stages.weights.items():  # what was saved before is kept, all else is new
             assert value[:4].equal(kept.weights[key][:4])
             assert not value[-1].equal(value[0])
+        stored = SAC.stored(run)
+        assert stored.frames == 1800
+        with pytest.raises(SettingsError, match=r"with discount=0\.99, not discount=0\.5: begin a"):
+            SAC.resumed(run, ["discount=0.5"])
+        for settings, message in {
+            SAC.resumed(run, ["frames=1700"]): "frames=1700: 1800 are done",
+            SAC.settings([*SMALL, "frames=1800", "learning_rate=0.1"]): r"not learning_rate=0\.1",
+        }.items():
+            with pytest.raises(SettingsError, match=message):
+                train_sac(settings, run)
+        assert SAC.stored(run) == stored
 
     def test_ctrl_c_saves(self, tmp_path: Path):
         run = tmp_path / "run"

@@ -258,11 +258,17 @@ def test_help_needs_no_pytorch(script: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_is_resumed_as_it_was_started(tmp_path: Path) -> None:
-    done = started(tmp_path, "offline.py", "resume=there", "steps=7")
-    assert done.returncode == 1
-    expected = "offline.py: resume=there goes on with the settings stored there: leave out steps\n"
-    assert done.stderr == expected
+def test_a_refusal_to_go_on_comes_before_pytorch(tmp_path: Path) -> None:
+    import yaml
+
+    (tmp_path / "there").mkdir()
+    text = yaml.safe_dump(dict(OFFLINE.settings([]).values))
+    (tmp_path / "there/config.yaml").write_text(text)
+    done = started(tmp_path, "offline.py", "resume=there", "discount=0.5")
+    expected = (
+        "offline.py: there holds a run with discount=0.99, not discount=0.5: begin a new run, in "
+    )
+    assert (done.returncode, done.stderr) == (1, f"{expected}another folder\n")
 
 
 def test_a_run_of_another_script_is_not_resumed(tmp_path: Path) -> None:

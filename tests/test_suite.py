@@ -14,6 +14,7 @@ import pytest
 
 from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.comparison import finetuning
+from torchrl_iql_recipes.comparison.jobs import Job
 
 COMPARISON = Path(finetuning.__file__).parent
 NAME = "pointmaze/medium"
@@ -107,6 +108,14 @@ def test_the_table_has_the_last_score_and_the_mean_of_the_second_half(tmp_path: 
     cells = ["11.0 (10.0, 12.0)", "11.0 (10.0, 12.0)", "8.0 (7.0, 9.0)"]
     cells += ["61.0 (60.0, 62.0)", "41.0 (40.0, 42.0)"]
     assert row == f"| {' | '.join([NAME, *cells])} |"
+
+
+def test_a_folder_that_something_else_has_filled_is_not_taken_over(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("expectile: 0.5")
+    job = Job(Path("offline.py"), tmp_path, ["expectile=0.9"])
+    with pytest.raises(ValueError, match=r"holds a run with other settings, see config\.yaml"):
+        job.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_a_run_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -259,6 +259,10 @@ def test_the_loss_stays_what_it_is_and_both_see_what_the_other_changes() -> None
         lambda each: each.load_state_dict(make_loss(1).state_dict()),
         lambda each: setattr(each, "temperature", 0.5),
         lambda each: setattr(each, "expectile", 0.9),
+        lambda each: setattr(each, "weight_clip", 0.8),
+        lambda each: setattr(each, "loss_function", "smooth_l1"),
+        lambda each: each.make_value_estimator(gamma=0.5),
+        lambda each: each.make_value_estimator("td1", gamma=0.6),
         lambda each: each.value_network_params.data.mul_(1.1),
     ):
         change(loss)

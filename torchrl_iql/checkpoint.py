@@ -1,16 +1,16 @@
 """What a run must remember, in one file that is written whole or not at all.
 
 A checkpoint is a TorchRL :class:`~torchrl.checkpoint.Checkpoint` archive with the components
-``policy`` (the network alone), ``learner`` (networks, targets, optimiser, counter) and ``rng`` (every
-global random number generator), others that the run adds, and in its metadata a format number, the
-architecture of the networks and whatever the run adds. It holds one learner, also of several that are
-trained together.
+``policy`` (the network alone), ``learner`` (networks, targets, coefficients, optimiser, counter) and
+``rng`` (every global random number generator), others that the run adds, and in its metadata a format
+number, the architecture of the networks and whatever the run adds. It holds one learner, also of several
+that are trained together.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from tensordict.nn import TensorDictModule
 from torchrl.checkpoint import (
     Checkpoint,
+    CheckpointError,
     CheckpointRotation,
     GlobalRNGState,
     StateDictCheckpointAdapter,
@@ -28,7 +29,7 @@ from torchrl.checkpoint import (
 
 from torchrl_iql.models import Architecture
 from torchrl_iql.training import TrainStep
-from torchrl_iql.training.step import FORMAT
+from torchrl_iql.training.step import FORMAT, Own
 
 __all__ = ["load_architecture", "load_learner", "load_metadata", "load_policy", "save"]
 
@@ -104,21 +105,31 @@ def load_learner(
     *,
     replica: int = 0,
     components: Mapping[str, Any] = MappingProxyType({}),
+    keep: Collection[Own] = (),
 ) -> dict[str, Any]:
     """Restore a learner and the global random number generators, to continue a run.
 
     Args:
         path: a file written by :func:`save`.
-        learner: a training step for the same architecture, whose state is replaced.
+        learner: a training step for the same architecture, whose state is replaced, with the coefficients
+            of its loss (expectile, discount) and its learning rates. Its schedule stays: it is not saved.
         replica: which of its losses.
         components: what else to restore, by the names given to :func:`save`.
+        keep: what the learner keeps of its own, see :meth:`TrainStep.load_state_dict`; with ``"random"``
+            the global generators stay as they are, too.
 
     Returns:
         the metadata given to :func:`save`.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no checkpoint, or not of such a learner.
     """
     metadata = load_metadata(path)
-    checkpoint = Checkpoint(learner=_Replica(learner, replica), rng=GlobalRNGState(), **components)
-    checkpoint.load(path, map_location=learner.device)
+    restored = {"learner": _Replica(learner, replica, keep), **components}
+    if "random" not in keep:
+        restored["rng"] = GlobalRNGState()
+    Checkpoint(**restored).load(path, map_location=learner.device)
     return metadata
 
 
@@ -130,10 +141,20 @@ def load_architecture(path: str | Path) -> Architecture:
 
 
 def load_metadata(path: str | Path) -> dict[str, Any]:
-    """Load the metadata given to :func:`save`, without anything else."""
+    """Load the metadata given to :func:`save`, without anything else.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no checkpoint, or of a later format.
+    """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the file, as {Path(path, 'last.ckpt')}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
-    metadata = Checkpoint.manifest(path)["metadata"]
+    try:
+        metadata = Checkpoint.manifest(path)["metadata"]
+    except CheckpointError as error:
+        raise ValueError(f"{path} is no checkpoint: {error}") from None
     if metadata.get("format", 1) > FORMAT:
         raise ValueError(
             f"{path} has format {metadata['format']}, this version reads up to {FORMAT}: update "
@@ -148,9 +169,10 @@ class _Replica:
 
     learner: TrainStep
     replica: int
+    keep: Collection[Own] = ()
 
     def state_dict(self) -> dict[str, Any]:
         return self.learner.state_dict(self.replica)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state, self.replica)
+        self.learner.load_state_dict(state, self.replica, keep=self.keep)

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from torchrl_iql_recipes.experiment.schema import (
     AXIS,
+    LATER,
     Count,
     Natural,
     NotNegative,
@@ -52,7 +53,7 @@ class Algorithm(Part):
     of_networks: ClassVar[tuple[str, ...]] = ()
 
     learning_rate: Annotated[Positive, AXIS] = Field(3e-4, description="of Adam")
-    decay_steps: Natural | None = Field(
+    decay_steps: Annotated[Natural | None, LATER] = Field(
         None,
         description="gradient steps over which the policy's learning rate falls to 0, by half a cosine; "
         "null: all of them, 0: it stays",

@@ -10,8 +10,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
-from omegaconf import OmegaConf
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
@@ -23,6 +22,7 @@ from torchrl_iql_recipes.behaviors.ant import ANT_TO_GOAL
 from torchrl_iql_recipes.behaviors.policies import Stages, actor
 from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.behaviors.settings import SoftActorCritic
+from torchrl_iql_recipes.experiment import build
 from torchrl_iql_recipes.experiment.folder import RunFolder, StopSignal
 
 ENVIRONMENTS: dict[str, EnvSpec] = {
@@ -78,7 +78,7 @@ class Training:
         self.frames = 0
         self.updates = 0
         self.stages: list[tuple[int, float, dict[str, torch.Tensor]]] = []
-        if checkpoints := self._checkpoints():
+        if checkpoints := _checkpoints(path):
             self._resume(checkpoints[-1])
         else:
             self.folder.return_to(-1)
@@ -164,13 +164,9 @@ class Training:
             "stages": self.stages,
         }
 
-    def _checkpoints(self) -> list[Path]:
-        """List the folders, the newest last."""
-        return sorted(self.folder.path.glob("checkpoint-*[0-9]"))
-
     def _save(self) -> None:
         """Replace the checkpoint in one piece."""
-        earlier = self._checkpoints()
+        earlier = _checkpoints(self.folder.path)
         folder = self.folder.path / f"checkpoint-{self.frames:09}"
         unfinished = folder.with_suffix(".new")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -184,13 +180,20 @@ class Training:
 
     def _resume(self, folder: Path) -> None:
         state = torch.load(folder / "state.pt", weights_only=True)
-        self.buffer.loads(folder / "buffer")
+        # Not buffer.loads: a training that was extended has a larger one.
+        rows = TensorDict.load_memmap(folder / "buffer/storage")[: state["frames"]]
+        self.buffer.extend(rows)
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.frames, self.updates = state["frames"], state["updates"]
         self.stages = state["stages"]
         self.folder.return_to(self.frames)
         torch.manual_seed(self.cfg.seed + self.frames)
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    """List the folders, the newest last."""
+    return sorted(path.glob("checkpoint-*[0-9]"))
 
 
 def _transitions(batch: TensorDictBase) -> TensorDictBase:
@@ -204,8 +207,9 @@ def run(settings: SoftActorCritic, path: Path) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision("medium")  # oneDNN: faster, of the same accuracy
-    path.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(settings.model_dump(mode="json")), path / "config.yaml")
+    for saved in _checkpoints(path):
+        build.check_not_done("frames", settings.frames, int(saved.name.rpartition("-")[2]))
+    build.claim(path, settings)
     training = Training(settings, path)
     training.train()
     stages = path / "stages.pt" if training.stages else "none yet"

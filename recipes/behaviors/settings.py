@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from torchrl_iql_recipes.experiment.schema import (
+    LATER,
     Count,
     Natural,
     NotNegative,
@@ -75,7 +76,7 @@ class SoftActorCritic(Part):
     behavior: Literal["hopper", "halfcheetah", "walker2d", "ant"] = Field(
         "hopper", description="who is trained; the ant walks to goals"
     )
-    frames: Count = Field(250_000, description="environment steps")
+    frames: Annotated[Count, LATER] = Field(250_000, description="environment steps")
     seed: Natural = Field(0, description="of everything")
     random_frames: Natural = Field(5000, description="of random actions, at the beginning")
     frames_per_batch: Count = Field(50, description="collected between two rounds of updates")
@@ -91,8 +92,10 @@ class SoftActorCritic(Part):
     stage_interval: Count = Field(
         5000, description="frames from one stage of the policy that is kept to the next"
     )
-    eval_episodes: Count = Field(5, description="of each stage, stochastic")
-    threads: Count | None = Field(None, description="of PyTorch; null: one per core")
+    eval_episodes: Annotated[Count, LATER] = Field(5, description="of each stage, stochastic")
+    threads: Annotated[Count | None, LATER] = Field(
+        None, description="of PyTorch; null: one per core"
+    )
 
     @model_validator(mode="after")
     def _stages_are_whole_batches(self) -> SoftActorCritic:

@@ -47,17 +47,19 @@ class Job:
             RuntimeError: if it fails or is interrupted; its output is in ``log.txt`` of its folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        known = self.folder / "settings.json"
-        if known.exists() and json.loads(known.read_text()) != list(self.settings):
+        known, begun = self.folder / "settings.json", (self.folder / "config.yaml").exists()
+        asked = json.loads(known.read_text()) if known.exists() else None
+        if asked != list(self.settings) and (begun or asked is not None):
+            where = "config.yaml" if asked is None else known.name
             raise ValueError(
-                f"{self.folder} holds a run with other settings, see {known.name}: remove it, or give "
+                f"{self.folder} holds a run with other settings, see {where}: remove it, or give "
                 "another --folder"
             )
         known.write_text(json.dumps(list(self.settings), indent=2) + "\n")
         if self.result() is not None:
             return
         arguments = [*self.settings, "compute.threads=1", f"hydra.run.dir='{self.folder}'"]
-        if (self.folder / "config.yaml").exists():
+        if begun:
             arguments = [f"resume='{self.folder}'"]
         log = self.folder / "log.txt"
         with log.open("a") as file:

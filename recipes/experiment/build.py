@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.spaces import Discrete, flatdim
+from gymnasium.spaces import flatdim
 from omegaconf import OmegaConf
 
 from torchrl_iql import Evaluator, OfflineDataset, TrainStep, load_dataset
@@ -21,12 +20,20 @@ from torchrl_iql.environments import antmaze_id, spec_of
 from torchrl_iql.models import Architecture
 from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
-from torchrl_iql_recipes.experiment.networks import Networks
-from torchrl_iql_recipes.experiment.schema import SettingsError, written
-from torchrl_iql_recipes.experiment.settings import Compute, Data, Evaluation, Learner, Settings
+from torchrl_iql_recipes.experiment.networks import Networks, sizes
+from torchrl_iql_recipes.experiment.schema import Part, SettingsError, written
+from torchrl_iql_recipes.experiment.settings import (
+    Compute,
+    Data,
+    Evaluation,
+    Learner,
+    Settings,
+    check_continued,
+)
 from torchrl_iql_recipes.files import whole
 
 __all__ = [
+    "check_not_done",
     "claim",
     "dataset_for",
     "environment",
@@ -63,28 +70,26 @@ def _is_not_of_cuda(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("No CUDA runtime is found")
 
 
-def claim(path: Path, settings: Settings) -> None:
+def claim(path: Path, settings: Settings | Part) -> None:
     """Write the settings of a run into its folder, which may hold a part of it, but not of another.
 
     Raises:
-        SettingsError: it holds a run with other settings.
+        SettingsError: it holds a run with other settings, of those that may not be others when it goes on.
     """
     file = path / "config.yaml"
     if file.exists() and any(path.rglob("metrics.csv")):  # something has come of it
-        known: Any = OmegaConf.to_container(OmegaConf.load(file))
-        differ = sorted(
-            key
-            for key in {*known, *settings.values} - {"compute", "logger", "task"}
-            if known.get(key) != settings.values.get(key)
-        )
-        if differ:
-            raise SettingsError(
-                f"{path} holds a run with another {', '.join(differ)}: give another hydra.run.dir, or "
-                f"resume={path} to continue that one"
-            )
+        stored: Any = OmegaConf.to_container(OmegaConf.load(file))
+        known = type(settings).of({**stored, "task": settings.values.get("task")})
+        check_continued(path, known.values, settings.values, settings.later(path))
     path.mkdir(parents=True, exist_ok=True)
     with whole(file) as new:
         OmegaConf.save(OmegaConf.create(dict(settings.values)), new)
+
+
+def check_not_done(name: str, asked: int, done: int) -> None:
+    """Refuse a run that is to end before where it is."""
+    if asked < done:
+        raise SettingsError(f"{name}={asked}: {done} are done, expected at least as many")
 
 
 def dataset_for(data: Data) -> OfflineDataset:
@@ -196,21 +201,14 @@ def evaluator_for(
     )
     with make(episodes=1) as evaluate:
         maze = getattr(evaluate.envs[0].unwrapped, "maze", None)
-        recorded = _sizes(dataset.transitions["observation"].shape[-1], dataset.action_space)
-        played = _sizes(flatdim(evaluate.envs[0].observation_space), evaluate.action_space)
+        recorded = sizes(dataset.transitions["observation"].shape[-1], dataset.action_space)
+        played = sizes(flatdim(evaluate.envs[0].observation_space), evaluate.action_space)
         if recorded != played:
             raise SettingsError(
                 f"{dataset.name} holds {recorded}, but {evaluate.envs[0].spec.id} has {played}: give "  # pyright: ignore
                 "env=<id> of another, env=null for the one that the data set names, or eval_episodes=0"
             )
     return make, maze
-
-
-def _sizes(observation_size: int, action_space: Space) -> str:
-    kind = "choices" if isinstance(action_space, Discrete) else "numbers"
-    return (
-        f"observations of {observation_size} numbers and actions of {flatdim(action_space)} {kind}"
-    )
 
 
 def step_for(

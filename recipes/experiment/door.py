@@ -25,7 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment.schema import Part, SettingsError, allowed, written
-from torchrl_iql_recipes.experiment.settings import PARTS, Networks, Settings
+from torchrl_iql_recipes.experiment.settings import (
+    OFFLINE_PHASE,
+    PARTS,
+    Settings,
+    check_continued,
+    networks_of,
+)
 
 __all__ = ["OFFLINE", "ONLINE", "Door", "Experiment"]
 
@@ -77,10 +83,12 @@ class Door:
             if {"-h", "--help"} & set(options):
                 print(self.help(description, overrides))
                 return
-            if (folder := self._resumed(overrides)) is not None:
-                run(self.stored(folder), folder)
+            if (folder := _folder(overrides)) is not None:
+                run(self.resumed(folder, overrides), folder)
                 return
-            self.check(overrides)
+            implied = self._implied(overrides)
+            self.check([*implied, *overrides])
+            sys.argv += implied
             if not options:
                 self.settings(overrides)
         except SettingsError as error:
@@ -89,7 +97,8 @@ class Door:
         def job(cfg: DictConfig) -> None:
             context = HydraConfig.get()
             try:
-                settings = self._made(_values(cfg, context.runtime.choices), overrides)
+                own = [each for each in context.overrides.task if each not in implied]
+                settings = self._made(_values(cfg, context.runtime.choices), own)
                 run(settings, Path(context.runtime.output_dir))
             except SettingsError as error:
                 sys.exit(f"{self.name}.py: {error}")
@@ -106,16 +115,65 @@ class Door:
         Raises:
             SettingsError: one of them is refused.
         """
-        self.check(overrides)
-        return self._made(self.compose(overrides), overrides)
+        all_ = [*self._implied(overrides), *overrides]
+        self.check(all_)
+        return self._made(self.compose(all_), overrides)
 
     def stored(self, folder: Path) -> Any:
-        """Return the settings that a run was started with.
+        """Return the settings of a run.
 
         Raises:
             SettingsError: the folder is not that of a run.
         """
-        return self._made(self._stored(folder), ())
+        return self._of(self._stored(folder))
+
+    def resumed(self, folder: Path, overrides: Sequence[str]) -> Any:
+        """Return the settings of a run that goes on: its own, and over them what extends it.
+
+        Args:
+            folder: of the run.
+            overrides: as on the command line.
+
+        Raises:
+            SettingsError: the folder is not that of a run, or one of them is refused.
+        """
+        stored = self.stored(folder)
+        given = [each for each in overrides if _parsed([each])[0].key_or_group != "resume"]
+        if not given:
+            return stored
+        self.check([*self._implied_by(stored.values), *given])
+        for each in _parsed(given):
+            if each.is_sweep_override() or each.key_or_group.partition(".")[0] == "hydra":
+                raise SettingsError(
+                    f"{each.input_line}: resume={folder} goes on with one run, in its folder; leave it out"
+                )
+        values = self._over(stored.values, [*self._implied_by(stored.values), *given])
+        resumed = self._of(values)
+        check_continued(folder, stored.values, resumed.values, resumed.later(folder))
+        return self._extended(stored, resumed, {each.key_or_group for each in _parsed(given)})
+
+    def _implied_by(self, values: Mapping[str, Any]) -> list[str]:
+        """Return the choices of these values, as on the command line, of which others depend."""
+        return []
+
+    def _implied(self, overrides: Sequence[str]) -> list[str]:
+        """Return the choices that follow from what is given, as on the command line."""
+        return []
+
+    def _extended(self, stored: Any, resumed: Any, given: set[str]) -> Any:
+        return resumed
+
+    def _over(self, base: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+        """Return values with what is given put over them; where both say nothing, what is composed."""
+        composed = self.compose(overrides)
+        values = {**composed, **{key: value for key, value in base.items() if key in composed}}
+        for each in _parsed(overrides):
+            group, _, name = each.key_or_group.partition(".")
+            if not name:
+                values[group] = composed[group]
+            elif group in composed:
+                values[group] = {**values[group], name: composed[group][name]}
+        return values
 
     def _stored(self, folder: Path) -> dict[str, Any]:
         if not (folder / "config.yaml").exists():
@@ -134,20 +192,11 @@ class Door:
         }
 
     def _made(self, values: dict[str, Any], overrides: Sequence[str]) -> Any:
+        return self._of(values)
+
+    def _of(self, values: Mapping[str, Any]) -> Any:
         (part,) = self.parts
         return part.of(values)
-
-    def _resumed(self, overrides: Sequence[str]) -> Path | None:
-        given = {each.key_or_group: each for each in _parsed(overrides)}
-        resume = given.pop("resume", None)
-        if resume is None or resume.value() is None:
-            return None
-        if given:
-            raise SettingsError(
-                f"resume={resume.value()} goes on with the settings stored there: leave out "
-                f"{', '.join(given)}"
-            )
-        return Path(str(resume.value()))
 
     # --- Checks --------------------------------------------------------------------------------------------
 
@@ -263,44 +312,71 @@ class Experiment(Door):
         names = algorithm.names() if algorithm else {}
         return {*super()._recorded(values), "task", "algorithm", *names}
 
-    def stored(self, folder: Path) -> Settings:
-        return Settings.of(self._stored(folder))
+    def _of(self, values: Mapping[str, Any]) -> Settings:
+        return Settings.of(values)
+
+    def _implied_by(self, values: Mapping[str, Any]) -> list[str]:
+        task = values.get("task")
+        known = task is not None and (CONFIG / "task" / f"{task}.yaml").exists()
+        return [f"algorithm={values['algorithm']}", *([f"task={task}"] if known else [])]
+
+    def _implied(self, overrides: Sequence[str]) -> list[str]:
+        parsed = _parsed(overrides)
+        paths = [x.value() for x in parsed if x.key_or_group == "checkpoint"]
+        if not paths or not isinstance(paths[-1], str):
+            return []
+        given = {each.key_or_group for each in parsed}
+        implied = self._implied_by(_settings_in(paths[-1]))
+        return [each for each in implied if each.partition("=")[0] not in given]
+
+    def _extended(self, stored: Settings, resumed: Settings, given: set[str]) -> Settings:
+        """Keep the length of the policy's decay, which null makes that of the run."""
+        before, after = stored.training.steps, resumed.training.steps
+        if before == after or resumed.values["decay_steps"] is not None:
+            return resumed
+        length = after if "decay_steps" in given else before
+        if "decay_steps" not in given:
+            print(f"decay_steps={length}: the policy's learning rate falls as it did before")
+        return Settings.of({**resumed.values, "decay_steps": length})
 
     def _made(self, values: dict[str, Any], overrides: Sequence[str]) -> Settings:
         """Take what is not given from the run of the checkpoint, if any; what was learned says how.
 
         Raises:
-            SettingsError: the checkpoint has no settings, or one that is given contradicts its networks.
+            SettingsError: the checkpoint has no settings, or one that is given contradicts its networks,
+                or has no effect.
         """
-        path = values.get("checkpoint")
+        given = {each.key_or_group for each in _parsed(overrides)}
+        path = values["checkpoint"]
         if path is None:
-            return Settings.of(values)
-        from torchrl_iql import checkpoint
-
-        try:
-            saved = checkpoint.load_metadata(path).get("config")
-        except FileNotFoundError as error:
-            raise SettingsError(f"checkpoint={path}: {error}") from None
-        if saved is None or "algorithm" not in saved:
-            raise SettingsError(
-                f"checkpoint={path} does not hold the settings of its run: train it anew"
-            )
-        given = {each.key_or_group.partition(".")[0] for each in _parsed(overrides)}
-        networks = {*Networks.model_fields, *algorithms()[saved["algorithm"]].of_networks}
-        if fixed := sorted(given & networks):
-            raise SettingsError(f"{', '.join(fixed)}: the checkpoint has networks of its own")
-        if "algorithm" not in given:
-            values = self.compose([*overrides, f"algorithm={saved['algorithm']}"])
-        elif values["algorithm"] != saved["algorithm"]:
-            raise SettingsError(
-                f"algorithm={values['algorithm']}: the checkpoint is of {saved['algorithm']}"
-            )
-        kept = given | {"task", "compute", "logger"}
-        if "task" in given:
-            kept |= _by_task(values["algorithm"]) - networks
-        taken = {key: v for key, v in saved.items() if key in values and key not in kept}
-        # The run may be resumed elsewhere.
-        return Settings.of({**values, **taken, "checkpoint": str(Path(path).resolve())})
+            settings = Settings.of(values)
+        else:
+            saved = _settings_in(path)
+            if fixed := sorted(given & networks_of(saved["algorithm"])):
+                raise SettingsError(f"{', '.join(fixed)}: the checkpoint has networks of its own")
+            if "algorithm" in given and values["algorithm"] != saved["algorithm"]:
+                raise SettingsError(
+                    f"algorithm={values['algorithm']}: the checkpoint is of {saved['algorithm']}"
+                )
+            dropped = {"compute", "logger"}
+            if "task" in given:
+                dropped |= _by_task(saved["algorithm"]) - networks_of(saved["algorithm"])
+            base = {key: value for key, value in saved.items() if key not in dropped}
+            values = self._over(base, [*overrides, *self._implied(overrides)])
+            # The run may be resumed elsewhere.
+            settings = Settings.of({**values, "checkpoint": str(Path(path).resolve())})
+            if len(settings.learners) > 1:
+                names = [learner.name for learner in settings.learners]
+                raise SettingsError(
+                    f"one learner begins with a checkpoint, but these are {names}: give one value"
+                )
+        if "env_steps" in settings.values and not settings.has_offline_phase():
+            idle = given & {*OFFLINE_PHASE} - ({"steps"} if settings.training.steps == 0 else set())
+            if idle:
+                raise SettingsError(
+                    f"{', '.join(sorted(idle))}: without effect, there is no offline phase"
+                )
+        return settings
 
     def _register(self) -> None:
         super()._register()
@@ -325,6 +401,31 @@ OFFLINE = Experiment(
     "offline", tuple(part for name, part in PARTS.items() if name not in ("online", "collector"))
 )
 ONLINE = Experiment("online", tuple(PARTS.values()))
+
+
+def _folder(overrides: Sequence[str]) -> Path | None:
+    """Return that of the run to resume, if one is."""
+    given = [each.value() for each in _parsed(overrides) if each.key_or_group == "resume"]
+    return None if not given or given[-1] is None else Path(str(given[-1]))
+
+
+def _settings_in(path: str) -> dict[str, Any]:
+    """Return the settings of the run that a checkpoint is of, all that there are.
+
+    Raises:
+        SettingsError: there is no such checkpoint, or it has none.
+    """
+    from torchrl_iql import checkpoint
+
+    try:
+        saved = checkpoint.load_metadata(path).get("config")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"checkpoint={path}: {error}") from None
+    if saved is None or saved.get("algorithm") not in algorithms():
+        raise SettingsError(
+            f"checkpoint={path} does not hold the settings of a run of these scripts: train it anew"
+        )
+    return dict(Settings.of(saved).values)
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:

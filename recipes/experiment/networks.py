@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from gymnasium.spaces import Discrete
+from gymnasium import Space
+from gymnasium.spaces import Discrete, flatdim
 from tensordict.nn import TensorDictModule
 
-from torchrl_iql import OfflineDataset
+from torchrl_iql import OfflineDataset, checkpoint
 from torchrl_iql.models import Architecture, Statistics
 from torchrl_iql_recipes.experiment import settings
+from torchrl_iql_recipes.experiment.schema import SettingsError
 
-__all__ = ["Networks", "architecture_for"]
+__all__ = ["Networks", "architecture_for", "architecture_of", "sizes"]
 
 
 class Networks:
@@ -70,3 +73,30 @@ def architecture_for(networks: settings.Networks, dataset: OfflineDataset) -> Ar
         normalize_observation=networks.normalize_observation,
         **actions,
     )
+
+
+def architecture_of(path: Path, dataset: OfflineDataset) -> Architecture:
+    """Load the description of the networks in a checkpoint.
+
+    Raises:
+        SettingsError: they do not fit the data.
+    """
+    architecture = checkpoint.load_architecture(path)
+    known = architecture.observation_size, architecture.action_size, architecture.discrete
+    space, observation_size = dataset.action_space, dataset.transitions["observation"].shape[-1]
+    if known != (observation_size, flatdim(space), isinstance(space, Discrete)):
+        raise SettingsError(
+            f"{dataset.name} holds {sizes(observation_size, space)}, but the networks of {path} are for "
+            f"{_sizes(*known)}: give another dataset, or train without a checkpoint"
+        )
+    return architecture
+
+
+def sizes(observation_size: int, action_space: Space) -> str:
+    """Say in words what is observed and done."""
+    return _sizes(observation_size, flatdim(action_space), isinstance(action_space, Discrete))
+
+
+def _sizes(observation_size: int, action_size: int, discrete: bool) -> str:
+    kind = "choices" if discrete else "numbers"
+    return f"observations of {observation_size} numbers and actions of {action_size} {kind}"

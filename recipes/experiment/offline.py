@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torchrl_iql import OfflineDataset, TrainStep
+from torchrl_iql import OfflineDataset, TrainStep, checkpoint
 from torchrl_iql.data import Minibatches
 from torchrl_iql_recipes.experiment import build, progress, results
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.folder import StopSignal
-from torchrl_iql_recipes.experiment.networks import architecture_for
+from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
 from torchrl_iql_recipes.experiment.records import Records, Times
 from torchrl_iql_recipes.experiment.settings import Settings
 
@@ -31,7 +31,12 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
     dataset = build.dataset_for(settings.data)
     print(describe(dataset))
     learned = build.learned_from(settings, dataset)
-    architecture = architecture_for(settings.networks, learned)
+    start = settings.training.checkpoint and Path(settings.training.checkpoint)
+    lasts = [path / learner.name / "last.ckpt" for learner in settings.learners]
+    if start is None:
+        architecture = architecture_for(settings.networks, learned)
+    else:
+        architecture = architecture_of(lasts[0] if lasts[0].exists() else start, learned)
     with (
         build.evaluations_for(settings, dataset, architecture) as evaluations,
         learned.minibatches(
@@ -44,9 +49,13 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
         step = build.step_for(
             settings.learners, architecture, learned, settings.compute, settings.training.steps
         )
+        for last in filter(Path.exists, lasts):
+            done = checkpoint.load_metadata(last)["steps"]
+            build.check_not_done("steps", settings.training.steps, done)
         build.claim(path, settings)
         records = Records(path, settings, step, architecture, dataset.name)
-        records.resume()
+        if records.resume() is None and start is not None:
+            checkpoint.load_learner(start, step, keep=("settings", "optimizer", "random"))
         times = Times(path, step)
         with records:
             train(settings, step, minibatches, records, evaluations)

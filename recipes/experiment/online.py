@@ -20,7 +20,7 @@ from torchrl_iql.online import Experience, behavior, collecting, environment, tr
 from torchrl_iql_recipes.experiment import build, offline, progress, results
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.folder import StopSignal
-from torchrl_iql_recipes.experiment.networks import architecture_for
+from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
 from torchrl_iql_recipes.experiment.records import Records, Times
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
@@ -35,25 +35,28 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
         what ``scores.json`` holds.
     """
     _require_one_learner(settings)
-    build.claim(path, settings)
-    start = settings.online.checkpoint and Path(settings.online.checkpoint)
-    if start is None and settings.data.dataset is not None and settings.training.steps > 0:
+    build.set_up(settings.compute)
+    dataset = dataset_for(settings)
+    start = settings.training.checkpoint and Path(settings.training.checkpoint)
+    last = path / "last.ckpt"
+    if last.exists():
+        frames = checkpoint.load_metadata(last).get("frames", 0)  # 0: saved by an earlier version
+        build.check_not_done("env_steps", settings.online.env_steps, frames)
+    if settings.has_offline_phase():
         start = path / "offline/last.ckpt"
-        if not (path / "last.ckpt").exists():
+        if not last.exists():
+            build.claim(path, settings)
             learned = offline.run(_offline(settings), path / "offline")
             if learned["replicas"][0]["interrupted"]:
                 known = (learned[key] for key in ("dataset", "replicas", "data"))
                 return results.write(path, settings, *known)
-    build.set_up(settings.compute)
-    dataset = dataset_for(settings)
-    last = path / "last.ckpt"
     known = last if last.exists() else start
-    architecture = (
-        checkpoint.load_architecture(known)
-        if known is not None
-        else architecture_for(settings.networks, dataset)
-    )
+    if known is None:
+        architecture = architecture_for(settings.networks, dataset)
+    else:
+        architecture = architecture_of(known, dataset)
     with build.evaluations_for(settings, dataset, architecture) as evaluations:
+        build.claim(path, settings)
         its = FineTuning(settings, dataset, architecture, evaluations, path, start)
         times = Times(path, its.step)
         with its.records:
@@ -98,7 +101,7 @@ def dataset_for(settings: Settings) -> OfflineDataset:
     env = build.environment(data.env)
     if env is None:
         raise SettingsError("without a data set there is no environment: give env=<id>")
-    if settings.networks.normalize_observation and settings.online.checkpoint is None:
+    if settings.networks.normalize_observation and settings.training.checkpoint is None:
         raise SettingsError(
             "normalize_observation=true needs the statistics of a data set: from scratch, give false"
         )
@@ -157,7 +160,7 @@ class FineTuning:
         if saved is not None:
             self.before, self.switch = saved["before"], saved["switch"]
         elif start is not None:
-            checkpoint.load_learner(start, self.step)
+            checkpoint.load_learner(start, self.step, keep=("settings", "random"))
             self.switch = self.step.steps
 
     @property
@@ -276,7 +279,7 @@ class FineTuning:
 
     def _save(self) -> None:
         parts = {"experience": self.experience}
-        self.records.save(parts, before=self.before, switch=self.switch)
+        self.records.save(parts, before=self.before, switch=self.switch, frames=self.frames)
 
     # --- Results -----------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from torchrl_iql_recipes.experiment import plots, progress
 from torchrl_iql_recipes.experiment.evaluations import Evaluations, Round
 from torchrl_iql_recipes.experiment.folder import RunFolder, newest_common_step
 from torchrl_iql_recipes.experiment.loggers import logger_for
-from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.settings import OFFLINE_PHASE, Settings, check_continued
 from torchrl_iql_recipes.files import whole
 
 __all__ = ["Records", "Times"]
@@ -154,14 +154,26 @@ class Records:
 
         Returns:
             the metadata of the first learner's; None if a run begins.
+
+        Raises:
+            SettingsError: a checkpoint was trained with other settings than the run has.
         """
         step, saved = newest_common_step(self.folders), None
         for r, folder in reversed(list(enumerate(self.folders))):
             if step is not None:
                 path = folder.checkpoints()[step]
+                self._check_settings(r, checkpoint.load_metadata(path).get("config"))
                 saved = checkpoint.load_learner(path, self.step, replica=r, components=components)
             folder.return_to(-1 if step is None else step)
         return saved
+
+    def _check_settings(self, replica: int, trained_with: dict[str, Any] | None) -> None:
+        """Refuse what neither the command line nor the run has said: somebody has edited config.yaml."""
+        if trained_with is not None:
+            learner, folder = self.settings.learners[replica], self.folders[replica].path
+            known = Settings.of({**trained_with, "task": self.settings.values["task"]}).values
+            asked = Settings.of(self.settings.of_learner(learner)).values
+            check_continued(folder, known, asked, self.settings.later(folder) | {*OFFLINE_PHASE})
 
     def has_evaluated(self) -> bool:
         """Return whether every learner has been evaluated as it is now."""

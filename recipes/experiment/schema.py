@@ -10,6 +10,7 @@ import itertools
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from annotated_types import BaseMetadata, Ge, Gt, Le, Lt
@@ -27,6 +28,7 @@ from pydantic.fields import FieldInfo
 
 __all__ = [
     "AXIS",
+    "LATER",
     "Count",
     "Flag",
     "Fraction",
@@ -66,6 +68,10 @@ Text = StrictStr
 AXIS = Field(json_schema_extra={"axis": True})
 """Marks a setting of which several values may be given, one learner for each."""
 
+LATER = Field(json_schema_extra={"later": True})
+"""Marks a setting that may be another when a run goes on: it extends the run, or its numbers do not depend
+on it."""
+
 
 class Part(BaseModel):
     """Settings that belong together, immutable.
@@ -81,11 +87,26 @@ class Part(BaseModel):
     @classmethod
     def axes(cls) -> tuple[str, ...]:
         """Return the settings of which several values may be given."""
-        return tuple(name for name, field in cls.model_fields.items() if field.json_schema_extra)
+        return cls._marked("axis")
+
+    @classmethod
+    def _marked(cls, mark: str) -> tuple[str, ...]:
+        fields = cls.model_fields.items()
+        return tuple(name for name, field in fields if mark in (field.json_schema_extra or {}))
 
     def along_axes(self) -> dict[str, Any]:
         """Return the value of each axis."""
         return {axis: getattr(self, axis) for axis in self.axes()}
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What is recorded."""
+        return self.model_dump(mode="json")
+
+    def later(self, folder: Path) -> set[str]:
+        """Return the settings that may be others when what was begun in a folder goes on there."""
+        marked = self._marked("later")
+        return {given for given, name in self.names().items() if name in marked}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

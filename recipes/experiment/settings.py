@@ -6,15 +6,18 @@ is the meaning of a setting, its range, and its default where a family says noth
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from torchrl_iql_recipes.algorithms import Algorithm, algorithms
 from torchrl_iql_recipes.experiment.schema import (
+    LATER,
     Count,
     Flag,
     Fraction,
@@ -24,9 +27,12 @@ from torchrl_iql_recipes.experiment.schema import (
     SettingsError,
     Text,
     combinations,
+    written,
 )
 
 __all__ = [
+    "OFFLINE_PHASE",
+    "PARTS",
     "Collector",
     "Compute",
     "Data",
@@ -37,6 +43,9 @@ __all__ = [
     "Online",
     "Settings",
     "Training",
+    "argument",
+    "check_continued",
+    "networks_of",
 ]
 
 
@@ -102,14 +111,23 @@ class Networks(Part):
 
 
 class Training(Part):
-    """How long it is trained, by whom, and what is recorded."""
+    """What training begins with, how long it lasts, who is trained, and what is recorded."""
 
-    steps: Natural = Field(1_000_000, description="gradient steps; 0, online only: none offline")
+    checkpoint: Text | None = Field(
+        None,
+        description="of an earlier run: its networks, and every setting that is not on the command line; "
+        "null: begin anew",
+    )
+    steps: Annotated[Natural, LATER] = Field(
+        1_000_000, description="gradient steps; 0, online only: none offline"
+    )
     seeds: Natural | tuple[Natural, ...] = Field(
         0, description="of one learner, or of several different ones, [0,1,2,3]"
     )
     batch_size: Count = Field(256, description="transitions")
-    log_interval: Count = Field(500, description="steps between lines of metrics.csv")
+    log_interval: Annotated[Count, LATER] = Field(
+        500, description="steps between lines of metrics.csv"
+    )
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> Training:
@@ -122,24 +140,24 @@ class Training(Part):
 class Evaluation(Part):
     """How what is learned is tried out."""
 
-    eval_interval: Count = Field(
+    eval_interval: Annotated[Count, LATER] = Field(
         50_000, description="steps from one evaluation and one checkpoint to the next"
     )
-    eval_episodes: Natural = Field(10, description="0 trains without an environment")
-    eval_workers: Natural = Field(
+    eval_episodes: Annotated[Natural, LATER] = Field(
+        10, description="0 trains without an environment"
+    )
+    eval_workers: Annotated[Natural, LATER] = Field(
         0, description="processes that evaluate while training goes on; 0: it waits"
     )
 
 
 class Online(Part):
-    """Learning from an environment."""
+    """Learning from an environment.
 
-    checkpoint: Text | None = Field(
-        None,
-        description="of offline.py, which also gives every setting that is not on the command line; "
-        "null: an offline phase of `steps` gradient steps comes first, unless there is no data set",
-    )
-    env_steps: Count = Field(1_000_000, description="of the environment")
+    An offline phase comes before, unless there is a checkpoint or no data set, or steps are 0.
+    """
+
+    env_steps: Annotated[Count, LATER] = Field(1_000_000, description="of the environment")
     updates_per_frame: NotNegative = Field(1.0, description="gradient steps per environment step")
     exploration: NotNegative = Field(
         1.0, description="factor on the deviation of the policy that collects; 0: its mean"
@@ -165,15 +183,17 @@ class Compute(Part):
     """Where and how it is computed."""
 
     group: ClassVar[str] = "compute"
-    device: Text = Field("cpu", description="of PyTorch, as cpu or cuda:1")
-    execution: Literal["auto", "eager", "compiled", "cudagraph"] = Field(
+    device: Annotated[Text, LATER] = Field("cpu", description="of PyTorch, as cpu or cuda:1")
+    execution: Annotated[Literal["auto", "eager", "compiled", "cudagraph"], LATER] = Field(
         "auto", description="auto: the fastest that the machine allows"
     )
-    streaming: Flag = Field(
+    streaming: Annotated[Flag, LATER] = Field(
         False, description="the data stay in main memory or on disk, minibatches go to the device"
     )
-    threads: Count | None = Field(None, description="of PyTorch; null: one per core")
-    matmul_precision: Literal["highest", "high", "medium"] = Field(
+    threads: Annotated[Count | None, LATER] = Field(
+        None, description="of PyTorch; null: one per core"
+    )
+    matmul_precision: Annotated[Literal["highest", "high", "medium"], LATER] = Field(
         "highest", description="of float32 products, see torch.set_float32_matmul_precision"
     )
 
@@ -182,7 +202,7 @@ class Logger(Part):
     """Who is told the metrics beside metrics.csv."""
 
     group: ClassVar[str] = "logger"
-    backend: Literal["", "tensorboard", "wandb"] = Field(
+    backend: Annotated[Literal["", "tensorboard", "wandb"], LATER] = Field(
         "", description="a logger of TorchRL, in which every learner is a run of its own"
     )
 
@@ -283,10 +303,31 @@ class Settings:
         """Return the values of a run with this learner alone."""
         return {**self.values, **learner.algorithm.along_axes(), "seeds": learner.seed}
 
+    def later(self, folder: Path) -> set[str]:
+        """Return the settings that may be others when what was begun in a folder goes on there.
+
+        Of an online run, those of the offline phase are not among them if there is none, or if it is over.
+        """
+        parts = [*(getattr(self, name) for name in PARTS), self.algorithm]
+        names = {name for part in parts for name in part.later(folder)}
+        over = (folder / "last.ckpt").exists() or not self.has_offline_phase()
+        return names - {*OFFLINE_PHASE} if "env_steps" in self.values and over else names
+
+    def has_offline_phase(self) -> bool:
+        """Return whether an online run begins with one."""
+        return (
+            self.training.checkpoint is None
+            and self.data.dataset is not None
+            and self.training.steps > 0
+        )
+
     def varied(self) -> dict[str, list[Any]]:
         """Return the different values of each axis that has several."""
         return _varied(self.learners)
 
+
+OFFLINE_PHASE = ("steps", "decay_steps")
+"""What only the offline phase of an online run depends on."""
 
 PARTS: dict[str, type[Part]] = {
     "data": Data,
@@ -321,14 +362,14 @@ def _learners(values: Mapping[str, Any], training: Training) -> tuple[Learner, .
 def _recorded(
     values: Mapping[str, Any], parts: Mapping[str, Part], learners: tuple[Learner, ...]
 ) -> dict[str, Any]:
-    """Return what is given, as the parts understood it."""
+    """Return all settings of the parts of which some are given, as they were understood."""
     own: dict[str, Any] = {"task": values.get("task"), "algorithm": values["algorithm"]}
     for part in (*parts.values(), learners[0].algorithm):
         dump = part.model_dump(mode="json")
         if part.group:
             own |= {part.group: dump} if part.group in values else {}
-        else:
-            own |= {name: value for name, value in dump.items() if name in values}
+        elif dump.keys() & values.keys() or part is learners[0].algorithm:
+            own |= dump
     return own | _varied(learners)
 
 
@@ -336,6 +377,64 @@ def _varied(learners: tuple[Learner, ...]) -> dict[str, list[Any]]:
     along = [learner.algorithm.along_axes() for learner in learners]
     found = {axis: list(dict.fromkeys(each[axis] for each in along)) for axis in along[0]}
     return {axis: values for axis, values in found.items() if len(values) > 1}
+
+
+def check_continued(
+    folder: Path, known: Mapping[str, Any], values: Mapping[str, Any], later: set[str]
+) -> None:
+    """Refuse to go on with a run under other settings.
+
+    Args:
+        folder: of the run.
+        known: the values that it has.
+        values: those that it is to have.
+        later: the names of those that may differ.
+
+    Raises:
+        SettingsError: it names those that differ, both values of each, and how to begin anew with the
+            given ones.
+    """
+    before, after = _flat(known), _flat(values)
+    differ = {key for key in {*before, *after} if before.get(key) != after.get(key)} - later
+    if not differ:
+        return
+    theirs, given = (
+        ", ".join(f"{key}={written(its.get(key))}" for key in sorted(differ))
+        for its in (before, after)
+    )
+    last = next(
+        (p for p in (folder / "last.ckpt", *folder.glob("*/last.ckpt")) if p.exists()), None
+    )
+    remedy = "begin a new run, in another folder"
+    if last is not None and not differ & _not_with_a_checkpoint(values):
+        remedy = (
+            f"{argument('checkpoint', last)} {given.replace(', ', ' ')} begins a new one from it"
+        )
+    raise SettingsError(f"{folder} holds a run with {theirs}, not {given}: {remedy}")
+
+
+def networks_of(algorithm: str) -> set[str]:
+    """Return the settings of the networks that are in a checkpoint."""
+    return {*Networks.model_fields, *algorithms()[algorithm].of_networks}
+
+
+def _not_with_a_checkpoint(values: Mapping[str, Any]) -> set[str]:
+    online = OFFLINE_PHASE if "env_steps" in values else ()
+    return {*networks_of(values["algorithm"]), "task", "algorithm", "checkpoint", *online}
+
+
+def argument(name: str, path: Path | str) -> str:
+    """Write a path as a shell takes it to Hydra, which wants one with an equals sign in quotes."""
+    return f"{name}={path}" if re.fullmatch(r"[\w./-]+", str(path)) else f"""'{name}="{path}"'"""
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by the names that they are given by: of groups, ``compute.threads``."""
+    groups = {part.group for part in PARTS.values() if part.group}
+    flat = {key: value for key, value in values.items() if key not in groups}
+    for group in groups & values.keys():
+        flat |= {f"{group}.{name}": value for name, value in values[group].items()}
+    return flat
 
 
 def _n_steps(data: Part, learners: tuple[Learner, ...]) -> None:

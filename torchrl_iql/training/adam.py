@@ -113,6 +113,8 @@ def adam_all_(
 
 def clip_(gradients: Sequence[Tensor], max_norm: float) -> None:
     """Scale gradients to a norm up to ``max_norm``, as :func:`torch.nn.utils.clip_grad_norm_`."""
+    if not gradients:  # no network is due
+        return
     norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
     scale = (max_norm / (torch.linalg.vector_norm(norms) + 1e-6)).clamp_max(1.0)
     for gradient in gradients:

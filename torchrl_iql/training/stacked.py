@@ -54,6 +54,8 @@ def refusal(losses: Sequence[LossModule], optimizations: Sequence[Optimization])
         reason = _unstackable(loss, optimization)
         if reason is not None:
             return reason
+    if any(its.target_rate != optimizations[0].target_rate for its in optimizations):
+        return "the targets follow at different rates"
     first, *others = losses
     networks = _Networks(first)  # pyright: ignore
     return next(filter(None, (_unlike(first, networks, loss) for loss in others)), None)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -15,15 +16,22 @@ from torchrl.objectives.common import LossModule
 
 from torchrl_iql.data.minibatches import BLOCK, Minibatches
 from torchrl_iql.training import native
+from torchrl_iql.training.coefficients import coefficients, learned, plain, set_coefficients
 from torchrl_iql.training.execution import Execution, Executor, RandomStream
 from torchrl_iql.training.optimization import Optimization, Schedule
-from torchrl_iql.training.program import LossProgram, Program
+from torchrl_iql.training.program import LossProgram, Moments, Program
 from torchrl_iql.training.stacked import StackedProgram, refusal
 
-__all__ = ["FORMAT", "TrainStep"]
+__all__ = ["FORMAT", "Own", "TrainStep"]
 
-FORMAT = 2
-"""Of :meth:`TrainStep.state_dict`. Before it had a number, moments were those of padded stacks."""
+FORMAT = 3
+"""Of :meth:`TrainStep.state_dict`. 2 had no coefficients that are not in the loss's state dict, and no
+optimisation; before it had a number, moments were those of padded stacks."""
+
+Own = Literal["settings", "optimizer", "random"]
+"""What a training step may keep of its own when it loads a state: ``"settings"`` are the coefficients of
+the loss (expectile, discount) and of the optimisation (learning rates), ``"optimizer"`` the moments and
+the number of steps, ``"random"`` the random numbers."""
 
 T = TypeVar("T")
 
@@ -140,6 +148,7 @@ class TrainStep:
         self._tables: dict[tuple[int, int], Tensor] = {}
         self._executor = Executor(execution, self.device)
         self._programs, self.path = self._programs_for()
+        self._made_with = self._settings()
         self._streams = [
             RandomStream(seed, self.device) for seed in _per_learner("seeds", seeds, learners)
         ]
@@ -168,6 +177,28 @@ class TrainStep:
         why = unlike or ("each draws its own dropout" if first.draws else "one fits a CPU's caches")
         path += f", one learner after the other: {why}" if len(losses) > 1 else ""
         return [(program, slice(r, r + 1)) for r, program in enumerate(programs)], path
+
+    def _settings(self) -> tuple:
+        """Return what the programs are made with. A loss that is called as it is reads its own."""
+        stacked = self.path.startswith("stacked")
+        return list(self._optimizations), list(map(plain, self.losses)) if stacked else None
+
+    def _adopt(self) -> None:
+        """Find out what became of the losses and their settings since the last step."""
+        if self._made_with != self._settings():
+            moments = [self._moments(r) for r in range(len(self.losses))]
+            self._programs, self.path = self._programs_for()
+            self._made_with, self._tables = self._settings(), {}
+            for r, before in enumerate(moments):
+                for name, pair in self._moments(r).items():
+                    for moment, its in zip(pair, before.get(name, ()), strict=False):
+                        moment.copy_(its)
+        for program, _ in self._programs:
+            program.adopt()
+
+    def _moments(self, replica: int) -> Moments:
+        program, rows = self._program_of(replica)
+        return program.moments(replica - rows.start)
 
     def _has_kernels(self) -> bool:
         """Return whether the kernels of this project can compute the stacks."""
@@ -222,6 +253,7 @@ class TrainStep:
         if learners > 1 and (batch.ndim < 2 or len(batch) != learners):
             shape = tuple(batch.shape)
             raise ValueError(f"the batch has shape {shape}, expected [{learners}, B]")
+        self._adopt()
         batches = batch.unsqueeze(0) if learners == 1 else batch
         sources = [
             batches[rows].flatten(0, 1) if rows.stop - rows.start > 1 else batches[rows.start]
@@ -251,6 +283,7 @@ class TrainStep:
             )
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps!r}")
+        self._adopt()
         end, results = self.steps + steps, []
         while self.steps < end:
             block, done = divmod(self.steps, BLOCK)
@@ -264,10 +297,9 @@ class TrainStep:
     ) -> list[TensorDictBase]:
         """Take as many steps as ``indices``, ``[steps, R, B]``, or one; return the last results."""
         steps = 1 if indices is None else len(indices)
-        due = [self._optimizations[0].due(self.steps + t) for t in range(steps)]
         results = []
         for (program, rows), source in zip(self._programs, sources, strict=True):
-            program.adopt()
+            due = [self._optimizations[rows.start].due(self.steps + t) for t in range(steps)]
             program.columns(source)  # raises what does not fit, before anything has changed
             at, rates = None, self._rates(rows, steps)
             if indices is not None:
@@ -309,55 +341,84 @@ class TrainStep:
         }
 
     def state_dict(self, replica: int = 0) -> dict[str, Any]:
-        """Return networks, targets, optimiser, random numbers and counter of one learner, copied.
+        """Return all that one learner goes on with, copied.
 
-        It is the same however the learner is trained: alone or among others, stacked or not.
+        Networks and targets, coefficients of the loss (those that are not in its own state dict, too),
+        learning rates and the other numbers of the optimisation, moments, random numbers and counter. A
+        schedule is a function, and not saved. It is the same however the learner is trained: alone or
+        among others, stacked or not.
         """
-        program, rows = self._program_of(replica)
-        moments = program.moments(replica - rows.start)
+        loss = self.losses[replica]
+        optimization = asdict(replace(self._optimizations[replica], schedule={}))
+        del optimization["schedule"]
         return {
             "format": FORMAT,
-            "loss": {
-                key: value.clone() for key, value in self.losses[replica].state_dict().items()
+            "loss": {key: value.clone() for key, value in loss.state_dict().items()},
+            "coefficients": coefficients(loss),
+            "optimization": optimization,
+            "moments": {
+                key: tuple(m.clone() for m in pair) for key, pair in self._moments(replica).items()
             },
-            "moments": {key: tuple(m.clone() for m in pair) for key, pair in moments.items()},
             "random": [state.clone() for state in self._streams[replica].state],
             "steps": self.steps,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], replica: int = 0) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], replica: int = 0, *, keep: Collection[Own] = ()
+    ) -> None:
         """Continue where :meth:`state_dict` was taken; the others must have taken as many steps.
 
+        Args:
+            state: of one learner.
+            replica: which learner continues.
+            keep: what it keeps of its own, of ``"settings"``, ``"optimizer"`` and ``"random"``. With all
+                three, it is a new learner that begins with these networks and targets.
+
         Raises:
-            ValueError: the state is of a later format, or of other networks.
+            ValueError: the state is of a later format, of other networks, or of another loss.
         """
+        for each in keep:
+            if each not in get_args(Own):
+                raise ValueError(f"keep must hold some of {get_args(Own)}, got {each!r}")
         saved_format = state.get("format", 1)
         if saved_format > FORMAT:
             raise ValueError(
                 f"the state has format {saved_format}, this version reads up to {FORMAT}: update "
                 "torchrl-iql"
             )
-        program, rows = self._program_of(replica)
-        program.adopt()
-        own, saved = program.moments(replica - rows.start), state["moments"]
-        if saved_format == 1:
-            if not isinstance(program, StackedProgram):
-                raise ValueError(
-                    f"a state of format 1 is of stacked networks, these are {self.path}"
-                )
-            saved = program.moments_of_format_1(replica - rows.start, saved)
-        found = {key: tuple(pair[0].shape) for key, pair in saved.items()}
-        expected = {key: tuple(pair[0].shape) for key, pair in own.items()}
+        self._adopt()
+        if saved_format == 1 and not self.path.startswith("stacked"):
+            raise ValueError(f"a state of format 1 is of stacked networks, these are {self.path}")
+        loss, its = self.losses[replica], learned(self.losses[replica], state["loss"])
+        own = loss.state_dict()
+        found = {key: tuple(tensor.shape) for key, tensor in its.items()}
+        expected = {key: tuple(tensor.shape) for key, tensor in learned(loss, own).items()}
         if found != expected:
             raise ValueError(f"the state is of parameters {found}, expected {expected}")
-        self.losses[replica].load_state_dict(state["loss"])
-        program.adopt()
-        for key, pair in own.items():
+        if "settings" not in keep:
+            persistent = {key: value for key, value in state["loss"].items() if key not in its}
+            set_coefficients(loss, {**persistent, **state.get("coefficients", {})})
+            optimization = replace(self._optimizations[replica], **state.get("optimization", {}))
+            self._optimizations[replica] = optimization
+        loss.load_state_dict({**loss.state_dict(), **its})
+        self._adopt()
+        if "optimizer" not in keep:
+            self._load_moments(state, replica)
+            self.steps = state["steps"]
+        if "random" not in keep and "random" in state:
+            self._streams[replica].state = [random.cpu() for random in state["random"]]
+
+    def _load_moments(self, state: Mapping[str, Any], replica: int) -> None:
+        program, rows = self._program_of(replica)
+        saved = state["moments"]
+        if state.get("format", 1) == 1:
+            assert isinstance(program, StackedProgram)
+            saved = program.moments_of_format_1(replica - rows.start, saved)
+        for key, pair in self._moments(replica).items():
+            if key not in saved:
+                raise ValueError(f"the state has no moments of {key}, which is trained here")
             for moment, its in zip(pair, saved[key], strict=True):
                 moment.copy_(its)
-        if "random" in state:
-            self._streams[replica].state = [random.cpu() for random in state["random"]]
-        self.steps = state["steps"]
 
     def _program_of(self, replica: int) -> tuple[Program, slice]:
         return next(each for each in self._programs if each[1].start <= replica < each[1].stop)

@@ -1,0 +1,662 @@
+"""What the command line says is what runs: every setting, on every way in, takes effect or is refused.
+
+Effect: the parameters after a few steps are those of a plain loop that is given the value itself (a loss,
+torch's Adam, TorchRL's SoftUpdate), and not those with the value from before.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.objectives import BCLoss, SoftUpdate
+
+from episodes import record, write
+from online_envs import diary
+from runs import rows
+from torchrl_iql import IQLLoss, OfflineDataset, TrainStep, checkpoint, load_dataset
+from torchrl_iql.models import Architecture
+from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
+from torchrl_iql_recipes.algorithms import algorithms
+from torchrl_iql_recipes.experiment import build, offline, online, plots
+from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
+from torchrl_iql_recipes.experiment.networks import architecture_of
+from torchrl_iql_recipes.experiment.schema import SettingsError, written
+from torchrl_iql_recipes.experiment.settings import PARTS, Settings
+
+DATASET = "effect/diary-v0"
+
+BASE: dict[str, Any] = {
+    "dataset": DATASET,
+    "reward": "none",
+    "episodes": "as_stored",
+    "n_steps": 1,
+    "policy": "gaussian",
+    "action_bounds": "space",
+    "hidden_sizes": [16],  # as wide as the stack, whose dropout draws as many numbers
+    "dropout": 0.0,
+    "normalize_observation": False,
+    "steps": 10,
+    "seeds": 0,
+    "batch_size": 16,
+    "learning_rate": 0.01,
+    "decay_steps": None,
+}
+OF_IQL = {"discount": 0.9, "target_rate": 0.05, "temperature": 0.3, "weight_clip": 1.2}
+OF_ALGORITHM: dict[str, dict[str, Any]] = {
+    "iql": {**OF_IQL, "expectile": 0.7, "num_qvalue_nets": 2},
+    "onestep": {**OF_IQL, "num_qvalue_nets": 1},
+    "bc": {},
+    "percent_bc": {"share": 0.5},
+}
+OF_COLLECTION = {"env_steps": 20, "updates_per_frame": 1.0, "exploration": 1.0}
+OF_COLLECTION |= {"offline_share": None, "anneal_steps": None, "collector.frames_per_batch": 10}
+
+CHANGED: dict[str, Any] = {
+    "dataset": [DATASET, DATASET],
+    "reward": "minus_one",
+    "episodes": "until_success",
+    "n_steps": 3,
+    "policy": "squashed",
+    "action_bounds": "data",
+    "hidden_sizes": [6, 5],
+    "dropout": 0.5,
+    "normalize_observation": True,
+    "steps": 14,
+    "seeds": 5,
+    "batch_size": 8,
+    "learning_rate": 0.03,
+    "decay_steps": 5,
+    "discount": 0.5,
+    "target_rate": 0.5,
+    "expectile": 0.9,
+    "temperature": 0.1,
+    "weight_clip": 0.8,
+    "num_qvalue_nets": 3,
+    "share": 0.2,
+    "env_steps": 10,
+    "updates_per_frame": 0.5,
+    "exploration": 0.5,
+    "offline_share": 0.25,
+    "anneal_steps": 15,
+    "collector.frames_per_batch": 5,
+}
+"""Every setting that parameters depend on, and another value than in ``BASE`` and so on."""
+
+ELSEWHERE = {
+    "env": "test_recipe.py::test_the_environment_is_an_id_with_arguments",
+    "maze": "test_antmaze.py",
+    "checkpoint": "here: a way in",
+    "log_interval": "test_what_is_watched_is_as_asked",
+    "eval_interval": "test_what_is_watched_is_as_asked",
+    "eval_episodes": "test_what_is_watched_is_as_asked",
+    "eval_workers": "test_what_is_watched_is_as_asked",
+    "compute.device": "test_what_can_not_be_computed_changes_no_settings",
+    "compute.execution": "test_how_it_is_computed_is_as_asked",
+    "compute.streaming": "test_how_it_is_computed_is_as_asked",
+    "compute.threads": "test_how_it_is_computed_is_as_asked",
+    "compute.matmul_precision": "test_how_it_is_computed_is_as_asked",
+    "logger.backend": "test_a_logger_is_told",
+    "collector.backend": "test_online.py::test_every_collector_collects_the_same_kind_of_data",
+    "collector.sync": "test_online.py::test_every_collector_collects_the_same_kind_of_data",
+    "collector.num_collectors": "test_online.py::test_every_collector_collects_the_same_kind_of_data",
+    "collector.backend_options": "test_online.py::test_ray_collects_the_same_kind_of_data",
+}
+"""Every other setting, and the test that shows what it does."""
+
+NETWORKS = {"policy", "action_bounds", "hidden_sizes", "dropout", "normalize_observation"}
+NETWORKS |= {"num_qvalue_nets"}
+OFFLINE_ONLY = {"n_steps", "steps", "decay_steps"}
+EXTENDS = {"steps", "decay_steps", "env_steps"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Store a small data set; and draw no pictures, which take most of the time of such runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
+        patch.setattr(plots, "learning_curves", lambda *_, **__: None)
+        env, rng = gymnasium.make(diary(success_at=5)), np.random.default_rng(0)
+        walks = [
+            record(env, seed, lambda _: rng.uniform(-0.9, 0.8, 1).astype(np.float32))
+            for seed in range(12)
+        ]
+        write(*walks, dataset_id=DATASET, env=env)
+        yield
+
+
+def given(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={written(value)}" for name, value in values.items()]
+
+
+def started(algorithm: str, **changed: Any) -> Settings:
+    """Return the settings of a new offline run."""
+    values = {**BASE, **OF_ALGORITHM[algorithm], **changed}
+    quick = ["eval_episodes=0", "compute.execution=eager", "compute.threads=1"]
+    return OFFLINE.settings([f"algorithm={algorithm}", *quick, *given(values)])
+
+
+# --- The plain loop ------------------------------------------------------------------------------------
+
+
+class Plain:
+    """A loop in code, given values of settings."""
+
+    def __init__(
+        self, algorithm: str, values: Mapping[str, Any], start: Plain | None = None
+    ) -> None:
+        self.algorithm, self.values = algorithm, values
+        rules = {"reward": values["reward"], "episodes": values["episodes"]}
+        self.dataset = load_dataset(values["dataset"], **rules)
+        if "share" in values:
+            self.dataset = self.dataset.best_episodes(values["share"])
+        if values["n_steps"] > 1:
+            self.dataset = self.dataset.n_step(values["n_steps"], values["discount"])
+        self.architecture = start.architecture if start else self._architecture()
+        torch.manual_seed(values["seeds"])
+        statistics = self.dataset.observation_statistics()
+        make = self.architecture
+        policy = make.policy_network(statistics)
+        if "num_qvalue_nets" not in values:
+            self.loss: Any = BCLoss(policy)
+            self.target = None
+        else:
+            n = values["num_qvalue_nets"]
+            qvalues = [make.qvalue_network(statistics) for _ in range(n)]
+            self.loss = IQLLoss(policy, qvalues, make.value_network(statistics), num_qvalue_nets=n)
+            self.set(values)
+            self.target = SoftUpdate(self.loss, tau=values["target_rate"])
+        if start is not None:
+            names = [name for name in self.loss.state_dict() if "_params." in name]
+            learned = {name: start.loss.state_dict()[name] for name in names}
+            self.loss.load_state_dict({**self.loss.state_dict(), **learned})
+        named = list(self.loss.named_parameters())
+        actor = [parameter for name, parameter in named if name.startswith("actor")]
+        others = [parameter for name, parameter in named if not name.startswith("actor")]
+        groups = [{"params": its} for its in (actor, others) if its]
+        self.optimizer = torch.optim.Adam(groups, lr=values["learning_rate"])
+
+    def _architecture(self) -> Architecture:
+        values, actions = self.values, self.dataset.transitions["action"]
+        bounds = {
+            "space": ([-1.0], [1.0]),
+            "data": (actions.amin(0).tolist(), actions.amax(0).tolist()),
+        }
+        names = ("policy", "hidden_sizes", "dropout", "normalize_observation")
+        return Architecture(
+            observation_size=3,
+            action_size=1,
+            action_bounds=bounds[values["action_bounds"]],
+            **{name: values[name] for name in names},
+        )
+
+    def set(self, values: Mapping[str, Any]) -> None:
+        """Set what the loss computes with."""
+        self.loss.expectile = values.get("expectile", 0.5)
+        self.loss.temperature, self.loss.weight_clip = values["temperature"], values["weight_clip"]
+        self.loss.make_value_estimator(gamma=values["discount"])
+
+    def step(self, batch: TensorDict) -> None:
+        losses = self.loss(batch)
+        self.optimizer.zero_grad()
+        sum(losses[key] for key in losses.keys() if key.startswith("loss_")).backward()
+        self.optimizer.step()
+        if self.target is not None:
+            self.target.step()
+
+    def offline(self) -> Plain:
+        """Take the steps of an offline run; its minibatches and noise depend on the seed."""
+        values, data = self.values, self.dataset.transitions
+        seeds = np.random.SeedSequence(values["seeds"], spawn_key=(0,))
+        size = 100, values["batch_size"]
+        indices = torch.from_numpy(np.random.default_rng(seeds).integers(len(data), size=size))
+        length = values["steps"] if values["decay_steps"] is None else values["decay_steps"]
+        torch.manual_seed(values["seeds"])
+        for t in range(values["steps"]):
+            factor = 0.5 * (1 + math.cos(math.pi * min(t / length, 1))) if length else 1.0
+            self.optimizer.param_groups[0]["lr"] = values["learning_rate"] * factor
+            self.step(data[indices[t]])
+        return self
+
+    def online(self, changed: Mapping[str, Any]) -> Plain:
+        """Go on in the environment under changed settings, with the same moments."""
+        values = {**self.values, **OF_COLLECTION, **changed}
+        its = Plain(self.algorithm, values, self)
+        its.optimizer.load_state_dict(deepcopy(self.optimizer.state_dict()))
+        for group in its.optimizer.param_groups:
+            group["lr"] = values["learning_rate"]
+        dataset = its.dataset
+        mix = {key: values[key] for key in ("offline_share", "anneal_steps")}
+        experience = Experience(dataset, values["env_steps"], values["batch_size"], **mix)
+        policy = self.architecture.policy_network().eval()
+        trained = its.loss.get_stateful_net("actor_network")
+        policy.load_state_dict(trained.state_dict())
+        rules = {"reward_transform": dataset.reward_transform, "episode_rule": dataset.episode_rule}
+        acting = behavior(policy, Box(-1, 1, (1,)), noise=values["exploration"])
+        updates = 0
+        with collecting(
+            partial(environment, dataset.env_spec, **rules),
+            acting,
+            total_frames=values["env_steps"],
+            explore=values["exploration"] > 0,
+            seed=values["seeds"],
+            backend="direct",
+            frames_per_batch=values["collector.frames_per_batch"],
+        ) as collector:
+            for batch in collector:
+                experience.extend(transitions(batch, dataset.transitions))
+                while updates < int(len(experience) * values["updates_per_frame"]):
+                    its.step(experience.sample())
+                    updates += 1
+                policy.load_state_dict(trained.state_dict())
+                collector.update_policy_weights_()
+        return its
+
+    def learned(self) -> dict[str, Tensor]:
+        return {k: v.clone() for k, v in self.loss.state_dict().items() if "_params." in k}
+
+    def learned_by(self, folder: Path) -> dict[str, Tensor]:
+        """Read what a run with the same networks has learned."""
+        its = deepcopy(self)
+        checkpoint.load_learner(folder / "last.ckpt", TrainStep(its.loss))
+        return its.learned()
+
+
+def assert_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(tensor, other[key], rtol=1e-5, atol=1e-5, msg=key)
+
+
+def assert_differ(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert any(
+        one[key].shape != other[key].shape or (one[key] - other[key]).abs().max() > 1e-4
+        for key in one.keys() & other.keys()
+    )
+
+
+# --- All settings --------------------------------------------------------------------------------------
+
+
+def names_of(*parts: Any) -> set[str]:
+    return {name for part in parts for name in part.names()}
+
+
+def test_every_setting_is_here() -> None:
+    every = names_of(*PARTS.values(), *algorithms().values())
+    assert {*CHANGED, *ELSEWHERE} == every
+    assert not CHANGED.keys() & ELSEWHERE.keys()
+    assert OF_ALGORITHM.keys() == algorithms().keys()
+    for name, schema in algorithms().items():
+        assert {*OF_ALGORITHM[name], "learning_rate", "decay_steps"} == names_of(schema)
+    for shown in ELSEWHERE.values():
+        file, _, test = shown.rpartition("::")
+        if shown.endswith(".py"):
+            assert Path(__file__).with_name(shown).exists()
+        elif test.startswith("test_"):
+            assert f"def {test}(" in Path(__file__).with_name(file or "test_effect.py").read_text()
+
+
+# --- A new run -----------------------------------------------------------------------------------------
+
+NEW = [("iql", name) for name in BASE] + [
+    (a, name) for a, its in OF_ALGORITHM.items() for name in its
+]
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Plain]:
+    return {name: Plain(name, {**BASE, **own}).offline() for name, own in OF_ALGORITHM.items()}
+
+
+@pytest.mark.parametrize(("algorithm", "name"), NEW)
+def test_of_a_new_run(algorithm: str, name: str, plain: dict[str, Plain], tmp_path: Path) -> None:
+    settings = started(algorithm, **{name: CHANGED[name]})
+    scores = offline.run(settings, tmp_path)
+    values = {**plain[algorithm].values, name: CHANGED[name]}
+    expected = Plain(algorithm, values).offline()
+    assert_same(expected.learned_by(tmp_path), expected.learned())
+    assert_differ(expected.learned(), plain[algorithm].learned())
+    assert settings.values[name] == CHANGED[name]  # and is recorded
+    if name in scores["replicas"][0]:
+        assert scores["replicas"][0][name] == CHANGED[name]
+
+
+# --- A run that goes on --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {}
+    for algorithm in OF_ALGORITHM:
+        folders[algorithm] = tmp_path_factory.mktemp(algorithm)
+        offline.run(started(algorithm), folders[algorithm])
+    return folders
+
+
+@pytest.mark.parametrize("algorithm", OF_ALGORITHM)
+def test_of_a_run_that_goes_on(algorithm: str, finished: dict[str, Path]) -> None:
+    folder = finished[algorithm]
+    stored, file = OFFLINE.stored(folder), (folder / "config.yaml").read_text()
+    its = {**BASE, **OF_ALGORITHM[algorithm]}
+    fixed = {name: CHANGED[name] for name in its if name not in EXTENDS}
+    if "discount" not in its:
+        del fixed["n_steps"]  # refused for another reason
+    for changed in (fixed, {k: v for k, v in fixed.items() if k not in NETWORKS}):
+        with pytest.raises(SettingsError) as error:
+            OFFLINE.resumed(folder, given(changed))
+        theirs = {name: stored.values[name] for name in sorted(changed)}
+        asked = given({name: changed[name] for name in sorted(changed)})
+        anew = f"checkpoint={folder}/last.ckpt {' '.join(asked)} begins a new one from it"
+        remedy = "begin a new run, in another folder" if changed is fixed else anew
+        run_with = f"{folder} holds a run with {', '.join(given(theirs))}, not {', '.join(asked)}"
+        assert str(error.value) == f"{run_with}: {remedy}"
+    assert (folder / "config.yaml").read_text() == file
+    assert OFFLINE.resumed(folder, given({name: stored.values[name] for name in its})) == stored
+    extended = OFFLINE.resumed(folder, given({"steps": 14, "decay_steps": 5}))
+    assert (extended.training.steps, extended.algorithm.decay_steps) == (14, 5)
+
+
+@pytest.mark.parametrize("more", [{}, {"decay_steps": 20}, {"decay_steps": None}])
+def test_a_longer_run_is_the_one_that_would_have_been(
+    more: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offline.run(started("iql"), tmp_path)
+    settings = OFFLINE.resumed(tmp_path, ["resume=x", *given({"steps": 16, **more})])
+    length = {"": 10, "20": 20, "None": 16}["".join(map(str, more.values()))]
+    assert (f"decay_steps={length}: " in capsys.readouterr().out) == (not more)
+    scores = offline.run(settings, tmp_path)
+    assert scores["replicas"][0]["steps"] == 16
+    recorded = OFFLINE.stored(tmp_path).values
+    assert (recorded["steps"], recorded["decay_steps"]) == (16, length)
+    expected = Plain("iql", {**BASE, **OF_ALGORITHM["iql"]})
+    if not more:
+        expected.values = {**expected.values, "steps": 16, "decay_steps": 10}
+        assert_same(expected.offline().learned_by(tmp_path), expected.learned())
+    assert OFFLINE.resumed(tmp_path, []) == settings
+    with pytest.raises(SettingsError, match="steps=15: 16 are done, expected at least as many"):
+        offline.run(OFFLINE.resumed(tmp_path, ["steps=15"]), tmp_path)
+    assert OFFLINE.stored(tmp_path) == settings
+
+
+def test_what_is_no_setting_of_the_run_is_refused_when_it_goes_on(
+    finished: dict[str, Path],
+) -> None:
+    for change, message in {
+        "expectil=0.5": "did you mean expectile",
+        "share=0.5": "share is a setting of percent_bc",
+        "algorithm=bc": "holds a run with algorithm=iql, ",
+        "task=antmaze/umaze": "holds a run with task=pointmaze/stitch, not task=antmaze/umaze",
+        "checkpoint=x": "holds a run with checkpoint=null, not checkpoint=x: begin a new run",
+        "hydra.run.dir=x": "goes on with one run, in its folder",
+        "steps=20,30": "goes on with one run, in its folder",
+        "steps=no": "steps=no: expected an integer",
+    }.items():
+        with pytest.raises(SettingsError, match=re.escape(message)):
+            OFFLINE.resumed(finished["iql"], [change])
+
+
+def test_settings_that_were_edited_are_not_what_was_trained_with(tmp_path: Path) -> None:
+    offline.run(started("iql"), tmp_path)
+    file = tmp_path / "config.yaml"
+    file.write_text(file.read_text().replace("expectile: 0.7", "expectile: 0.8"))
+    with pytest.raises(SettingsError, match=r"with expectile=0\.7, not expectile=0\.8"):
+        offline.run(OFFLINE.resumed(tmp_path, ["steps=20"]), tmp_path)
+
+
+# --- A run that begins with a checkpoint ---------------------------------------------------------------
+
+
+QUICK = ["compute.execution=eager", "compute.threads=1"]
+KEPT = [each for each in NEW if each[1] not in NETWORKS]
+
+
+@pytest.mark.parametrize("algorithm", OF_ALGORITHM)
+def test_the_networks_of_a_checkpoint_are_not_changed(
+    algorithm: str, finished: dict[str, Path]
+) -> None:
+    names = NETWORKS & {*BASE, *OF_ALGORITHM[algorithm]}
+    overrides = [f"checkpoint={finished[algorithm]}/last.ckpt"]
+    overrides += given({name: CHANGED[name] for name in names})
+    message = f"{', '.join(sorted(names))}: the checkpoint has networks of its own"
+    for door in (OFFLINE, ONLINE):
+        with pytest.raises(SettingsError, match=message):
+            door.settings(overrides)
+
+
+@pytest.mark.parametrize(("algorithm", "name"), [*KEPT, ("iql", "")])
+def test_of_an_offline_run_from_a_checkpoint(
+    algorithm: str, name: str, plain: dict[str, Plain], finished: dict[str, Path], tmp_path: Path
+) -> None:
+    overrides = [f"checkpoint={finished[algorithm]}/last.ckpt", *QUICK]
+    change = {name: CHANGED[name]} if name else {}
+    settings = OFFLINE.settings([*overrides, *given(change)])
+    offline.run(settings, tmp_path)
+    expected = Plain(algorithm, {**plain[algorithm].values, **change}, plain[algorithm]).offline()
+    assert_same(expected.learned_by(tmp_path), expected.learned())
+    kept = Plain(algorithm, plain[algorithm].values, plain[algorithm])
+    assert_differ(expected.learned(), (kept.offline() if name else kept).learned())
+    asked = {**BASE, **OF_ALGORITHM[algorithm], **change}
+    assert {key: settings.values[key] for key in asked} == asked
+    assert settings.values["checkpoint"] == str(finished[algorithm] / "last.ckpt")
+
+
+OF_ONLINE = [name for a, name in KEPT if a == "iql" and name not in OFFLINE_ONLY]
+
+
+@pytest.mark.parametrize("name", [*OF_ONLINE, *OF_COLLECTION])
+def test_of_an_online_run_from_a_checkpoint(
+    name: str, plain: dict[str, Plain], finished: dict[str, Path], tmp_path: Path
+) -> None:
+    share = {"offline_share": 0.25} if name == "anneal_steps" else {}
+    change = {name: CHANGED[name], **share}
+    overrides = [f"checkpoint={finished['iql']}/last.ckpt", *QUICK]
+    settings = ONLINE.settings([*overrides, *given({**OF_COLLECTION, **change})])
+    online.run(settings, tmp_path)
+    expected = plain["iql"].online(change)
+    assert_same(expected.learned_by(tmp_path), expected.learned())
+    assert_differ(expected.learned(), plain["iql"].online(share).learned())
+    group, _, key = name.rpartition(".")
+    recorded = ONLINE.stored(tmp_path).values
+    assert (recorded[group] if group else recorded)[key] == CHANGED[name]
+
+
+def test_what_an_online_run_from_a_checkpoint_has_no_use_for(
+    finished: dict[str, Path], tmp_path: Path
+) -> None:
+    start = f"checkpoint={finished['iql']}/last.ckpt"
+    with pytest.raises(SettingsError, match="n_steps=3: transitions are collected one by one"):
+        online.run(ONLINE.settings([start, "n_steps=3"]), tmp_path)
+    idle = "decay_steps, steps: without effect, there is no offline phase"
+    with pytest.raises(SettingsError, match=idle):
+        ONLINE.settings([start, "steps=14", "decay_steps=5"])
+
+
+def test_of_an_online_run_that_goes_on(finished: dict[str, Path], tmp_path: Path) -> None:
+    start = f"checkpoint={finished['iql']}/last.ckpt"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    frames = ["env_steps=20", "eval_interval=10", "collector.frames_per_batch=10"]
+    online.run(ONLINE.settings([start, *QUICK, *frames]), whole)
+    online.run(ONLINE.settings([start, *QUICK, *frames, "env_steps=10"]), parts)
+    names = names_of(*PARTS.values(), algorithms()["iql"]) - {"env_steps", "n_steps"}
+    changed = {name: CHANGED[name] for name in sorted(names & CHANGED.keys())}
+    with pytest.raises(SettingsError) as error:
+        ONLINE.resumed(parts, given(changed))
+    assert f", not {', '.join(given(changed))}: begin a new run" in str(error.value)
+    with pytest.raises(SettingsError, match="env_steps=5: 10 are done"):
+        online.run(ONLINE.resumed(parts, ["env_steps=5"]), parts)
+    scores = online.run(ONLINE.resumed(parts, ["env_steps=20"]), parts)
+    assert scores["replicas"][0]["frames"] == 20
+    assert ONLINE.stored(parts) == ONLINE.stored(whole)
+
+
+def test_an_offline_phase_is_extended_as_long_as_it_lasts(tmp_path: Path) -> None:
+    values = {**BASE, **OF_ALGORITHM["iql"], **OF_COLLECTION}
+    settings = ONLINE.settings([*QUICK, "eval_episodes=0", *given(values)])
+    online.run(settings, tmp_path)
+    for change in ("steps=20", "decay_steps=5"):
+        with pytest.raises(SettingsError, match=f"not {change}: begin a new run"):
+            ONLINE.resumed(tmp_path, [change])
+    for path in (tmp_path / "last.ckpt", *(tmp_path / "checkpoints").iterdir()):
+        path.unlink()  # as if it had been killed at the switch
+    scores = online.run(ONLINE.resumed(tmp_path, ["steps=14"]), tmp_path)
+    assert scores["replicas"][0]["steps"] == 14 + 20
+    for its in (ONLINE.stored(tmp_path), OFFLINE.stored(tmp_path / "offline")):
+        assert (its.values["steps"], its.values["decay_steps"]) == (14, 10)
+
+
+def test_from_scratch_there_is_no_offline_phase() -> None:
+    for change in ("steps=14", "decay_steps=5"):
+        with pytest.raises(SettingsError, match="without effect, there is no offline phase"):
+            ONLINE.settings(["dataset=null", "env=Pendulum-v1", change])
+
+
+def test_what_no_run_can_begin_with_is_refused(finished: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "some.ckpt").write_text("no checkpoint")
+    last = finished["iql"] / "last.ckpt"
+    for door in (OFFLINE, ONLINE):
+        for overrides, message in {
+            (f"checkpoint={finished['iql']}",): r"is a folder: give the file, as .*/last\.ckpt",
+            (f"checkpoint={tmp_path}/none.ckpt",): "there is no checkpoint at",
+            (f"checkpoint={tmp_path}/some.ckpt",): "is no checkpoint",
+            (f"checkpoint={last}", "algorithm=bc"): "algorithm=bc: the checkpoint is of iql",
+            (f"checkpoint={last}", "seeds=[0,1]"): "one learner begins with a checkpoint",
+            (f"checkpoint={last}", "temperature=[0,1]"): "one learner begins with a checkpoint",
+        }.items():
+            with pytest.raises(SettingsError, match=message):
+                door.settings(overrides)
+
+
+def test_data_that_do_not_fit_the_networks_are_refused(
+    finished: dict[str, Path], tmp_path: Path
+) -> None:
+    other = OfflineDataset.empty("CartPole-v1")
+    sizes = "holds observations of 4 numbers and actions of 2 choices, but the networks of"
+    with pytest.raises(SettingsError, match=f"{sizes} .* observations of 3 .* of 1 numbers"):
+        architecture_of(finished["iql"] / "last.ckpt", other)
+    start = f"checkpoint={finished['iql']}/last.ckpt"
+    env = gymnasium.make("MountainCarContinuous-v0")
+    env.action_space.seed(0)
+    write(record(env, 0, lambda _: env.action_space.sample()), dataset_id="effect/car-v0", env=env)
+    with pytest.raises(SettingsError, match=r"effect/car-v0 holds observations of 2 numbers"):
+        offline.run(OFFLINE.settings([start, *QUICK, "dataset=effect/car-v0"]), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- What no parameters depend on ----------------------------------------------------------------------
+
+
+WATCHED = {"log_interval": 4, "eval_interval": 5, "eval_episodes": 2, "eval_workers": 1}
+
+
+def check_watched(folder: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Evaluations(build.Evaluations):
+        def __init__(
+            self, make: Any, architecture: Any, seeds: Any, workers: int, **more: Any
+        ) -> None:
+            made.append((make.keywords["episodes"], workers))  # and starts none, which takes long
+            super().__init__(make, architecture, seeds, 0, **more)
+
+    first = max((int(row["step"]) for row in rows(folder)), default=0) if folder.exists() else 0
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "Evaluations", Evaluations)
+        offline.run(settings, folder)
+    after = [row for row in rows(folder) if int(row["step"]) > first]
+    logged = [int(row["step"]) for row in after if row["loss_actor"]]
+    evaluated = [int(row["step"]) for row in after if row["eval/score"]]
+    end = settings.training.steps
+    assert logged == [t for t in range(first + 1, end + 1) if t % 4 == 0 or t == end]
+    assert evaluated == [t for t in range(first + 1, end + 1) if t % 5 == 0 or t == end]
+    assert made == [(2, 1)]
+
+
+def test_what_is_watched_is_as_asked(
+    finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, again, begun = (tmp_path / name for name in ("new", "again", "begun"))
+    check_watched(new, started("iql", **WATCHED), monkeypatch)
+    offline.run(started("iql"), again)
+    check_watched(again, OFFLINE.resumed(again, given({"steps": 22, **WATCHED})), monkeypatch)
+    start = f"checkpoint={finished['iql']}/last.ckpt"
+    check_watched(begun, OFFLINE.settings([start, *QUICK, *given(WATCHED)]), monkeypatch)
+
+
+COMPUTED = {"threads": 2, "matmul_precision": "medium", "streaming": True, "execution": "auto"}
+
+
+def test_how_it_is_computed_is_as_asked(
+    finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[tuple[str, bool]] = []
+
+    class Seen(Exception):
+        """Enough is known: what runs has been built."""
+
+    def train(settings: Settings, step: TrainStep, minibatches: Any, *_: Any) -> None:
+        built.append((step._executor._may_fall_back, minibatches._stream is not None))
+        raise Seen
+
+    monkeypatch.setattr(offline, "train", train)
+    monkeypatch.setattr("torchrl_iql.training.execution._fastest", lambda _: ("eager", "a test"))
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    change = [f"compute.{each}" for each in given(COMPUTED)]
+    start = [f"checkpoint={finished['iql']}/last.ckpt"]
+    new = OFFLINE.settings(["eval_episodes=0", *given({**BASE, **OF_ALGORITHM["iql"]}), *change])
+    try:
+        for name, settings in {
+            "new": new,
+            "resumed": OFFLINE.resumed(finished["iql"], change),
+            "begun": OFFLINE.settings([*start, *change]),
+        }.items():
+            torch.set_num_threads(1)
+            torch.set_float32_matmul_precision("highest")
+            with pytest.raises(Seen):
+                offline.run(settings, finished["iql"] if name == "resumed" else tmp_path / name)
+            assert torch.get_num_threads() == 2
+            assert torch.get_float32_matmul_precision() == "medium"
+            assert built.pop() == (True, True)
+            assert {key: settings.values["compute"][key] for key in COMPUTED} == COMPUTED
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_what_can_not_be_computed_changes_no_settings(finished: dict[str, Path]) -> None:
+    folder = finished["iql"]
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(SettingsError, match=r"compute\.device=gpu: "):
+        offline.run(OFFLINE.resumed(folder, ["compute.device=gpu", "steps=20"]), folder)
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_a_choice_of_a_group_is_that_file_and_what_is_given_beside_it(
+    finished: dict[str, Path],
+) -> None:
+    stored = OFFLINE.stored(finished["iql"]).values["compute"]
+    one = OFFLINE.resumed(finished["iql"], ["compute.streaming=true"]).values["compute"]
+    assert one == {**stored, "streaming": True}
+    all_ = OFFLINE.resumed(finished["iql"], ["compute=gpu", "compute.threads=3"]).values["compute"]
+    assert all_ == {**OFFLINE.settings(["compute=gpu"]).values["compute"], "threads": 3}
+
+
+def test_a_logger_is_told(finished: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    start = f"checkpoint={finished['iql']}/last.ckpt"
+    offline.run(OFFLINE.settings([start, *QUICK, "logger=tensorboard"]), tmp_path)
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+    offline.run(OFFLINE.resumed(tmp_path, ["logger=csv", "steps=12"]), tmp_path)
+    assert OFFLINE.stored(tmp_path).logger.backend == ""
