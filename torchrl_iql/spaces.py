@@ -27,6 +27,7 @@ __all__ = [
     "observation_rows",
     "require_finite",
     "selected",
+    "share_outside",
     "written",
 ]
 
@@ -294,6 +295,15 @@ def _bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     low = np.where(bounded, space.low.ravel().astype(np.float64), -np.inf)
     high = np.where(bounded, space.high.ravel().astype(np.float64), np.inf)
     return low, high, np.where(bounded, high - low, 0)
+
+
+def share_outside(space: spaces.Box, rows: np.ndarray) -> float:
+    """Return the share of actions, ``[T, A]``, that :func:`action_rows` would refuse."""
+    try:
+        _clip(rows, space)
+    except ActionsOutside as error:
+        return error.outside / error.actions
+    return 0.0
 
 
 def _clip(rows: np.ndarray, space: spaces.Box) -> np.ndarray:

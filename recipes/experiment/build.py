@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.spaces import flatdim
+from gymnasium.spaces import Box, flatdim
 from omegaconf import OmegaConf
 
 from torchrl_iql import Evaluator, OfflineDataset, TrainStep, load_dataset
 from torchrl_iql.environments import antmaze_id, spec_of
 from torchrl_iql.models import Architecture
+from torchrl_iql.spaces import share_outside
 from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.networks import Networks, sizes
@@ -208,7 +209,22 @@ def evaluator_for(
                 f"{dataset.name} holds {recorded}, but {evaluate.envs[0].spec.id} has {played}: give "  # pyright: ignore
                 "env=<id> of another, env=null for the one that the data set names, or eval_episodes=0"
             )
+        _require_playable(dataset, evaluate)
     return make, maze
+
+
+def _require_playable(dataset: OfflineDataset, evaluate: Evaluator) -> None:
+    """Refuse actions that the environment would clip: what they led to was not recorded there."""
+    space = evaluate.action_space
+    if not isinstance(space, Box) or not len(dataset.transitions):
+        return
+    share = share_outside(space, dataset.transitions["action"].numpy())
+    if share:
+        raise SettingsError(
+            f"{share:.2%} of the actions of {dataset.name} lie outside those of "
+            f"{evaluate.envs[0].spec.id}, {space.low.tolist()} to {space.high.tolist()}: give env=<id> of "  # pyright: ignore
+            "the one that they were taken in, or eval_episodes=0"
+        )
 
 
 def step_for(

@@ -6,6 +6,7 @@ Nothing here imports PyTorch: ``--help`` and a refusal come at once, and before 
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ from torchrl_iql_recipes.experiment.settings import (
 __all__ = ["OFFLINE", "ONLINE", "Door", "Experiment"]
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
+
+LONGEST = 100
+"""Letters of the name of a folder after data."""
 
 RENAMED = {"decay_actor": "decay_steps, with 0 for false and null, its default, for true"}
 """What to say of settings that had another name."""
@@ -250,6 +254,8 @@ class Door:
 
     def _register(self) -> None:
         """Tell Hydra the settings, each with where its value comes from if nobody gives one."""
+        for resolver in (with_data, folder_of):
+            OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
         own: dict[str, Any] = {part.group: part.defaults() for part in self.parts if part.group}
         for part in (part for part in self.parts if not part.group):
             own |= self._node(part)
@@ -322,12 +328,18 @@ class Experiment(Door):
 
     def _implied(self, overrides: Sequence[str]) -> list[str]:
         parsed = _parsed(overrides)
-        paths = [x.value() for x in parsed if x.key_or_group == "checkpoint"]
-        if not paths or not isinstance(paths[-1], str):
-            return []
-        given = {each.key_or_group for each in parsed}
-        implied = self._implied_by(_settings_in(paths[-1]))
+        given = {each.key_or_group: each for each in parsed}
+        path = given["checkpoint"].value() if "checkpoint" in given else None
+        implied = ["task=own"] if self._is_own(given) else []
+        if isinstance(path, str):
+            implied = self._implied_by(_settings_in(path))
         return [each for each in implied if each.partition("=")[0] not in given]
+
+    def _is_own(self, given: Mapping[str, Override]) -> bool:
+        """Return whether data are given, or an environment to collect some in, of which no task knows."""
+        online = any("env_steps" in part.model_fields for part in self.parts)
+        names = ("dataset", "env") if online else ("dataset",)
+        return any(name in given and given[name].value() is not None for name in names)
 
     def _extended(self, stored: Settings, resumed: Settings, given: set[str]) -> Settings:
         """Keep the length of the policy's decay, which null makes that of the run."""
@@ -401,6 +413,23 @@ OFFLINE = Experiment(
     "offline", tuple(part for name, part in PARTS.items() if name not in ("online", "collector"))
 )
 ONLINE = Experiment("online", tuple(PARTS.values()))
+
+
+def with_data(dataset: Any, value: Any, otherwise: Any) -> Any:
+    """Choose a setting of the task ``own``, by whether there are data."""
+    return otherwise if dataset is None else value
+
+
+def folder_of(task: str, dataset: Any) -> str:
+    """Name the folder of the runs of a task: of data of one's own, after them."""
+    if task != "own" or dataset is None:
+        return task
+    names = [dataset] if isinstance(dataset, str) else list(dataset)
+    stems = [
+        Path(name).stem if Path(name).exists() or Path(name).suffix else name for name in names
+    ]
+    slugs = [re.sub(r"[^\w.]+", "-", stem).strip("-.") for stem in stems]
+    return f"own/{'+'.join(slugs)[:LONGEST]}"
 
 
 def _folder(overrides: Sequence[str]) -> Path | None:

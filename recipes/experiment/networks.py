@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gymnasium import Space
 from gymnasium.spaces import Discrete, flatdim
 from tensordict.nn import TensorDictModule
@@ -57,6 +58,13 @@ def architecture_for(networks: settings.Networks, dataset: OfflineDataset) -> Ar
                     "give action_bounds=space"
                 )
             bounds["data"] = low.tolist(), high.tolist()
+        if networks.action_bounds == "space" and not np.isfinite(bounds["space"]).all():
+            remedy = (
+                "give action_bounds=data" if len(data) else "none of the networks here is for them"
+            )
+            raise SettingsError(
+                f"action_bounds=space: the actions of {dataset.name} have no bounds, {space}; {remedy}"
+            )
         if networks.action_bounds not in bounds:
             raise ValueError(
                 f"action_bounds={networks.action_bounds}: without a data set give action_bounds=space"

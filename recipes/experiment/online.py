@@ -37,6 +37,8 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
     _require_one_learner(settings)
     build.set_up(settings.compute)
     dataset = dataset_for(settings)
+    if len(dataset.transitions) and not settings.has_offline_phase():
+        print(offline.describe(dataset))
     start = settings.training.checkpoint and Path(settings.training.checkpoint)
     last = path / "last.ckpt"
     if last.exists():
