@@ -5,7 +5,8 @@ With no argument: the embedded maze data, made on first use, IQL beside behaviou
     python recipes/offline.py
     python recipes/offline.py task=locomotion/hopper-medium-replay 'seeds=[0,1,2,3]'
     python recipes/offline.py algorithm=bc task=mini/hopper-medium
-    python recipes/offline.py resume=runs/mini/hopper-medium/<date>
+    python recipes/offline.py resume=runs/mini/hopper-medium/<date> steps=2e6
+    python recipes/offline.py checkpoint=runs/mini/hopper-medium/<date>/last.ckpt dataset=my/logs-v0
 """
 
 from pathlib import Path

@@ -32,7 +32,7 @@ from torchrl_iql.online import Experience, behavior, collecting, environment, tr
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment import build, offline, online, plots
 from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
-from torchrl_iql_recipes.experiment.networks import architecture_of
+from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
 from torchrl_iql_recipes.experiment.schema import SettingsError, written
 from torchrl_iql_recipes.experiment.settings import PARTS, Settings
 
@@ -434,6 +434,8 @@ def test_the_networks_of_a_checkpoint_are_not_changed(
     for door in (OFFLINE, ONLINE):
         with pytest.raises(SettingsError, match=message):
             door.settings(overrides)
+        same = given({name: its for name, its in BASE.items() if name in NETWORKS})
+        assert door.settings([overrides[0], *same]) == door.settings(overrides[:1])
 
 
 @pytest.mark.parametrize(("algorithm", "name"), [*KEPT, ("iql", "")])
@@ -553,6 +555,13 @@ def test_data_that_do_not_fit_the_networks_are_refused(
     with pytest.raises(SettingsError, match=r"effect/car-v0 holds observations of 2 numbers"):
         offline.run(OFFLINE.settings([start, *QUICK, "dataset=effect/car-v0"]), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["policy=squashed", "action_bounds=data"])
+def test_discrete_actions_have_their_own_policy(change: str) -> None:
+    settings = OFFLINE.settings([change])
+    with pytest.raises(ValueError, match=f"{change}: without effect, the actions of CartPole"):
+        architecture_for(settings.networks, OfflineDataset.empty("CartPole-v1"))
 
 
 # --- What no parameters depend on ----------------------------------------------------------------------

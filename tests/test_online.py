@@ -667,7 +667,8 @@ def test_a_killed_worker_is_an_error_and_not_the_end(
         pytest.importorskip("ray")
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setattr("torchrl_iql.online.ANSWER_TIMEOUT", 2.0)
-    its = of_diary(tmp_path, f"collector={collector}", "collector.frames_per_batch=10")
+    collecting_by = [f"collector={collector}", "collector.frames_per_batch=10"]
+    its = of_diary(tmp_path, *collecting_by)
     before = descendants(os.getpid())
     update = FineTuning._update
     killed_at = []
@@ -688,7 +689,7 @@ def test_a_killed_worker_is_an_error_and_not_the_end(
     assert time.monotonic() - killed_at[0] < 60
     wait_until(lambda: not any(map(is_worker, descendants(os.getpid()) - before)))
     monkeypatch.undo()
-    again = of_diary(tmp_path)
+    again = of_diary(tmp_path, *collecting_by)
     assert again.frames == its.frames >= 20
     again.train()
     assert again.frames == 60
@@ -752,8 +753,8 @@ def test_the_killing_of_the_learner_leaves_no_worker_and_a_run_to_continue(tmp_p
     torch.testing.assert_close(experience[:, :2].norm(dim=-1), torch.ones(its.frames))
     assert len(experience.unique(dim=0)) == its.frames
     frames = its.frames
-    more = {"env_steps": frames + 20, "collector": {"frames_per_batch": 10}}
-    its = continued(tmp_path / "run", Settings.of({**its.settings.values, **more}))
+    more = ONLINE.resumed(tmp_path / "run", [f"env_steps={frames + 20}"])
+    its = continued(tmp_path / "run", more)
     its.train()
     assert its.frames == its.step.steps == frames + 20
 

@@ -144,7 +144,7 @@ def test_the_folder_is_named_after_the_data(given: list[str], folder: str, tmp_p
     given = [f'dataset="{each[8:]}"' if " " in each else each for each in given]
     overrides = [each.replace("{tmp}", str(tmp_path)) for each in given]
     done = subprocess.run(
-        [sys.executable, str(RECIPES / "offline.py"), *overrides, "--cfg", "hydra", "--resolve"],
+        [sys.executable, str(RECIPES / "offline.py"), *overrides, "--cfg", "all", "--resolve"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -177,6 +177,7 @@ def test_a_new_user_trains_and_resumes(tmp_path: Path) -> None:
         action_space=Discrete(4, start=2),
     )
     settings = [each for each in TINY if not each.startswith("eval_episodes")]
+    (home := tmp_path / "home").mkdir()
     done = subprocess.run(
         [
             sys.executable,
@@ -187,12 +188,12 @@ def test_a_new_user_trains_and_resumes(tmp_path: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=home,
         env=os.environ | {"PYTHONPATH": str(RECIPES.parent)},
     )
     assert done.returncode == 0, done.stderr
     assert "Rules: reward unit_rms" in done.stdout
-    (folder,) = (tmp_path / "runs/own/test-clicks-v0").iterdir()
+    (folder,) = (home / "runs/own/test-clicks-v0").iterdir()
     config: Any = OmegaConf.load(folder / "config.yaml")
     assert (config.task, config.reward, config.episodes) == ("own", "unit_rms", "as_stored")
 
@@ -206,9 +207,7 @@ def test_actions_that_the_environment_can_not_take_are_refused(tmp_path: Path) -
     observations = gymnasium.make("Pendulum-v1").observation_space
     name = write(*wide, dataset_id="test/wide-v0", action_space=box, observation_space=observations)
     settings = OFFLINE.settings([f"dataset={name}", "env=Pendulum-v1", *TINY])
-    message = (
-        r"3.33% of the actions of test/wide-v0 lie outside those of Pendulum-v1, \[-2\] to \[2\]"
-    )
+    message = r"3.33% of the actions of test/wide-v0 lie outside those of Pendulum-v1, \[-2.0\] to \[2.0\]"
     with pytest.raises(SettingsError, match=message):
         offline.run(settings, tmp_path / "run")
 

@@ -92,7 +92,8 @@ class Door:
                 return
             implied = self._implied(overrides)
             self.check([*implied, *overrides])
-            sys.argv += implied
+            first = next((i for i, each in enumerate(sys.argv) if "=" in each), len(sys.argv))
+            sys.argv[first:first] = implied
             if not options:
                 self.settings(overrides)
         except SettingsError as error:
@@ -364,8 +365,6 @@ class Experiment(Door):
             settings = Settings.of(values)
         else:
             saved = _settings_in(path)
-            if fixed := sorted(given & networks_of(saved["algorithm"])):
-                raise SettingsError(f"{', '.join(fixed)}: the checkpoint has networks of its own")
             if "algorithm" in given and values["algorithm"] != saved["algorithm"]:
                 raise SettingsError(
                     f"algorithm={values['algorithm']}: the checkpoint is of {saved['algorithm']}"
@@ -377,6 +376,13 @@ class Experiment(Door):
             values = self._over(base, [*overrides, *self._implied(overrides)])
             # The run may be resumed elsewhere.
             settings = Settings.of({**values, "checkpoint": str(Path(path).resolve())})
+            networks = sorted(given & networks_of(saved["algorithm"]))
+            fixed = [name for name in networks if settings.values[name] != saved[name]]
+            if fixed:
+                theirs = ", ".join(f"{name}={written(saved[name])}" for name in fixed)
+                raise SettingsError(
+                    f"{', '.join(fixed)}: the checkpoint has networks of its own, with {theirs}"
+                )
             if len(settings.learners) > 1:
                 names = [learner.name for learner in settings.learners]
                 raise SettingsError(

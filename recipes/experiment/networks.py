@@ -45,6 +45,12 @@ def architecture_for(networks: settings.Networks, dataset: OfflineDataset) -> Ar
     """Describe the networks of the settings, in the sizes of the data."""
     space = dataset.action_space
     if isinstance(space, Discrete):
+        for name, only in (("policy", "gaussian"), ("action_bounds", "space")):
+            if (given := getattr(networks, name)) != only:
+                raise ValueError(
+                    f"{name}={given}: without effect, the actions of {dataset.name} are discrete; give "
+                    f"{name}={only}"
+                )
         actions: dict[str, Any] = {"action_size": int(space.n)}
     else:
         data = dataset.transitions["action"]
