@@ -103,7 +103,7 @@ class Wandb(WandbLogger):
             reinit="create_new",  # beside those of the other learners
             log_env_packages=False,
         )
-        own = self.experiment
+        own = self.experiment  # opened after one of the same id was written to the end
         lines = _written(folder / "wandb", own.id) if own.offline else [dict(own.summary)]
         self._sent: dict[str, int] = {}
         for line in lines:
