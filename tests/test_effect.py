@@ -141,11 +141,28 @@ def given(values: Mapping[str, Any]) -> list[str]:
     return [f"{name}={written(value)}" for name, value in values.items()]
 
 
+QUICK = ["compute.execution=eager", "compute.threads=1"]
+
+
 def started(algorithm: str, **changed: Any) -> Settings:
     """Return the settings of a new offline run."""
     values = {**BASE, **OF_ALGORITHM[algorithm], **changed}
-    quick = ["eval_episodes=0", "compute.execution=eager", "compute.threads=1"]
-    return OFFLINE.settings([f"algorithm={algorithm}", *quick, *given(values)])
+    return OFFLINE.settings([f"algorithm={algorithm}", "eval_episodes=0", *QUICK, *given(values)])
+
+
+def changed(settings: Settings, change: Mapping[str, Any]) -> Settings:
+    """Return settings with others, as the command line gives them, which takes half a second."""
+    values = dict(settings.values)
+    for name, value in change.items():
+        group, _, key = name.rpartition(".")
+        values |= {group: {**values[group], key: value}} if group else {key: value}
+    return Settings.of(values)
+
+
+def check_given(door: Any, overrides: list[str], change: Mapping[str, Any]) -> None:
+    """Check that the command line gives these, and leaves the others."""
+    before = door.settings(overrides)
+    assert door.settings([*overrides, *given(change)]) == changed(before, change)
 
 
 # --- The plain loop ------------------------------------------------------------------------------------
@@ -317,13 +334,24 @@ NEW = [("iql", name) for name in BASE] + [
 
 
 @pytest.fixture(scope="module")
+def new() -> dict[str, Settings]:
+    return {algorithm: started(algorithm) for algorithm in OF_ALGORITHM}
+
+
+@pytest.fixture(scope="module")
 def plain() -> dict[str, Plain]:
     return {name: Plain(name, {**BASE, **own}).offline() for name, own in OF_ALGORITHM.items()}
 
 
 @pytest.mark.parametrize(("algorithm", "name"), NEW)
-def test_of_a_new_run(algorithm: str, name: str, plain: dict[str, Plain], tmp_path: Path) -> None:
-    settings = started(algorithm, **{name: CHANGED[name]})
+def test_of_a_new_run(
+    algorithm: str,
+    name: str,
+    new: dict[str, Settings],
+    plain: dict[str, Plain],
+    tmp_path: Path,
+) -> None:
+    settings = changed(new[algorithm], {name: CHANGED[name]})
     scores = offline.run(settings, tmp_path)
     values = {**plain[algorithm].values, name: CHANGED[name]}
     expected = Plain(algorithm, values).offline()
@@ -334,15 +362,21 @@ def test_of_a_new_run(algorithm: str, name: str, plain: dict[str, Plain], tmp_pa
         assert scores["replicas"][0][name] == CHANGED[name]
 
 
+@pytest.mark.parametrize("algorithm", OF_ALGORITHM)
+def test_the_command_line_gives_a_new_run_its_settings(algorithm: str) -> None:
+    its = {**BASE, **OF_ALGORITHM[algorithm]}
+    change = {name: CHANGED[name] for name in its if name != "n_steps" or "discount" in its}
+    check_given(OFFLINE, [f"algorithm={algorithm}", *given(its)], change)
+
+
 # --- A run that goes on --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folders = {}
-    for algorithm in OF_ALGORITHM:
-        folders[algorithm] = tmp_path_factory.mktemp(algorithm)
-        offline.run(started(algorithm), folders[algorithm])
+def finished(new: dict[str, Settings], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {algorithm: tmp_path_factory.mktemp(algorithm) for algorithm in OF_ALGORITHM}
+    for algorithm, folder in folders.items():
+        offline.run(new[algorithm], folder)
     return folders
 
 
@@ -354,13 +388,13 @@ def test_of_a_run_that_goes_on(algorithm: str, finished: dict[str, Path]) -> Non
     fixed = {name: CHANGED[name] for name in its if name not in EXTENDS}
     if "discount" not in its:
         del fixed["n_steps"]  # refused for another reason
-    for changed in (fixed, {k: v for k, v in fixed.items() if k not in NETWORKS}):
+    for change in (fixed, {k: v for k, v in fixed.items() if k not in NETWORKS}):
         with pytest.raises(SettingsError) as error:
-            OFFLINE.resumed(folder, given(changed))
-        theirs = {name: stored.values[name] for name in sorted(changed)}
-        asked = given({name: changed[name] for name in sorted(changed)})
+            OFFLINE.resumed(folder, given(change))
+        theirs = {name: stored.values[name] for name in sorted(change)}
+        asked = given({name: change[name] for name in sorted(change)})
         anew = f"checkpoint={folder}/last.ckpt {' '.join(asked)} begins a new one from it"
-        remedy = "begin a new run, in another folder" if changed is fixed else anew
+        remedy = "begin a new run, in another folder" if change is fixed else anew
         run_with = f"{folder} holds a run with {', '.join(given(theirs))}, not {', '.join(asked)}"
         assert str(error.value) == f"{run_with}: {remedy}"
     assert (folder / "config.yaml").read_text() == file
@@ -371,9 +405,12 @@ def test_of_a_run_that_goes_on(algorithm: str, finished: dict[str, Path]) -> Non
 
 @pytest.mark.parametrize("more", [{}, {"decay_steps": 20}, {"decay_steps": None}])
 def test_a_longer_run_is_the_one_that_would_have_been(
-    more: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: dict[str, Any],
+    new: dict[str, Settings],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    offline.run(started("iql"), tmp_path)
+    offline.run(new["iql"], tmp_path)
     settings = OFFLINE.resumed(tmp_path, ["resume=x", *given({"steps": 16, **more})])
     length = {"": 10, "20": 20, "None": 16}["".join(map(str, more.values()))]
     assert (f"decay_steps={length}: " in capsys.readouterr().out) == (not more)
@@ -408,8 +445,10 @@ def test_what_is_no_setting_of_the_run_is_refused_when_it_goes_on(
             OFFLINE.resumed(finished["iql"], [change])
 
 
-def test_settings_that_were_edited_are_not_what_was_trained_with(tmp_path: Path) -> None:
-    offline.run(started("iql"), tmp_path)
+def test_settings_that_were_edited_are_not_what_was_trained_with(
+    new: dict[str, Settings], tmp_path: Path
+) -> None:
+    offline.run(new["iql"], tmp_path)
     file = tmp_path / "config.yaml"
     file.write_text(file.read_text().replace("expectile: 0.7", "expectile: 0.8"))
     with pytest.raises(SettingsError, match=r"with expectile=0\.7, not expectile=0\.8"):
@@ -419,60 +458,87 @@ def test_settings_that_were_edited_are_not_what_was_trained_with(tmp_path: Path)
 # --- A run that begins with a checkpoint ---------------------------------------------------------------
 
 
-QUICK = ["compute.execution=eager", "compute.threads=1"]
 KEPT = [each for each in NEW if each[1] not in NETWORKS]
-
-
-@pytest.mark.parametrize("algorithm", OF_ALGORITHM)
-def test_the_networks_of_a_checkpoint_are_not_changed(
-    algorithm: str, finished: dict[str, Path]
-) -> None:
-    names = NETWORKS & {*BASE, *OF_ALGORITHM[algorithm]}
-    overrides = [f"checkpoint={finished[algorithm]}/last.ckpt"]
-    overrides += given({name: CHANGED[name] for name in names})
-    message = f"{', '.join(sorted(names))}: the checkpoint has networks of its own"
-    for door in (OFFLINE, ONLINE):
-        with pytest.raises(SettingsError, match=message):
-            door.settings(overrides)
-        same = given({name: its for name, its in BASE.items() if name in NETWORKS})
-        assert door.settings([overrides[0], *same]) == door.settings(overrides[:1])
-
-
-@pytest.mark.parametrize(("algorithm", "name"), [*KEPT, ("iql", "")])
-def test_of_an_offline_run_from_a_checkpoint(
-    algorithm: str, name: str, plain: dict[str, Plain], finished: dict[str, Path], tmp_path: Path
-) -> None:
-    overrides = [f"checkpoint={finished[algorithm]}/last.ckpt", *QUICK]
-    change = {name: CHANGED[name]} if name else {}
-    settings = OFFLINE.settings([*overrides, *given(change)])
-    offline.run(settings, tmp_path)
-    expected = Plain(algorithm, {**plain[algorithm].values, **change}, plain[algorithm]).offline()
-    assert_same(expected.learned_by(tmp_path), expected.learned())
-    kept = Plain(algorithm, plain[algorithm].values, plain[algorithm])
-    assert_differ(expected.learned(), (kept.offline() if name else kept).learned())
-    asked = {**BASE, **OF_ALGORITHM[algorithm], **change}
-    assert {key: settings.values[key] for key in asked} == asked
-    assert settings.values["checkpoint"] == str(finished[algorithm] / "last.ckpt")
 
 
 OF_ONLINE = [name for a, name in KEPT if a == "iql" and name not in OFFLINE_ONLY]
 
 
+@pytest.fixture(scope="module")
+def begun(finished: dict[str, Path]) -> dict[str, Settings]:
+    """Return the settings of offline runs that begin with the checkpoints."""
+    return {
+        algorithm: OFFLINE.settings([f"checkpoint={folder}/last.ckpt", *QUICK])
+        for algorithm, folder in finished.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def tuned(finished: dict[str, Path]) -> Settings:
+    """Return the settings of an online run."""
+    start = f"checkpoint={finished['iql']}/last.ckpt"
+    return ONLINE.settings([start, *QUICK, *given(OF_COLLECTION)])
+
+
+@pytest.mark.parametrize("algorithm", OF_ALGORITHM)
+def test_a_checkpoint_gives_what_the_command_line_does_not(
+    algorithm: str, begun: dict[str, Settings], finished: dict[str, Path]
+) -> None:
+    path = finished[algorithm] / "last.ckpt"
+    its = {**BASE, **OF_ALGORITHM[algorithm], "checkpoint": str(path)}
+    assert {key: begun[algorithm].values[key] for key in its} == its
+    change = {n: CHANGED[n] for a, n in KEPT if a == algorithm or (a == "iql" and n in BASE)}
+    if "discount" not in its:
+        del change["n_steps"]
+    check_given(OFFLINE, [f"checkpoint={path}"], change)
+    change = {name: value for name, value in change.items() if name not in OFFLINE_ONLY}
+    check_given(
+        ONLINE, [f"checkpoint={path}"], {**change, **{n: CHANGED[n] for n in OF_COLLECTION}}
+    )
+
+
+def test_the_networks_of_a_checkpoint_are_not_changed(finished: dict[str, Path]) -> None:
+    names = sorted(NETWORKS)
+    overrides = [f"checkpoint={finished['iql']}/last.ckpt"]
+    change = given({name: CHANGED[name] for name in names})
+    message = (
+        f"{', '.join(names)}: the checkpoint has networks of its own, with action_bounds=space"
+    )
+    same = given({name: its for name, its in BASE.items() if name in NETWORKS})
+    for door in (OFFLINE, ONLINE):
+        with pytest.raises(SettingsError, match=message):
+            door.settings([*overrides, *change])
+        assert door.settings([*overrides, *same]) == door.settings(overrides)
+
+
+@pytest.mark.parametrize(("algorithm", "name"), [*KEPT, ("iql", "")])
+def test_of_an_offline_run_from_a_checkpoint(
+    algorithm: str,
+    name: str,
+    begun: dict[str, Settings],
+    plain: dict[str, Plain],
+    tmp_path: Path,
+) -> None:
+    change = {name: CHANGED[name]} if name else {}
+    offline.run(changed(begun[algorithm], change), tmp_path)
+    expected = Plain(algorithm, {**plain[algorithm].values, **change}, plain[algorithm]).offline()
+    assert_same(expected.learned_by(tmp_path), expected.learned())
+    kept = Plain(algorithm, plain[algorithm].values, plain[algorithm])
+    assert_differ(expected.learned(), (kept.offline() if name else kept).learned())
+    assert OFFLINE.stored(tmp_path) == changed(begun[algorithm], change)
+
+
 @pytest.mark.parametrize("name", [*OF_ONLINE, *OF_COLLECTION])
 def test_of_an_online_run_from_a_checkpoint(
-    name: str, plain: dict[str, Plain], finished: dict[str, Path], tmp_path: Path
+    name: str, tuned: Settings, plain: dict[str, Plain], tmp_path: Path
 ) -> None:
     share = {"offline_share": 0.25} if name == "anneal_steps" else {}
     change = {name: CHANGED[name], **share}
-    overrides = [f"checkpoint={finished['iql']}/last.ckpt", *QUICK]
-    settings = ONLINE.settings([*overrides, *given({**OF_COLLECTION, **change})])
-    online.run(settings, tmp_path)
+    online.run(changed(tuned, change), tmp_path)
     expected = plain["iql"].online(change)
     assert_same(expected.learned_by(tmp_path), expected.learned())
     assert_differ(expected.learned(), plain["iql"].online(share).learned())
-    group, _, key = name.rpartition(".")
-    recorded = ONLINE.stored(tmp_path).values
-    assert (recorded[group] if group else recorded)[key] == CHANGED[name]
+    assert ONLINE.stored(tmp_path) == changed(tuned, change)
 
 
 def test_what_an_online_run_from_a_checkpoint_has_no_use_for(
@@ -493,10 +559,10 @@ def test_of_an_online_run_that_goes_on(finished: dict[str, Path], tmp_path: Path
     online.run(ONLINE.settings([start, *QUICK, *frames]), whole)
     online.run(ONLINE.settings([start, *QUICK, *frames, "env_steps=10"]), parts)
     names = names_of(*PARTS.values(), algorithms()["iql"]) - {"env_steps", "n_steps"}
-    changed = {name: CHANGED[name] for name in sorted(names & CHANGED.keys())}
+    change = given({name: CHANGED[name] for name in sorted(names & CHANGED.keys())})
     with pytest.raises(SettingsError) as error:
-        ONLINE.resumed(parts, given(changed))
-    assert f", not {', '.join(given(changed))}: begin a new run" in str(error.value)
+        ONLINE.resumed(parts, change)
+    assert f", not {', '.join(change)}: begin a new run" in str(error.value)
     with pytest.raises(SettingsError, match="env_steps=5: 10 are done"):
         online.run(ONLINE.resumed(parts, ["env_steps=5"]), parts)
     scores = online.run(ONLINE.resumed(parts, ["env_steps=20"]), parts)
@@ -594,14 +660,16 @@ def check_watched(folder: Path, settings: Settings, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_is_watched_is_as_asked(
-    finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    new: dict[str, Settings],
+    begun: dict[str, Settings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    new, again, begun = (tmp_path / name for name in ("new", "again", "begun"))
-    check_watched(new, started("iql", **WATCHED), monkeypatch)
-    offline.run(started("iql"), again)
-    check_watched(again, OFFLINE.resumed(again, given({"steps": 22, **WATCHED})), monkeypatch)
-    start = f"checkpoint={finished['iql']}/last.ckpt"
-    check_watched(begun, OFFLINE.settings([start, *QUICK, *given(WATCHED)]), monkeypatch)
+    check_watched(tmp_path / "new", changed(new["iql"], WATCHED), monkeypatch)
+    check_watched(tmp_path / "begun", changed(begun["iql"], WATCHED), monkeypatch)
+    offline.run(new["iql"], tmp_path / "again")
+    longer = OFFLINE.resumed(tmp_path / "again", given({"steps": 22, **WATCHED}))
+    check_watched(tmp_path / "again", longer, monkeypatch)
 
 
 COMPUTED = {"threads": 2, "matmul_precision": "medium", "streaming": True, "execution": "auto"}

@@ -152,8 +152,8 @@ class Door:
                 raise SettingsError(
                     f"{each.input_line}: resume={folder} goes on with one run, in its folder; leave it out"
                 )
-        values = self._over(stored.values, [*self._implied_by(stored.values), *given])
-        resumed = self._of(values)
+        composed = self.compose([*self._implied_by(stored.values), *given])
+        resumed = self._of(_over(stored.values, composed, given))
         check_continued(folder, stored.values, resumed.values, resumed.later(folder))
         return self._extended(stored, resumed, {each.key_or_group for each in _parsed(given)})
 
@@ -167,18 +167,6 @@ class Door:
 
     def _extended(self, stored: Any, resumed: Any, given: set[str]) -> Any:
         return resumed
-
-    def _over(self, base: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-        """Return values with what is given put over them; where both say nothing, what is composed."""
-        composed = self.compose(overrides)
-        values = {**composed, **{key: value for key, value in base.items() if key in composed}}
-        for each in _parsed(overrides):
-            group, _, name = each.key_or_group.partition(".")
-            if not name:
-                values[group] = composed[group]
-            elif group in composed:
-                values[group] = {**values[group], name: composed[group][name]}
-        return values
 
     def _stored(self, folder: Path) -> dict[str, Any]:
         if not (folder / "config.yaml").exists():
@@ -373,7 +361,10 @@ class Experiment(Door):
             if "task" in given:
                 dropped |= _by_task(saved["algorithm"]) - networks_of(saved["algorithm"])
             base = {key: value for key, value in saved.items() if key not in dropped}
-            values = self._over(base, [*overrides, *self._implied(overrides)])
+            implied = dict(each.split("=") for each in self._implied(overrides))
+            if any(values[key] != choice for key, choice in implied.items()):
+                values = self.compose([*overrides, *self._implied(overrides)])
+            values = _over(base, values, overrides)
             # The run may be resumed elsewhere.
             settings = Settings.of({**values, "checkpoint": str(Path(path).resolve())})
             networks = sorted(given & networks_of(saved["algorithm"]))
@@ -442,6 +433,26 @@ def _folder(overrides: Sequence[str]) -> Path | None:
     """Return that of the run to resume, if one is."""
     given = [each.value() for each in _parsed(overrides) if each.key_or_group == "resume"]
     return None if not given or given[-1] is None else Path(str(given[-1]))
+
+
+def _over(
+    base: Mapping[str, Any], composed: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Return values, with those that are given put over them, and where there are none, the composed ones.
+
+    Args:
+        base: the values.
+        composed: all values that the overrides lead to.
+        overrides: what is given.
+    """
+    values = {**composed, **{key: value for key, value in base.items() if key in composed}}
+    for each in _parsed(overrides):
+        group, _, name = each.key_or_group.partition(".")
+        if not name:
+            values[group] = composed[group]
+        elif group in composed:
+            values[group] = {**values[group], name: composed[group][name]}
+    return values
 
 
 def _settings_in(path: str) -> dict[str, Any]:
