@@ -98,6 +98,8 @@ CHANGED: dict[str, Any] = {
 ELSEWHERE = {
     "env": "test_recipe.py::test_the_environment_is_an_id_with_arguments",
     "maze": "test_antmaze.py",
+    "observation_keys": "test_own.py::test_what_is_observed_and_kept_is_as_asked",
+    "columns": "test_own.py::test_what_is_observed_and_kept_is_as_asked",
     "checkpoint": "here: a way in",
     "log_interval": "test_what_is_watched_is_as_asked",
     "eval_interval": "test_what_is_watched_is_as_asked",
@@ -435,7 +437,7 @@ def test_what_is_no_setting_of_the_run_is_refused_when_it_goes_on(
         "expectil=0.5": "did you mean expectile",
         "share=0.5": "share is a setting of percent_bc",
         "algorithm=bc": "holds a run with algorithm=iql, ",
-        "task=antmaze/umaze": "holds a run with task=pointmaze/stitch, not task=antmaze/umaze",
+        "task=antmaze/umaze": "holds a run with task=own, not task=antmaze/umaze",
         "checkpoint=x": "holds a run with checkpoint=null, not checkpoint=x: begin a new run",
         "hydra.run.dir=x": "goes on with one run, in its folder",
         "steps=20,30": "goes on with one run, in its folder",
@@ -715,7 +717,7 @@ def test_how_it_is_computed_is_as_asked(
 def test_what_can_not_be_computed_changes_no_settings(finished: dict[str, Path]) -> None:
     folder = finished["iql"]
     before = (folder / "config.yaml").read_text()
-    with pytest.raises(SettingsError, match=r"compute\.device=gpu: "):
+    with pytest.raises(SettingsError, match=r"compute\.device=gpu can not be used, give compute=cpu: "):
         offline.run(OFFLINE.resumed(folder, ["compute.device=gpu", "steps=20"]), folder)
     assert (folder / "config.yaml").read_text() == before
 

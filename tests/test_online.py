@@ -24,7 +24,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, set_interaction_type
 
 from online_envs import LENGTH, diary
-from runs import rows
+from runs import of_maze, rows
 from test_collect import PATIENCE, wait_for
 from test_collect import started as process_of
 from test_recipe import full_disk
@@ -59,11 +59,12 @@ SMALL = [
 def config(*overrides: str) -> Settings:
     from_scratch = "dataset=null" in overrides  # without an offline phase, which would take steps
     small = [each for each in SMALL if not (from_scratch and each.startswith("steps="))]
-    return ONLINE.settings([*small, *overrides])
+    return ONLINE.settings([*small, *of_maze(overrides)])
 
 
 def offline_config(*overrides: str) -> Settings:
-    return OFFLINE.settings([*(o for o in SMALL if o.split("=")[0] not in ONLINE_KEYS), *overrides])
+    small = [each for each in SMALL if each.split("=")[0] not in ONLINE_KEYS]
+    return OFFLINE.settings([*small, *of_maze(overrides)])
 
 
 ONLINE_KEYS = {*Online.model_fields, "collector.frames_per_batch"}
@@ -596,7 +597,11 @@ def test_what_cannot_be_run_is_refused_before_anything_happens(
 ) -> None:
     for overrides, message in {
         ("dataset=null",): "give env=<id>",
-        ("dataset=null", "env=Pendulum-v1"): "normalize_observation=true needs the statistics",
+        (
+            "dataset=null",
+            "env=Pendulum-v1",
+            "normalize_observation=true",
+        ): "normalize_observation=true needs the statistics",
         (f"dataset={maze_id}", "seeds=[0,1]"): r"one learner .* \['seed=0', 'seed=1'\]",
         (
             f"dataset={maze_id}",

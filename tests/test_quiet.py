@@ -13,7 +13,7 @@ from runs import TINY
 from torchrl_iql_recipes.experiment.door import CONFIG
 
 SLOW = pytest.mark.slow
-PROGRESS = re.compile(r".+: +\d+%\|.*\| \d+/\d+ \[.*\]")
+PROGRESS = re.compile(r".+: +\d+%\|.*\| [\d.]+[kMG]?/[\d.]+[kMG]? \[.*\]")
 
 SAC = [
     "behavior=hopper",

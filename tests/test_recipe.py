@@ -22,7 +22,7 @@ import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 
-from runs import SMALL, rows
+from runs import SMALL, of_maze, rows
 from torchrl_iql import Evaluator, checkpoint, load_dataset, load_policy
 from torchrl_iql.data import Minibatches
 from torchrl_iql_recipes.algorithms.iql import IQL
@@ -36,7 +36,7 @@ RECIPES = CONFIG.parent
 
 
 def config(*overrides: str) -> Settings:
-    return OFFLINE.settings([*SMALL, *overrides])
+    return OFFLINE.settings([*SMALL, *of_maze(overrides)])
 
 
 @pytest.fixture(scope="module")

@@ -137,7 +137,7 @@ class TestSettings:
         mini = (f"mini/{name.replace('/', '-')}" for name in collection.MINI)
         bases = (f"{family}/base" for family in PAPER)
         others = {name for name in files if name.startswith("ogbench/")}  # in test_ogbench.py
-        assert files - others == {*TASKS, *bases, *mini, "pointmaze/stitch"}
+        assert files - others == {*TASKS, *bases, *mini, "pointmaze/stitch", "own"}
 
     @pytest.mark.parametrize("name", collection.MINI)
     def test_of_the_mini_suite_are_those_of_its_families(self, name: str):

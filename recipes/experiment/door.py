@@ -417,11 +417,12 @@ def with_data(dataset: Any, value: Any, otherwise: Any) -> Any:
     return otherwise if dataset is None else value
 
 
-def folder_of(task: str, dataset: Any) -> str:
+def folder_of(task: str, overrides: Sequence[str]) -> str:
     """Name the folder of the runs of a task: of data of one's own, after them."""
-    if task != "own" or dataset is None:
+    given = [x.value() for x in _parsed(list(overrides)) if x.key_or_group == "dataset"]
+    if task != "own" or not given or not isinstance(given[-1], str | list):
         return task
-    names = [dataset] if isinstance(dataset, str) else list(dataset)
+    names = [str(each) for each in ([given[-1]] if isinstance(given[-1], str) else given[-1])]
     stems = [
         Path(name).stem if Path(name).exists() or Path(name).suffix else name for name in names
     ]
