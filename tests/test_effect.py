@@ -98,8 +98,8 @@ CHANGED: dict[str, Any] = {
 ELSEWHERE = {
     "env": "test_recipe.py::test_the_environment_is_an_id_with_arguments",
     "maze": "test_antmaze.py",
-    "observation_keys": "test_own.py::test_what_is_observed_and_kept_is_as_asked",
-    "columns": "test_own.py::test_what_is_observed_and_kept_is_as_asked",
+    "observation_keys": "test_recipe.py::test_what_is_observed_and_kept_is_as_asked",
+    "columns": "test_recipe.py::test_what_is_observed_and_kept_is_as_asked",
     "checkpoint": "here: a way in",
     "log_interval": "test_what_is_watched_is_as_asked",
     "eval_interval": "test_what_is_watched_is_as_asked",
@@ -717,7 +717,9 @@ def test_how_it_is_computed_is_as_asked(
 def test_what_can_not_be_computed_changes_no_settings(finished: dict[str, Path]) -> None:
     folder = finished["iql"]
     before = (folder / "config.yaml").read_text()
-    with pytest.raises(SettingsError, match=r"compute\.device=gpu can not be used, give compute=cpu: "):
+    with pytest.raises(
+        SettingsError, match=r"compute\.device=gpu can not be used, give compute=cpu: "
+    ):
         offline.run(OFFLINE.resumed(folder, ["compute.device=gpu", "steps=20"]), folder)
     assert (folder / "config.yaml").read_text() == before
 

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from episodes import MARKS, walk, write
 from runs import TINY, rows
 from torchrl_iql import load_policy
-from torchrl_iql_recipes.experiment import build, offline, online
+from torchrl_iql_recipes.experiment import offline
 from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.schema import SettingsError
 
@@ -227,23 +227,3 @@ def test_unbounded_actions_need_the_bounds_of_the_data(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"action_bounds=space: .*give action_bounds=data"):
         offline.run(OFFLINE.settings(settings), tmp_path / "one")
     offline.run(OFFLINE.settings([*settings, "action_bounds=data"]), tmp_path / "two")
-
-
-def test_what_is_observed_and_kept_is_as_asked(maze_id: str, tmp_path: Path) -> None:
-    """A policy that sees no goal, from the command line to its evaluation."""
-    settings = [f"dataset={maze_id}", *TINY]
-    asked = OFFLINE.settings([*settings, "observation_keys=[observation]", "columns=[success]"])
-    dataset, whole = (build.dataset_for(each.data) for each in (asked, OFFLINE.settings(settings)))
-    assert (
-        dataset.transitions["observation"].shape[1],
-        whole.transitions["observation"].shape[1],
-    ) == (4, 8)
-    assert dataset.transitions["observation"].equal(whole.transitions["observation"][:, 4:])
-    assert dataset.transitions["success"].dtype is torch.bool
-    offline.run(asked, tmp_path / "run")
-    assert load_policy(tmp_path / "run/last.ckpt")(observation=torch.zeros(1, 4))[-1].shape == (
-        1,
-        2,
-    )
-    with pytest.raises(SettingsError, match=r"columns=\['success'\]: are not collected"):
-        online.dataset_for(ONLINE.settings([f"dataset={maze_id}", "columns=[success]"]))

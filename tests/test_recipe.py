@@ -26,10 +26,11 @@ from runs import SMALL, of_maze, rows
 from torchrl_iql import Evaluator, checkpoint, load_dataset, load_policy
 from torchrl_iql.data import Minibatches
 from torchrl_iql_recipes.algorithms.iql import IQL
-from torchrl_iql_recipes.experiment import build, offline, results
-from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE
+from torchrl_iql_recipes.experiment import build, offline, online, results
+from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.folder import RunFolder
 from torchrl_iql_recipes.experiment.networks import architecture_for
+from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
 
 RECIPES = CONFIG.parent
@@ -247,7 +248,7 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(
     overrides = [f"dataset={maze_id}", "dropout=0.1", "temperature=3", "eval_workers=1"]
     overrides += ["steps=400", "eval_interval=200"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    process = start(tmp_path, *overrides, f"hydra.run.dir={halves}")
+    process = start(tmp_path, *of_maze(overrides), f"hydra.run.dir={halves}")
     deadline = time.monotonic() + 120
     while not (halves / "metrics.csv").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -403,3 +404,21 @@ def test_what_learners_share_can_not_differ_between_them(
     monkeypatch.setattr(IQL, "data", lambda self, data: data.best_episodes(1 / self.temperature))
     with pytest.raises(TypeError):
         build.learned_from(cfg, dataset)
+
+
+def test_what_is_observed_and_kept_is_as_asked(maze_id: str, tmp_path: Path) -> None:
+    """A policy that sees no goal, from the command line to its evaluation."""
+    asked = config(
+        f"dataset={maze_id}", "temperature=3", "observation_keys=[observation]", "columns=[success]"
+    )
+    dataset, whole = (
+        build.dataset_for(each.data) for each in (asked, config(f"dataset={maze_id}"))
+    )
+    assert whole.transitions["observation"].shape[1] == 8
+    assert dataset.transitions["observation"].equal(whole.transitions["observation"][:, 4:])
+    assert dataset.transitions["success"].dtype is torch.bool
+    offline.run(asked, tmp_path / "run")
+    policy = load_policy(tmp_path / "run/last.ckpt")
+    assert policy(observation=torch.zeros(1, 4))[-1].shape == (1, 2)
+    with pytest.raises(SettingsError, match=r"columns=\['success'\]: are not collected"):
+        online.dataset_for(ONLINE.settings([f"dataset={maze_id}", "columns=[success]"]))
