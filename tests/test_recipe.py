@@ -408,15 +408,14 @@ def test_what_learners_share_can_not_differ_between_them(
 
 def test_what_is_observed_and_kept_is_as_asked(maze_id: str, tmp_path: Path) -> None:
     """A policy that sees no goal, from the command line to its evaluation."""
-    asked = config(
-        f"dataset={maze_id}", "temperature=3", "observation_keys=[observation]", "columns=[success]"
-    )
+    asked = config(f"dataset={maze_id}", "temperature=3", "observation_keys=[observation]")
     dataset, whole = (
         build.dataset_for(each.data) for each in (asked, config(f"dataset={maze_id}"))
     )
     assert whole.transitions["observation"].shape[1] == 8
     assert dataset.transitions["observation"].equal(whole.transitions["observation"][:, 4:])
-    assert dataset.transitions["success"].dtype is torch.bool
+    with pytest.raises(SettingsError, match="columns: there is no infos/success"):
+        build.dataset_for(config(f"dataset={maze_id}", "columns=[success]").data)
     offline.run(asked, tmp_path / "run")
     policy = load_policy(tmp_path / "run/last.ckpt")
     assert policy(observation=torch.zeros(1, 4))[-1].shape == (1, 2)
