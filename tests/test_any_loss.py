@@ -661,6 +661,18 @@ def test_a_new_learner_may_begin_with_what_was_learned() -> None:
         second.load_state_dict(first.state_dict(), keep=["setting"])  # pyright: ignore
 
 
+def test_moments_that_a_state_has_not_are_missed_before_anything_changes() -> None:
+    few = TrainStep(make_loss(0).double(), learning_rate={"value_network": 1e-3})
+    few(transitions("iql"))
+    step = TrainStep(make_loss(1).double())
+    before = snapshot(step.losses[0])
+    with pytest.raises(ValueError, match="the state has no moments of actor_network_params"):
+        step.load_state_dict(few.state_dict(), keep=("settings",))
+    assert not moved(step.losses[0], before)
+    step.load_state_dict(few.state_dict())
+    assert step.learning_rates() == few.learning_rates()
+
+
 def test_a_state_of_another_loss_is_refused_by_name() -> None:
     step = TrainStep(make_loss(0).double())
     state = step.state_dict()

@@ -447,6 +447,16 @@ def test_what_is_no_setting_of_the_run_is_refused_when_it_goes_on(
             OFFLINE.resumed(finished["iql"], [change])
 
 
+def test_a_folder_of_another_kind_of_run_is_not_taken_over(
+    new: dict[str, Settings], finished: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text("behavior: hopper\n")
+    (tmp_path / "metrics.csv").touch()
+    for folder, other in ((tmp_path, "behavior"), (finished["percent_bc"], "share")):
+        with pytest.raises(SettingsError, match=f"holds another kind of run, with {other}: give"):
+            build.claim(folder, new["iql"])
+
+
 def test_settings_that_were_edited_are_not_what_was_trained_with(
     new: dict[str, Settings], tmp_path: Path
 ) -> None:

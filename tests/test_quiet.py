@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from iql_losses import ACT, OBS, transitions
 from runs import TINY
+from torchrl_iql import TrainStep
+from torchrl_iql.models import Architecture
+from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment.door import CONFIG
+from torchrl_iql_recipes.experiment.networks import Networks
 
 SLOW = pytest.mark.slow
 PROGRESS = re.compile(r".+: +\d+%\|.*\| [\d.]+[kMG]?/[\d.]+[kMG]? \[.*\]")
@@ -35,11 +40,25 @@ def run(folder: Path, script: str, *overrides: str) -> None:
     assert "[torchrl]" not in ended.stdout
 
 
+@pytest.mark.parametrize("name", algorithms())
+def test_no_algorithm_warns(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    algorithm = algorithms()[name]()
+    architecture = Architecture(observation_size=OBS, action_size=ACT, hidden_sizes=[8])
+    step = TrainStep(algorithm.loss(Networks(architecture)), **algorithm.optimization(10))
+    step(transitions())
+    assert [str(each.message) for each in recwarn] == []
+
+
 @pytest.mark.parametrize(
-    "setting", ["eval_workers=1", pytest.param("compute.execution=auto", marks=SLOW)]
+    "settings",
+    [
+        "temperature=3 eval_workers=1",
+        pytest.param("temperature=3 compute.execution=auto", marks=SLOW),
+        pytest.param("algorithm=bc compute.execution=auto", marks=SLOW),
+    ],
 )
-def test_offline(maze_id: str, tmp_path: Path, setting: str) -> None:
-    run(tmp_path, "offline.py", *TINY, "temperature=3", f"dataset={maze_id}", setting)
+def test_offline(maze_id: str, tmp_path: Path, settings: str) -> None:
+    run(tmp_path, "offline.py", *TINY, f"dataset={maze_id}", *settings.split())
 
 
 @pytest.mark.parametrize("collector", ["sync", pytest.param("multi_async", marks=SLOW)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, ClassVar
 
 from torchrl_iql_recipes.algorithms.base import Algorithm
@@ -20,4 +21,6 @@ class BC(Algorithm):
     def loss(self, networks: Networks) -> BCLoss:
         from torchrl.objectives import BCLoss
 
-        return BCLoss(networks.policy())
+        with warnings.catch_warnings():  # the class lacks an annotation, which is TorchRL's to mend
+            warnings.filterwarnings("ignore", "The name target_actor_network_params wasn't part of")
+            return BCLoss(networks.policy())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -59,6 +60,8 @@ def set_up(compute: Compute) -> None:
         raise SettingsError(
             f"compute.device={compute.device} can not be used, give compute=cpu: {reason}"
         ) from None
+    # A line of tensordict's, when a loss is compiled.
+    warnings.filterwarnings("ignore", ".*inline_inbuilt_nn_modules is deprecated", FutureWarning)
     if compute.device == "cpu":  # where nobody misses what PyTorch looks for when it compiles
         logging.getLogger("torch.utils.cpp_extension").addFilter(_is_not_of_cuda)
     if compute.threads is not None:
@@ -80,6 +83,10 @@ def claim(path: Path, settings: Settings | Part) -> None:
     file = path / "config.yaml"
     if file.exists() and any(path.rglob("metrics.csv")):  # something has come of it
         stored: Any = OmegaConf.to_container(OmegaConf.load(file))
+        if other := sorted(stored.keys() - settings.values.keys()):
+            raise SettingsError(
+                f"{path} holds another kind of run, with {', '.join(other)}: give another hydra.run.dir"
+            )
         known = type(settings).of({**stored, "task": settings.values.get("task")})
         check_continued(path, known.values, settings.values, settings.later(path))
     path.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ class Simulator:
 
     def __init__(self, env_spec: EnvSpec) -> None:
         self.env = flat_environment(env_spec)
-
+        # Not before: gymnasium-robotics is imported without a word at the first look-up.
         from gymnasium.envs.mujoco.mujoco_env import MujocoEnv
         from gymnasium_robotics.envs.maze.maze_v4 import MazeEnv
 

@@ -18,7 +18,7 @@ from torchrl_iql.data.minibatches import BLOCK, Minibatches
 from torchrl_iql.training import native
 from torchrl_iql.training.coefficients import coefficients, learned, plain, set_coefficients
 from torchrl_iql.training.execution import Execution, Executor, RandomStream
-from torchrl_iql.training.optimization import Optimization, Schedule
+from torchrl_iql.training.optimization import Optimization, Schedule, network_of
 from torchrl_iql.training.program import LossProgram, Moments, Program
 from torchrl_iql.training.stacked import StackedProgram, refusal
 
@@ -395,10 +395,17 @@ class TrainStep:
         expected = {key: tuple(tensor.shape) for key, tensor in learned(loss, own).items()}
         if found != expected:
             raise ValueError(f"the state is of parameters {found}, expected {expected}")
+        optimization = self._optimizations[replica]
+        if "settings" not in keep:
+            optimization = replace(optimization, **state.get("optimization", {}))
+        if "optimizer" not in keep and saved_format > 1:
+            trained = {n for n in its if network_of(n) in optimization.networks}
+            missing = trained & dict(loss.named_parameters()).keys() - state["moments"].keys()
+            if missing:
+                raise ValueError(f"the state has no moments of {', '.join(sorted(missing))}")
         if "settings" not in keep:
             persistent = {key: value for key, value in state["loss"].items() if key not in its}
             set_coefficients(loss, {**persistent, **state.get("coefficients", {})})
-            optimization = replace(self._optimizations[replica], **state.get("optimization", {}))
             self._optimizations[replica] = optimization
         loss.load_state_dict({**loss.state_dict(), **its})
         self._adopt()
@@ -415,8 +422,6 @@ class TrainStep:
             assert isinstance(program, StackedProgram)
             saved = program.moments_of_format_1(replica - rows.start, saved)
         for key, pair in self._moments(replica).items():
-            if key not in saved:
-                raise ValueError(f"the state has no moments of {key}, which is trained here")
             for moment, its in zip(pair, saved[key], strict=True):
                 moment.copy_(its)
 
