@@ -58,6 +58,19 @@ def stored(name: str, **options: Any) -> str:
     return write(*pendulum(**options), dataset_id=name, env=gymnasium.make("Pendulum-v1"))
 
 
+def train(folder: Path, *arguments: str) -> str:
+    """Start offline.py in a folder; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / "offline.py"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(RECIPES.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("door", [OFFLINE, ONLINE])
 def test_data_without_a_task_are_ones_own(door: Any) -> None:
     settings = door.settings(["dataset=test/own-v0"])
@@ -143,26 +156,11 @@ def test_the_scale_of_rewards_does_not_matter(tmp_path: Path) -> None:
 def test_the_folder_is_named_after_the_data(given: list[str], folder: str, tmp_path: Path) -> None:
     given = [f'dataset="{each[8:]}"' if " " in each else each for each in given]
     overrides = [each.replace("{tmp}", str(tmp_path)) for each in given]
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(RECIPES / "offline.py"),
-            *overrides,
-            "--cfg",
-            "hydra",
-            "-p",
-            "hydra.run.dir",
-        ],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(RECIPES.parent)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"runs/{folder}/2"), done.stdout
+    shown = train(tmp_path, *overrides, "--cfg", "hydra", "-p", "hydra.run.dir")
+    assert shown.startswith(f"runs/{folder}/2"), shown
 
 
-def test_a_new_user_trains_and_resumes(tmp_path: Path) -> None:
+def test_a_new_user_trains(tmp_path: Path) -> None:
     """The whole way: own Minari data of discrete actions, no environment, no task."""
     episodes = [
         EpisodeBuffer(
@@ -183,21 +181,8 @@ def test_a_new_user_trains_and_resumes(tmp_path: Path) -> None:
     )
     settings = [each for each in TINY if not each.startswith("eval_episodes")]
     (home := tmp_path / "home").mkdir()
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(RECIPES / "offline.py"),
-            "dataset=test/clicks-v0",
-            "eval_episodes=0",
-            *settings,
-        ],
-        capture_output=True,
-        text=True,
-        cwd=home,
-        env=os.environ | {"PYTHONPATH": str(RECIPES.parent)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Rules: reward unit_rms" in done.stdout
+    shown = train(home, "dataset=test/clicks-v0", "eval_episodes=0", *settings)
+    assert "Rules: reward unit_rms" in shown
     (folder,) = (home / "runs/own/test-clicks-v0").iterdir()
     config: Any = OmegaConf.load(folder / "config.yaml")
     assert (config.task, config.reward, config.episodes) == ("own", "unit_rms", "as_stored")

@@ -213,9 +213,8 @@ def _made(env: Env) -> gymnasium.Env:
     try:
         spec = spec_of(env)
         assert spec is not None
-        if spec.id.replace("-v", "Dense-v") in (
-            notice := register_robotics()
-        ):  # dense, if not Sparse-v
+        notice = register_robotics()
+        if spec.id.replace("-v", "Dense-v") in notice:  # dense, if not Sparse-v
             warnings.warn(notice, stacklevel=3)
         if is_single_task(spec.id):
             ogbench_package()

@@ -235,9 +235,8 @@ class Evaluator:
         )
         actions = policy(batch)["action"].cpu().numpy()
         played, taken = (env.action_space for env in (self.envs[0].unwrapped, self.envs[0]))
-        shapes: list[tuple[int, ...]] = [(), (1,)]
         if isinstance(taken, Discrete):
-            shapes.append((int(taken.n),))
+            shapes: list[tuple[int, ...]] = [(), (1,), (int(taken.n),)]
         else:
             shapes = [played.shape or (), taken.shape or ()]
         allowed = [(len(observations), *shape) for shape in dict.fromkeys(shapes)]

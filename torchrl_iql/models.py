@@ -102,6 +102,23 @@ class Architecture:
         """Make V(s); ``statistics`` as for the policy."""
         return value_network(self.observation_size, **self._common(statistics))
 
+    def build(
+        self, statistics: Statistics | None = None
+    ) -> tuple[TensorDictModule, TensorDictModule, TensorDictModule]:
+        """Make the networks of IQL, in the order of its losses' arguments.
+
+        Args:
+            statistics: of the observations, as for the policy.
+
+        Returns:
+            the policy, Q, and V, freshly initialised.
+        """
+        return (
+            self.policy_network(statistics),
+            self.qvalue_network(statistics),
+            self.value_network(statistics),
+        )
+
     @property
     def _action(self) -> int | Bounded:
         if self.action_bounds is None:

@@ -51,7 +51,7 @@ from torchrl_iql.data.dataset import OfflineDataset
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.rewards import UNCHANGED, RewardTransform
 from torchrl_iql.environments import Env, data_environment, success
-from torchrl_iql.spaces import action_support, observation_dtype
+from torchrl_iql.spaces import action_support, observation_dtype, written
 
 __all__ = [
     "Experience",
@@ -257,9 +257,8 @@ def transitions(
             wrong[key] = int(finite.int().argmin())
     if wrong:
         key, row = min(wrong.items(), key=lambda item: item[1])
-        name = key if isinstance(key, str) else "/".join(key)
         raise ValueError(
-            f"{name} of environment step {first_step + row} is {rows[key][row].tolist()}, expected "
+            f"{written(key)} of environment step {first_step + row} is {rows[key][row].tolist()}, expected "
             "finite numbers"
         )
     return rows

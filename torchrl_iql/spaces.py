@@ -22,6 +22,7 @@ __all__ = [
     "column",
     "environment_action",
     "flags",
+    "leaf_spaces",
     "numbers",
     "observation_dtype",
     "observation_rows",
@@ -75,19 +76,22 @@ def selected(space: Space, keys: Sequence[str] | None) -> Space:
 
 def observation_dtype(space: Space) -> type[np.generic]:
     """Return the type of the rows: that of images, uint8, stays, all else is float32."""
+    leaves = list(leaf_spaces(space))
+    is_bytes = all(isinstance(leaf, spaces.Box) and leaf.dtype == np.uint8 for leaf in leaves)
+    return np.uint8 if leaves and is_bytes else np.float32
+
+
+def leaf_spaces(space: Space) -> Iterator[Space]:
+    """Yield the spaces that a compound one is made of, itself if it is not compound."""
     match space:
         case spaces.Dict():
-            leaves = list(space.spaces.values())
+            for subspace in space.spaces.values():
+                yield from leaf_spaces(subspace)
         case spaces.Tuple():
-            leaves = list(space.spaces)
+            for subspace in space.spaces:
+                yield from leaf_spaces(subspace)
         case _:
-            return (
-                np.uint8
-                if space.dtype == np.uint8 and isinstance(space, spaces.Box)
-                else np.float32
-            )
-    kinds = {observation_dtype(leaf) for leaf in leaves}
-    return np.uint8 if kinds == {np.uint8} else np.float32
+            yield space
 
 
 def observation_rows(
@@ -175,14 +179,8 @@ def _require_flat(space: spaces.Dict, key: str) -> None:
 
 
 def _is_flat(space: Space) -> bool:
-    match space:
-        case spaces.Dict():
-            return all(map(_is_flat, space.spaces.values()))
-        case spaces.Tuple():
-            return all(map(_is_flat, space.spaces))
-        case _:
-            kinds = spaces.Box | spaces.MultiBinary | spaces.Discrete | spaces.MultiDiscrete
-            return isinstance(space, kinds)
+    kinds = spaces.Box | spaces.MultiBinary | spaces.Discrete | spaces.MultiDiscrete
+    return all(isinstance(leaf, kinds) for leaf in leaf_spaces(space))
 
 
 def _names(values: Any) -> list[str]:
@@ -299,19 +297,22 @@ def _bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def share_outside(space: spaces.Box, rows: np.ndarray) -> float:
     """Return the share of actions, ``[T, A]``, that :func:`action_rows` would refuse."""
-    try:
-        _clip(rows, space)
-    except ActionsOutside as error:
-        return error.outside / error.actions
-    return 0.0
+    _, outside = _clipped(rows, space)
+    return float(outside.any(axis=1).mean())
+
+
+def _clipped(rows: np.ndarray, space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows inside the bounds, and which entries were farther outside than rounding explains."""
+    _, _, span = _bounds(space)
+    clipped = rows.clip(*action_support(space))
+    tolerance = CLIP_MARGIN * span / 2 + RANGE_TOLERANCE * span
+    return clipped, np.abs(rows - clipped) > tolerance
 
 
 def _clip(rows: np.ndarray, space: spaces.Box) -> np.ndarray:
-    low, high, span = _bounds(space)
-    margin = CLIP_MARGIN * span / 2
-    clipped = rows.clip(*action_support(space))
-    outside = np.abs(rows - clipped) > margin + RANGE_TOLERANCE * span
+    clipped, outside = _clipped(rows, space)
     if outside.any():
+        low, high, _ = _bounds(space)
         step, dim = np.argwhere(outside)[0]
         raise ActionsOutside(
             f"actions[{step}, {dim}] is {rows[step, dim]:g}, outside [{low[dim]:g}, {high[dim]:g}] "

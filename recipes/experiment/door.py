@@ -292,8 +292,8 @@ class Experiment(Door):
         return (*self.parts, algorithms()[self._algorithm(overrides)])
 
     def _algorithm(self, overrides: Iterable[Override]) -> str:
-        given = [each.value() for each in overrides if each.key_or_group == "algorithm"]
-        name = str(given[-1]) if given and not isinstance(given[-1], list) else "iql"
+        given = _last(overrides, "algorithm")
+        name = "iql" if given is None or isinstance(given, list) else str(given)
         return name if name in algorithms() else "iql"  # check has more to say of it
 
     def _unknown(self, key: str, known: Sequence[str]) -> str:
@@ -317,18 +317,17 @@ class Experiment(Door):
 
     def _implied(self, overrides: Sequence[str]) -> list[str]:
         parsed = _parsed(overrides)
-        given = {each.key_or_group: each for each in parsed}
-        path = given["checkpoint"].value() if "checkpoint" in given else None
-        implied = ["task=own"] if self._is_own(given) else []
+        path = _last(parsed, "checkpoint")
+        implied = ["task=own"] if self._is_own(parsed) else []
         if isinstance(path, str):
             implied = self._implied_by(_settings_in(path))
+        given = {each.key_or_group for each in parsed}
         return [each for each in implied if each.partition("=")[0] not in given]
 
-    def _is_own(self, given: Mapping[str, Override]) -> bool:
+    def _is_own(self, overrides: Sequence[Override]) -> bool:
         """Return whether data are given, or an environment to collect some in, of which no task knows."""
-        online = any("env_steps" in part.model_fields for part in self.parts)
-        names = ("dataset", "env") if online else ("dataset",)
-        return any(name in given and given[name].value() is not None for name in names)
+        names = ("dataset", "env") if PARTS["online"] in self.parts else ("dataset",)
+        return any(_last(overrides, name) is not None for name in names)
 
     def _extended(self, stored: Settings, resumed: Settings, given: set[str]) -> Settings:
         """Keep the length of the policy's decay, which null makes that of the run."""
@@ -361,9 +360,9 @@ class Experiment(Door):
             if "task" in given:
                 dropped |= _by_task(saved["algorithm"]) - networks_of(saved["algorithm"])
             base = {key: value for key, value in saved.items() if key not in dropped}
-            implied = dict(each.split("=") for each in self._implied(overrides))
-            if any(values[key] != choice for key, choice in implied.items()):
-                values = self.compose([*overrides, *self._implied(overrides)])
+            implied = self._implied(overrides)
+            if any(values[key] != choice for key, choice in (each.split("=") for each in implied)):
+                values = self.compose([*overrides, *implied])
             values = _over(base, values, overrides)
             # The run may be resumed elsewhere.
             settings = Settings.of({**values, "checkpoint": str(Path(path).resolve())})
@@ -419,10 +418,10 @@ def with_data(dataset: Any, value: Any, otherwise: Any) -> Any:
 
 def folder_of(task: str, overrides: Sequence[str]) -> str:
     """Name the folder of the runs of a task: of data of one's own, after them."""
-    given = [x.value() for x in _parsed(list(overrides)) if x.key_or_group == "dataset"]
-    if task != "own" or not given or not isinstance(given[-1], str | list):
+    dataset = _last(_parsed(list(overrides)), "dataset")
+    if task != "own" or not isinstance(dataset, str | list):
         return task
-    names = [str(each) for each in ([given[-1]] if isinstance(given[-1], str) else given[-1])]
+    names = [dataset] if isinstance(dataset, str) else list(map(str, dataset))
     stems = [
         Path(name).stem if Path(name).exists() or Path(name).suffix else name for name in names
     ]
@@ -432,8 +431,14 @@ def folder_of(task: str, overrides: Sequence[str]) -> str:
 
 def _folder(overrides: Sequence[str]) -> Path | None:
     """Return that of the run to resume, if one is."""
-    given = [each.value() for each in _parsed(overrides) if each.key_or_group == "resume"]
-    return None if not given or given[-1] is None else Path(str(given[-1]))
+    given = _last(_parsed(overrides), "resume")
+    return None if given is None else Path(str(given))
+
+
+def _last(overrides: Iterable[Override], key: str) -> Any:
+    """Return the value that is given last for a name; None if none is."""
+    given = [each.value() for each in overrides if each.key_or_group == key]
+    return given[-1] if given else None
 
 
 def _over(

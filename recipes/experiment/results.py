@@ -75,13 +75,18 @@ def write(
         data: its :func:`rules`.
 
     Returns:
-        what is written: these, a ``version``, and the ``summary`` over seeds of what was evaluated.
+        what is written: these, a ``version``, the settings that all learners share, and the ``summary``
+        over seeds of what was evaluated.
     """
+    axes = (*settings.algorithm.axes(), "seed")
+    first = replicas[0]
+    shared = [axis for axis in axes if all(each[axis] == first[axis] for each in replicas)]
     scores: dict[str, Any] = {
         "version": VERSION,
         "dataset": dataset,
         "data": dict(data),
         "algorithm": settings.values["algorithm"],
+        **{axis: first[axis] for axis in shared},
         "replicas": list(replicas),
     }
     if all("score" in each for each in replicas):

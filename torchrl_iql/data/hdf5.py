@@ -12,6 +12,8 @@ from gymnasium import Space, spaces
 from minari import EpisodeData, MinariDataset
 from minari.dataset.minari_storage import is_image_space
 
+from torchrl_iql.spaces import leaf_spaces
+
 __all__ = ["hdf5_episodes", "is_plain_hdf5"]
 
 
@@ -22,13 +24,7 @@ def is_plain_hdf5(dataset: MinariDataset) -> bool:
 
 
 def _has_images(space: Space) -> bool:
-    match space:
-        case spaces.Dict():
-            return any(map(_has_images, space.spaces.values()))
-        case spaces.Tuple():
-            return any(map(_has_images, space.spaces))
-        case _:
-            return is_image_space(space)
+    return any(map(is_image_space, leaf_spaces(space)))
 
 
 def hdf5_episodes(

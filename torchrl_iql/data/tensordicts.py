@@ -76,7 +76,7 @@ def transition_arrays(
 
     mask = np.ones(transitions.shape, bool)
     if MASK in keys:
-        mask = array(transitions.get(MASK), "/".join(MASK)).reshape(mask.shape)
+        mask = array(transitions.get(MASK), written(MASK)).reshape(mask.shape)
     continued = np.zeros_like(mask)
     continued[..., :-1] = mask[..., 1:]
     valid = mask.ravel()
@@ -92,7 +92,7 @@ def transition_arrays(
             for key in observed
         }
         arrays[name] = found if observation_keys is not None else found[OBSERVATION]
-    ends = [flags(flat.get(key), "/".join(key))[valid] for key in ENDS if key in keys]
+    ends = [flags(flat.get(key), written(key))[valid] for key in ENDS if key in keys]
     return arrays | {
         "timeouts": np.logical_or.reduce(ends) if ends else None,
         "cuts": ~continued.ravel()[valid],
