@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all."""
+"""Files that are replaced whole or not at all, and how they are shown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["whole"]
+__all__ = ["shown", "whole"]
 
 
 @contextmanager
@@ -19,3 +19,9 @@ def whole(path: Path) -> Iterator[Path]:
     new = path.with_suffix(".new")
     yield new
     new.replace(path)
+
+
+def shown(path: Path) -> Path:
+    """Return a path as it is short to read: what is below the working directory, from there."""
+    path = path.resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

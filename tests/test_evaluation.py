@@ -416,6 +416,33 @@ class TestScores:
         assert evaluation.summary() == {"score": 2.0, "return": 2.0, "length": 3.0}
 
 
+class Endless(Countdown):
+    """Ends neither by itself, nor by a limit of its specification."""
+
+    def __init__(self) -> None:
+        super().__init__(Box(-1.0, 1.0, (2,)), {}, truncates=False)
+
+    def step(self, action: Any):
+        observation, *_ = super().step(action)
+        return observation, 1.0, False, False, {}
+
+
+def test_an_environment_without_a_limit_gets_one() -> None:
+    policy = TensorDictModule(torch.zeros_like, in_keys=["observation"], out_keys=["action"])
+    with (
+        Evaluator(Endless, episodes=2, step_limit=7) as evaluate,
+        pytest.warns(UserWarning, match="2 of 2 episodes .* were cut after 7 steps"),
+    ):
+        assert evaluate(policy).returns.tolist() == [7.0, 7.0]
+    with Evaluator("Pendulum-v1", episodes=1, step_limit=7) as evaluate:  # has one of its own
+        torques = TensorDictModule(
+            lambda observation: observation[:, :1] * 0, in_keys=["observation"], out_keys=["action"]
+        )
+        assert evaluate(torques).lengths.tolist() == [200]
+    with pytest.raises(ValueError, match="step_limit must be at least 1, got 0"):
+        Evaluator("Pendulum-v1", step_limit=0)
+
+
 class TestErrors:
     def test_no_episodes(self):
         with pytest.raises(ValueError, match="at least 1, got 0"):

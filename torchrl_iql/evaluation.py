@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Self
 import numpy as np
 import torch
 from gymnasium.spaces import Discrete
+from gymnasium.wrappers import TimeLimit
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -113,10 +115,12 @@ class Evaluator:
             :data:`~torchrl_iql.environments.REFERENCE_SCORES` under the exact name of the
             environment; failing that the normalized score is ``100 * success``, as D4RL scores its
             mazes, where the environment reports success.
+        step_limit: of an episode, in environments that have no limit of their own. An episode that
+            reaches it counts as it is, with a warning.
 
     Raises:
-        ValueError: if ``episodes`` or ``reference_scores`` are out of range, or the environment
-            cannot be built.
+        ValueError: if ``episodes``, ``step_limit`` or ``reference_scores`` are out of range, or the
+            environment cannot be built.
         TypeError: if the action space is neither ``Box`` nor ``Discrete``.
 
     Example:
@@ -138,13 +142,20 @@ class Evaluator:
         episodes: int = 10,
         seed: int = 0,
         reference_scores: tuple[float, float] | None = None,
+        step_limit: int = 10_000,
     ) -> None:
-        if episodes < 1:
-            raise ValueError(f"episodes must be at least 1, got {episodes}.")
+        for name, value in (("episodes", episodes), ("step_limit", step_limit)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         if reference_scores is not None:
             require_reference_scores(reference_scores)
         self.seed = seed
         self.envs = [data_environment(env_spec) for _ in range(episodes)]
+        # gymnasium.make puts it around environments whose specification has a limit.
+        self._limit = None
+        if not self.envs[0].has_wrapper_attr("_max_episode_steps"):
+            self._limit = step_limit
+            self.envs = [TimeLimit(env, step_limit) for env in self.envs]
         self.action_space = self.envs[0].action_space
         if reference_scores is None:
             reference_scores = reference_scores_of(self.envs[0].spec)
@@ -204,6 +215,12 @@ class Evaluator:
                     if keep_trajectories:
                         trajectories[i].append(observations[i].copy())
 
+        if self._limit is not None and self._limit in lengths:
+            warnings.warn(
+                f"{(lengths == self._limit).sum()} of {episodes} episodes in {self.envs[0].unwrapped} were "
+                f"cut after {self._limit} steps: it has no max_episode_steps",
+                stacklevel=2,
+            )
         reported = any(each is not None for each in successes)
         succeeded = np.array(successes, dtype=bool) if reported else None
         return Evaluation(

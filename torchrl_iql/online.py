@@ -346,6 +346,15 @@ class Experience:
         if self._anneal_steps is not None:
             self._buffer.anneal(len(self), self._anneal_steps)  # pyright: ignore
 
+    def truncate(self) -> None:
+        """Mark the latest collected transition as truncated, if it is not terminated: nothing follows it."""
+        if len(self):
+            last = len(self._rows) - 1
+            row = self._rows[last]
+            row["next", "truncated"] = ~row["next", "terminated"]
+            row["next", "done"] = torch.ones_like(row["next", "done"])
+            self._rows[last] = row
+
     def sample(self) -> TensorDictBase:
         """Draw a batch, with replacement, by the global random number generator."""
         return self._buffer.sample()

@@ -23,7 +23,11 @@ from torchrl_iql_recipes.behaviors.policies import Stages, actor
 from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.behaviors.settings import SoftActorCritic
 from torchrl_iql_recipes.experiment import build
-from torchrl_iql_recipes.experiment.folder import RunFolder, StopSignal
+from torchrl_iql_recipes.experiment.folder import RunFolder
+from torchrl_iql_recipes.experiment.lock import held
+from torchrl_iql_recipes.experiment.settings import argument
+from torchrl_iql_recipes.experiment.stopping import stoppable
+from torchrl_iql_recipes.files import shown
 
 ENVIRONMENTS: dict[str, EnvSpec] = {
     "hopper": gymnasium.spec("Hopper-v5"),
@@ -84,7 +88,7 @@ class Training:
             self.folder.return_to(-1)
 
     def train(self) -> None:
-        """Collect and update in turns. Ctrl-C saves a checkpoint and ends the training."""
+        """Collect and update in turns. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end it."""
         cfg = self.cfg
         # Not collector.set_seed: it resets the environment, but not the observation that it acts on.
         self.env.set_seed(cfg.seed + self.frames)
@@ -97,7 +101,8 @@ class Training:
             auto_register_policy_transforms=False,  # no policy here needs to know where it began
         )
         with (
-            StopSignal() as stop,
+            stoppable() as stop,
+            stop.patient(),
             tqdm(total=cfg.frames, initial=self.frames, desc=cfg.behavior, unit="step") as bar,
         ):
             for batch in collector:
@@ -207,12 +212,15 @@ def run(settings: SoftActorCritic, path: Path) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision("medium")  # oneDNN: faster, of the same accuracy
-    for saved in _checkpoints(path):
-        build.check_not_done("frames", settings.frames, int(saved.name.rpartition("-")[2]))
-    build.claim(path, settings)
-    training = Training(settings, path)
-    training.train()
+    with held(path):
+        for saved in _checkpoints(path):
+            build.check_not_done("frames", settings.frames, int(saved.name.rpartition("-")[2]))
+        build.claim(path, settings)
+        training = Training(settings, path)
+        training.train()
     stages = path / "stages.pt" if training.stages else "none yet"
     print(f"{training.frames} steps, stages: {stages}")
     if training.frames < settings.frames:
-        print(f"Interrupted. Continue with: python recipes/sac.py resume={path}")
+        print(
+            f"Interrupted. Continue with: python recipes/sac.py {argument('resume', shown(path))}"
+        )

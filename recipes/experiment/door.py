@@ -9,6 +9,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_iql_recipes.algorithms import algorithms
+from torchrl_iql_recipes.experiment.lock import is_begun, new_folder
 from torchrl_iql_recipes.experiment.schema import Part, SettingsError, allowed, written
 from torchrl_iql_recipes.experiment.settings import (
     OFFLINE_PHASE,
     PARTS,
     Settings,
+    argument,
     check_continued,
     networks_of,
 )
+from torchrl_iql_recipes.experiment.stopping import exit_code
 
 __all__ = ["OFFLINE", "ONLINE", "Door", "Experiment"]
 
@@ -40,6 +44,11 @@ CONFIG = Path(__file__).resolve().parents[1] / "config"
 
 LONGEST = 100
 """Letters of the name of a folder after data."""
+
+_OF_SCRIPTS = {"env_steps": "online", "behavior": "sac", "algorithm": "offline"}
+"""Which one a run is of that has a setting, the first of these."""
+
+_NOT_OF_A_RUN = ("hydra", "task", "algorithm", "name", "resume")
 
 RENAMED = {"decay_actor": "decay_steps, with 0 for false and null, its default, for true"}
 """What to say of settings that had another name."""
@@ -52,10 +61,12 @@ class Door:
     Args:
         name: of the script, and of its primary configuration in ``config``.
         parts: whose settings it has.
+        keeps_folder: whether a run leaves what it was in a folder of its own.
     """
 
     name: str
     parts: tuple[type[Part], ...]
+    keeps_folder: bool = True
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -88,7 +99,8 @@ class Door:
                 print(self.help(description, overrides))
                 return
             if (folder := _folder(overrides)) is not None:
-                run(self.resumed(folder, overrides), folder)
+                with exit_code():
+                    run(self.resumed(folder, overrides), folder)
                 return
             implied = self._implied(overrides)
             self.check([*implied, *overrides])
@@ -101,15 +113,39 @@ class Door:
 
         def job(cfg: DictConfig) -> None:
             context = HydraConfig.get()
+            path = Path(context.runtime.output_dir)
             try:
                 own = [each for each in context.overrides.task if each not in implied]
                 settings = self._made(_values(cfg, context.runtime.choices), own)
-                run(settings, Path(context.runtime.output_dir))
+                given = _parsed(context.overrides.hydra)
+                named = cfg.get("name") is not None or _last(given, "hydra.run.dir") is not None
+                with self._folder(path, settings, named=named) as folder, exit_code():
+                    run(settings, folder)
             except SettingsError as error:
                 sys.exit(f"{self.name}.py: {error}")
 
         self._register()
         hydra.main(config_path=str(CONFIG), config_name=self.name, version_base="1.3")(job)()
+
+    @contextmanager
+    def _folder(self, path: Path, settings: Any, *, named: bool) -> Iterator[Path]:
+        """Hold the folder of a new run.
+
+        Raises:
+            SettingsError: it has to be this one, and there is a run in it, or another process is.
+        """
+        if not self.keeps_folder:
+            yield path
+            return
+        with new_folder(path, named=named) as folder:
+            if is_begun(folder):
+                known, values = self.stored(folder).values, settings.values
+                check_continued(folder, known, values, settings.later(folder))
+                raise SettingsError(
+                    f"{folder} holds this run already: {argument('resume', folder)} goes on with it, or give "
+                    "another name"
+                )
+            yield folder
 
     def settings(self, overrides: Sequence[str] = ()) -> Any:
         """Compose the settings of a new run.
@@ -148,7 +184,7 @@ class Door:
             return stored
         self.check([*self._implied_by(stored.values), *given])
         for each in _parsed(given):
-            if each.is_sweep_override() or each.key_or_group.partition(".")[0] == "hydra":
+            if each.is_sweep_override() or each.key_or_group.partition(".")[0] in ("hydra", "name"):
                 raise SettingsError(
                     f"{each.input_line}: resume={folder} goes on with one run, in its folder; leave it out"
                 )
@@ -175,7 +211,9 @@ class Door:
         own = [part.model_fields.keys() for part in self.parts if not part.group]
         # An earlier version may have had fewer settings of a part, but another script has other parts.
         if values.keys() - self._recorded(values) or not all(each & values.keys() for each in own):
-            raise SettingsError(f"resume={folder}: that run is not one of {self.name}.py")
+            other = next((script for key, script in _OF_SCRIPTS.items() if key in values), None)
+            of = "" if other in (None, self.name) else f", but of {other}.py"
+            raise SettingsError(f"resume={folder}: that run is not one of {self.name}.py{of}")
         return values
 
     def _recorded(self, values: Mapping[str, Any]) -> set[str]:
@@ -213,8 +251,11 @@ class Door:
                 continue
             if key == "resume" or key.partition(".")[0] == "hydra":
                 continue
+            if key == "name" and self.keeps_folder:
+                _check_name(_values_of(each))
+                continue
             if key not in known or each.is_delete() or each.is_add():
-                raise SettingsError(self._unknown(key, [*known, *self.groups, "resume"]))
+                raise SettingsError(self._unknown(key, [*known, *self.groups, "name", "resume"]))
             part, name = known[key]
             for value in _values_of(each):
                 part.check(name, value, several=True)
@@ -243,7 +284,7 @@ class Door:
 
     def _register(self) -> None:
         """Tell Hydra the settings, each with where its value comes from if nobody gives one."""
-        for resolver in (with_data, folder_of):
+        for resolver in (if_given, folder_of):
             OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
         own: dict[str, Any] = {part.group: part.defaults() for part in self.parts if part.group}
         for part in (part for part in self.parts if not part.group):
@@ -411,9 +452,9 @@ OFFLINE = Experiment(
 ONLINE = Experiment("online", tuple(PARTS.values()))
 
 
-def with_data(dataset: Any, value: Any, otherwise: Any) -> Any:
-    """Choose a setting of the task ``own``, by whether there are data."""
-    return otherwise if dataset is None else value
+def if_given(setting: Any, value: Any, otherwise: Any) -> Any:
+    """Choose by whether a setting is given."""
+    return otherwise if setting is None else value
 
 
 def folder_of(task: str, overrides: Sequence[str]) -> str:
@@ -509,9 +550,7 @@ def _literal(value: Any) -> str:
 
 def _values(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     """Return the choices of task and algorithm, and every setting, resolved."""
-    values = {
-        str(key): cfg[key] for key in cfg if key not in ("hydra", "task", "algorithm", "resume")
-    }
+    values = {str(key): cfg[key] for key in cfg if key not in _NOT_OF_A_RUN}
     plain = {
         key: OmegaConf.to_container(value, resolve=True)
         if isinstance(value, DictConfig | ListConfig)
@@ -528,6 +567,14 @@ def _by_task(algorithm: str) -> set[str]:
         found |= set(map(str, OmegaConf.load(path))) - {"defaults", "family"}
     families: Any = OmegaConf.load(CONFIG / "algorithm" / f"{algorithm}.yaml").families
     return found.union(*families.values())
+
+
+def _check_name(values: Iterable[Any]) -> None:
+    for value in values:
+        if value is not None and not re.fullmatch(r"\w[\w.=,+-]*", str(value)):
+            raise SettingsError(
+                f"name={written(value)}: expected the name of a folder, of letters, digits and _.=,+-"
+            )
 
 
 def _check_file(group: str, name: str) -> None:

@@ -1,14 +1,12 @@
-"""What a learner of a run leaves behind, metrics and checkpoints in one folder, and how a run is stopped."""
+"""What a learner of a run leaves behind: metrics and checkpoints, in one folder."""
 
 from __future__ import annotations
 
 import csv
 import os
 import shutil
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from torchrl.checkpoint import CheckpointRotation
@@ -17,7 +15,7 @@ from torchrl.record.loggers import Logger
 from torchrl_iql import checkpoint
 from torchrl_iql_recipes.files import whole
 
-__all__ = ["RunFolder", "StopSignal", "newest_common_step"]
+__all__ = ["RunFolder", "newest_common_step"]
 
 KEPT = 2
 """Checkpoints by step: learners of a run that is killed while they are saved differ by one."""
@@ -155,24 +153,3 @@ def _link(path: Path, name: Path) -> None:
             os.link(path, new)
         except OSError:  # a file system without links
             shutil.copyfile(path, new)
-
-
-class StopSignal:
-    """Turns the first Ctrl-C into a request, so that no gradient step is left half done.
-
-    Attributes:
-        requested: whether Ctrl-C was pressed. A second one raises KeyboardInterrupt as usual.
-    """
-
-    requested = False
-
-    def __enter__(self) -> StopSignal:
-        self._previous = signal.signal(signal.SIGINT, self._request)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, self._previous)

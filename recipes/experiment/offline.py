@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-import os
+import time
 from pathlib import Path
 from typing import Any
 
 from torchrl_iql import OfflineDataset, TrainStep, checkpoint
 from torchrl_iql.data import Minibatches
 from torchrl_iql_recipes.experiment import build, progress, results
-from torchrl_iql_recipes.experiment.evaluations import Evaluations
-from torchrl_iql_recipes.experiment.folder import StopSignal
+from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
-from torchrl_iql_recipes.experiment.records import Records, Times
-from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.records import Records
+from torchrl_iql_recipes.experiment.settings import Settings, argument
+from torchrl_iql_recipes.experiment.stopping import Stop, stoppable
+from torchrl_iql_recipes.files import shown
 
 __all__ = ["report", "run", "train"]
 
 STEPS_PER_CALL = 100
-"""Gradient steps between two looks at Ctrl-C."""
+"""Gradient steps between two looks at whether the run is to stop, if they take less than a second."""
 
 
 def run(settings: Settings, path: Path) -> dict[str, Any]:
     """Do one run in a folder, continued if the folder holds a part of it.
 
+    Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end it; a second Ctrl-C ends it at once.
+
     Returns:
         what ``scores.json`` holds.
+
+    Raises:
+        SettingsError: one of the settings can not be, or another process is at work in the folder.
+        RuntimeError: the training failed; the message says where what was learned is.
     """
+    with held(path), stoppable() as stop:
+        return _run(settings, path, stop)
+
+
+def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
     build.set_up(settings.compute)
     dataset = build.dataset_for(settings.data)
     print(describe(dataset))
@@ -53,16 +65,13 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
             done = checkpoint.load_metadata(last)["steps"]
             build.check_not_done("steps", settings.training.steps, done)
         build.claim(path, settings)
-        records = Records(path, settings, step, architecture, dataset.name)
+        records = Records(path, settings, step, architecture, dataset.name, evaluations)
         if records.resume() is None and start is not None:
             checkpoint.load_learner(start, step, keep=("settings", "optimizer", "random"))
-        times = Times(path, step)
-        with records:
-            train(settings, step, minibatches, records, evaluations)
-        times.write(evaluations)
-    records.draw(evaluations)
+        with records, stop.patient(), records.saved_on_failure(records.save, _continue(path)):
+            train(settings, step, minibatches, records, stop)
+    records.draw()
     unfinished = step.steps < settings.training.steps
-    evaluated = records.latest or [None] * len(settings.learners)
     replicas = [
         results.outcome(
             learner,
@@ -72,48 +81,44 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
             best=folder.best_score(),
         )
         for learner, evaluation, folder in zip(
-            settings.learners, evaluated, records.folders, strict=True
+            settings.learners, records.latest, records.folders, strict=True
         )
     ]
     return results.write(path, settings, dataset.name, replicas, results.rules(dataset))
 
 
 def train(
-    settings: Settings,
-    step: TrainStep,
-    minibatches: Minibatches,
-    records: Records,
-    evaluations: Evaluations | None,
+    settings: Settings, step: TrainStep, minibatches: Minibatches, records: Records, stop: Stop
 ) -> None:
-    """Take the gradient steps that are missing, evaluating and saving on the way.
-
-    Ctrl-C saves a checkpoint and ends the training; a second one stops at once.
-    """
+    """Take the gradient steps that are missing, evaluating and saving on the way."""
     end, interval = settings.training.steps, settings.evaluation.eval_interval
-    log_interval = settings.training.log_interval
-    with (
-        StopSignal() as stop,
-        progress.bar(settings.algorithm.title, step.steps, end) as bar,
-    ):
-        at_event = step.steps > 0 and step.steps % interval == 0
-        if step.steps == end or (at_event and not records.has_evaluated()):
-            # A run that is over, for its results; or that was killed while this was evaluated.
-            records.evaluate(evaluations)
+    log_interval, chunk = settings.training.log_interval, STEPS_PER_CALL
+    with progress.bar(settings.algorithm.title, step.steps, end) as bar:
+        records.make_up(stop, now=step.steps == end)
         while step.steps < end and not stop.requested:
-            done = step.steps
-            events = (STEPS_PER_CALL, log_interval, interval)
-            steps = min(end - done, *(each - done % each for each in events))
-            metrics = step.run(minibatches, steps)
+            done, began = step.steps, time.monotonic()
+            steps = min(
+                end - done, *(each - done % each for each in (chunk, log_interval, interval))
+            )
+            with records.changing():
+                metrics = step.run(minibatches, steps)
+            chunk = _chunk((time.monotonic() - began) / steps)
             bar.update(steps)
-            records.evaluated(evaluations)
+            records.evaluated()
             if step.steps % log_interval == 0 or step.steps == end:
                 bar.set_postfix_str(records.log(metrics))
             if step.steps % interval == 0 or step.steps == end:
-                records.evaluate(evaluations)
+                records.evaluate(records.save, stop)
+            elif records.is_due():
                 records.save()
-        records.evaluated(evaluations, wait=True)
+        stop.at_once(records.wait)
     if stop.requested:
         records.save()
+
+
+def _chunk(seconds: float) -> int:
+    """Return how many steps of so many seconds to take in one call."""
+    return next((each for each in (STEPS_PER_CALL, 10) if each * seconds < 1), 1)
 
 
 def describe(dataset: OfflineDataset) -> str:
@@ -135,18 +140,20 @@ def describe(dataset: OfflineDataset) -> str:
 def report(scores: dict[str, Any], path: Path) -> str:
     """Write what the user reads at the end."""
     replicas = scores["replicas"]
-    shown = os.path.relpath(path)
     lines = results.report(scores)
     if replicas[0]["interrupted"]:
         lines.append(
-            f"Interrupted after {replicas[0]['steps']} steps. "
-            f"Continue with: python recipes/offline.py resume={shown}"
+            f"Interrupted after {replicas[0]['steps']} steps. Continue with: {_continue(path)}"
         )
     elif not lines:
         lines.append("Not evaluated (eval_episodes=0).")
-    policy = Path(shown, replicas[0]["name"], "last.ckpt")
+    policy = Path(shown(path), replicas[0]["name"], "last.ckpt")
     lines += [
-        f"Results: {shown} (scores.json, times.json; for each learner metrics.csv, *.png, *.ckpt)",
+        f"Results: {shown(path)} (scores.json, times.json; for each learner metrics.csv, *.png, *.ckpt)",
         f"Load a policy: torchrl_iql.load_policy({str(policy)!r})",
     ]
     return "\n".join(lines)
+
+
+def _continue(path: Path) -> str:
+    return f"python recipes/offline.py {argument('resume', shown(path))}"

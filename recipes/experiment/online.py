@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
+import torch
 from tensordict import TensorDictBase
 from torchrl.collectors import BaseCollector
 from tqdm import tqdm
@@ -19,21 +19,30 @@ from torchrl_iql import OfflineDataset, checkpoint
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
 from torchrl_iql_recipes.experiment import build, offline, progress, results
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
-from torchrl_iql_recipes.experiment.folder import StopSignal
+from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
-from torchrl_iql_recipes.experiment.records import Records, Times
+from torchrl_iql_recipes.experiment.records import Records
 from torchrl_iql_recipes.experiment.schema import SettingsError
-from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.settings import Settings, argument
+from torchrl_iql_recipes.experiment.stopping import Stop, stoppable
+from torchrl_iql_recipes.files import shown
 
 __all__ = ["FineTuning", "report", "run"]
+
+ROUND = 5_000
+"""Environment steps between two times that the environments begin anew, where checkpoints can be."""
 
 
 def run(settings: Settings, path: Path) -> dict[str, Any]:
     """Do one run in a folder, continued if the folder holds a part of it.
 
-    Returns:
-        what ``scores.json`` holds.
+    Returns, raises and is ended as :func:`torchrl_iql_recipes.experiment.offline.run`.
     """
+    with held(path), stoppable():
+        return _run(settings, path)
+
+
+def _run(settings: Settings, path: Path) -> dict[str, Any]:
     _require_one_learner(settings)
     build.set_up(settings.compute)
     dataset = dataset_for(settings)
@@ -60,10 +69,7 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
     with build.evaluations_for(settings, dataset, architecture) as evaluations:
         build.claim(path, settings)
         its = FineTuning(settings, dataset, architecture, evaluations, path, start)
-        times = Times(path, its.step)
-        with its.records:
-            its.train()
-        times.write(evaluations)
+        its.train()
         its.draw()
     return results.write(path, settings, dataset.name, [its.outcome()], results.rules(dataset))
 
@@ -151,7 +157,7 @@ class FineTuning:
             for each in settings.learners
         ]
         self.step = build.step_for(learners, architecture, dataset, settings.compute, 0)
-        self.records = Records(path, settings, self.step, architecture, dataset.name)
+        self.records = Records(path, settings, self.step, architecture, dataset.name, evaluations)
         (self.folder,) = self.records.folders
         self.policy = architecture.policy_network().eval()  # acts, on the CPU
         self.before: dict[str, float] | None = None
@@ -161,6 +167,7 @@ class FineTuning:
         saved = self.records.resume({"experience": self.experience})
         if saved is not None:
             self.before, self.switch = saved["before"], saved["switch"]
+            self._episodes = [tuple(each) for each in saved.get("episodes", [])]
         elif start is not None:
             checkpoint.load_learner(start, self.step, keep=("settings", "random"))
             self.switch = self.step.steps
@@ -173,50 +180,77 @@ class FineTuning:
     def train(self) -> None:
         """Collect and learn in turns until all is done, evaluating and saving on the way.
 
-        Ctrl-C saves a checkpoint and ends the training; a second one stops at once.
-
         Raises:
-            RuntimeError: a worker died or the environment failed; a checkpoint is saved before.
+            RuntimeError: something failed; all that was collected is saved before.
         """
+        failing = self.records.saved_on_failure(self.save, _continue(self.folder.path))
+        with stoppable() as stop, stop.patient(), self.records, failing:
+            self._train(stop)
+            if stop.requested:
+                self.save()
+
+    def _train(self, stop: Stop) -> None:
         env_steps = self.settings.online.env_steps
-        with (
-            StopSignal() as stop,
-            progress.bar("online", self.frames, env_steps) as bar,
-        ):
-            if self.evaluations is not None and self.before is None:
-                self.records.evaluate(self.evaluations)
-                self.records.evaluated(self.evaluations, wait=True)
-                assert self.records.latest is not None
-                self.before = self.records.latest[0].summary()
-                self._save()
-            if self.frames < env_steps:
+        with progress.bar("online", self.frames, env_steps) as bar:
+            self.records.make_up(stop, now=self.frames == env_steps)
+            if self.frames == 0 and self.before is None and self.evaluations is not None:
+                self.records.evaluate(self.save, stop)
+                stop.at_once(self.records.wait)
+                (evaluation,) = self.records.latest
+                self.before = evaluation and evaluation.summary()
+            if self.frames < env_steps and not stop.requested:
                 with self._collecting() as collector:
                     self._train_with(collector, stop, bar)
-            else:
-                self.records.evaluate(self.evaluations)
-            self.records.evaluated(self.evaluations, wait=True)
-        if stop.requested:
-            self._save()
+            stop.at_once(self.records.wait)
 
-    def _train_with(self, collector: BaseCollector, stop: StopSignal, bar: tqdm) -> None:
-        settings, batches = self.settings, iter(collector)
-        while self.frames < settings.online.env_steps and not stop.requested:
+    def _train_with(self, collector: BaseCollector, stop: Stop, bar: tqdm) -> None:
+        evaluation, log_interval = self.settings.evaluation, self.settings.training.log_interval
+        batches = iter(collector)
+        self._begin_anew(collector)
+        while self.frames < self.settings.online.env_steps and not stop.requested:
             start = self.frames
-            with self._saved_on_failure():
+            try:
                 collected = next(batches)
                 rows = transitions(collected, self.dataset.transitions, first_step=start)
+            except Exception as error:  # of the environment, of a worker that died, of Ray
+                if stop.requested:  # a cluster's signal, of which the workers have died, too
+                    return
+                raise RuntimeError(
+                    f"collecting failed after {start} environment steps: {error}"
+                ) from error
             self._add(collected, rows)
-            metrics = self._update()
+            with self.records.changing():
+                metrics = self._update()
             self._load_policy()
-            with self._saved_on_failure():
-                collector.update_policy_weights_()  # pyright: ignore
+            collector.update_policy_weights_()  # pyright: ignore
             bar.update(self.frames - start)
-            self.records.evaluated(self.evaluations)
-            if metrics is not None and self._reached(settings.training.log_interval, start):
+            self.records.evaluated()
+            if metrics is not None and self._reached(log_interval, start):
                 bar.set_postfix_str(self.records.log(metrics, **self._collected()))
-            if self._reached(settings.evaluation.eval_interval, start):
-                self.records.evaluate(self.evaluations)
-                self._save()
+            if self._reached(evaluation.eval_interval, start):
+                self.records.evaluate(self.save, stop)
+            elif self.records.is_due() and (not self._exact or self._reached(ROUND, start)):
+                self.save()
+            if any(self._reached(each, start) for each in (ROUND, evaluation.eval_interval)):
+                self._begin_anew(collector)
+
+    @property
+    def _exact(self) -> bool:
+        """Whether a run that goes on at a checkpoint is to be the one that was not interrupted."""
+        return self.settings.collector.backend == "direct"
+
+    def _begin_anew(self, collector: BaseCollector) -> None:
+        """Reset environments and random numbers, seeded by the frames so far, as a resumed run does."""
+        if self._exact:
+            self.experience.truncate()
+            torch.manual_seed(self._seed())
+            collector.set_seed(self._seed())
+            collector.reset()  # pyright: ignore
+
+    def _seed(self) -> int:
+        """Return that of what is collected from here on."""
+        state = np.random.SeedSequence([self.settings.learners[0].seed, self.frames])
+        return int(state.generate_state(1)[0])
 
     def _reached(self, interval: int, start: int) -> bool:
         """Return whether the last batch of frames passed a multiple of the interval, or the end."""
@@ -236,24 +270,13 @@ class FineTuning:
             behavior(self.policy, dataset.action_space, noise=online.exploration),
             total_frames=online.env_steps - self.frames,
             explore=online.exploration > 0,
-            seed=self.settings.learners[0].seed + self.frames,
+            seed=self._seed(),
             **self.settings.collector.model_dump(exclude_none=True),
         )
 
     def _load_policy(self) -> None:
         """Copy what was learned into the policy that acts."""
         self.policy.load_state_dict(self.records.policies()[0])
-
-    @contextmanager
-    def _saved_on_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # of the environment, of a worker that died, of Ray
-            self._save()
-            raise RuntimeError(
-                f"collecting failed after {self.frames} environment steps: {error}\n"
-                f"All of them are saved; continue with: {_continue(self.folder.path)}"
-            ) from error
 
     def _add(self, collected: TensorDictBase, rows: TensorDictBase) -> None:
         """Add what was collected to the experience, and ended episodes to the statistics."""
@@ -279,15 +302,23 @@ class FineTuning:
             self._episodes.clear()
         return metrics
 
-    def _save(self) -> None:
-        parts = {"experience": self.experience}
-        self.records.save(parts, before=self.before, switch=self.switch, frames=self.frames)
+    def save(self) -> None:
+        """Write a checkpoint. The environments of a run that goes on at it begin anew."""
+        if self._exact:
+            self.experience.truncate()
+        self.records.save(
+            {"experience": self.experience},
+            before=self.before,
+            switch=self.switch,
+            frames=self.frames,
+            episodes=self._episodes,
+        )
 
     # --- Results -----------------------------------------------------------------------------------------
 
     def outcome(self) -> dict[str, Any]:
         """Return what ``scores.json`` says of the learner."""
-        latest = self.records.latest and self.records.latest[0]
+        (latest,) = self.records.latest
         return results.outcome(
             self.settings.learners[0],
             latest,
@@ -307,23 +338,22 @@ class FineTuning:
                 "earlier": self._start.with_name("metrics.csv"),
                 "switch": self.switch,
             }
-        self.records.draw(self.evaluations, **earlier)
+        self.records.draw(**earlier)
 
 
 def _continue(path: Path) -> str:
-    return f"python recipes/online.py resume={os.path.relpath(path)}"
+    return f"python recipes/online.py {argument('resume', shown(path))}"
 
 
 def report(scores: dict[str, Any], path: Path) -> str:
     """Write what the user reads at the end."""
     (learner,) = scores["replicas"]
     lines = []
-    if learner.get("after"):
+    if learner.get("before") and learner.get("after"):
         before, after = learner["before"]["score"], learner["after"]["score"]
         name = "normalized score" if "normalized_score" in learner["after"] else "return"
         lines.append(f"{name}: {before:.1f} before, {after:.1f} after {learner['frames']} steps")
     if learner["interrupted"]:
         lines.append(f"Interrupted. Continue with: {_continue(path)}")
-    shown = os.path.relpath(path)
-    lines.append(f"Results: {shown} (scores.json, times.json, metrics.csv, *.png, *.ckpt)")
+    lines.append(f"Results: {shown(path)} (scores.json, times.json, metrics.csv, *.png, *.ckpt)")
     return "\n".join(lines)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -24,15 +26,17 @@ from torchrl_iql_recipes.experiment.evaluations import Evaluations, Round
 from torchrl_iql_recipes.experiment.folder import RunFolder, newest_common_step
 from torchrl_iql_recipes.experiment.loggers import logger_for
 from torchrl_iql_recipes.experiment.settings import OFFLINE_PHASE, Settings, check_continued
+from torchrl_iql_recipes.experiment.stopping import Stop
 from torchrl_iql_recipes.files import whole
 
-__all__ = ["Records", "Times"]
+__all__ = ["Records"]
 
 
 class Records:
     """The folders of all learners of a run; as a context, also what is told to their loggers.
 
-    Enter it once the run was resumed, if it is to be: a logger goes on after the last line that is left.
+    Enter it once the run was resumed, if it is to be: a logger goes on after the last line that is left, and
+    its time begins to count.
 
     Args:
         path: of the run. A learner that is not alone has a folder of its own name there.
@@ -40,6 +44,7 @@ class Records:
         step: what trains the learners.
         architecture: of their networks.
         dataset: the name of what they learn from.
+        evaluations: of the learners, if there are any.
 
     Attributes:
         folders: one per learner.
@@ -53,14 +58,19 @@ class Records:
         step: TrainStep,
         architecture: Architecture,
         dataset: str,
+        evaluations: Evaluations | None,
     ) -> None:
         self.settings = settings
         self.step = step
         self.architecture = architecture
         self.folders = [RunFolder(path / learner.name) for learner in settings.learners]
-        self.latest: Sequence[Evaluation] | None = None
+        self.latest: list[Evaluation | None] = [None] * len(self.folders)
         self._path = path
         self._dataset = dataset
+        self._evaluations = evaluations
+        self._unevaluated: list[int] = []  # after how many steps rounds are due
+        self._whole = True
+        self._saved_at = time.monotonic()
 
     def __enter__(self) -> Records:
         with ExitStack() as loggers:
@@ -70,6 +80,7 @@ class Records:
                     loggers.push(logger)
                     folder.tell(logger)
             self._loggers = loggers.pop_all()
+        self._times = Times(self._path, self.step)
         return self
 
     def __exit__(
@@ -79,6 +90,7 @@ class Records:
         traceback: TracebackType | None,
     ) -> None:
         self._loggers.__exit__(kind, error, traceback)
+        self._times.write(self._evaluations)
 
     # --- Metrics -----------------------------------------------------------------------------------------
 
@@ -101,8 +113,9 @@ class Records:
             own = {key: value[r] for key, value in values.items()}
             folder.log(self.step.steps, common | own)
         losses = {key[5:]: value for key, value in values.items() if key.startswith("loss_")}
-        scores = self.latest and [evaluation.score for evaluation in self.latest]
-        return progress.figures(self.settings, losses, scores)
+        scores = [evaluation.score for evaluation in self.latest if evaluation is not None]
+        known = len(scores) == len(self.latest)
+        return progress.figures(self.settings, losses, scores if known else None)
 
     # --- Evaluations -------------------------------------------------------------------------------------
 
@@ -110,25 +123,87 @@ class Records:
         """Return the state of each learner's policy."""
         return [loss.get_stateful_net("actor_network").state_dict() for loss in self.step.losses]
 
-    def evaluate(self, evaluations: Evaluations | None) -> None:
-        """Start a round, once the one before is over."""
-        if evaluations is not None:
-            self.evaluated(evaluations, wait=True)
-            evaluations.start(self.step.steps, self.policies())
-            self.evaluated(evaluations)
+    def evaluate(self, save: Callable[[], None], stop: Stop) -> None:
+        """Save, and then start a round, once the one before is over.
 
-    def evaluated(self, evaluations: Evaluations | None, *, wait: bool = False) -> None:
-        """Take note of a round that is over."""
-        for its in () if evaluations is None else evaluations.finished(wait=wait):
+        Args:
+            save: writes a checkpoint, with which the run can go on if the round fails or does not end.
+            stop: says whether to wait for it.
+        """
+        if self._evaluations is None:
+            save()
+            return
+        self._unevaluated.append(self.step.steps)
+        stop.at_once(self.wait)
+        save()
+        self._start(self.step.steps, stop)
+
+    def make_up(self, stop: Stop, *, now: bool) -> None:
+        """Start the rounds that had not come to an end when the run was saved.
+
+        Args:
+            stop: says whether to wait for them.
+            now: whether one is due in any case, of a run that is over, for its results.
+        """
+        if now and self.step.steps not in self._unevaluated:
+            self._unevaluated.append(self.step.steps)
+        for at in [*self._unevaluated]:
+            self._start(at, stop)
+
+    def _start(self, at: int, stop: Stop) -> None:
+        if self._evaluations is None or not all(at in each.checkpoints() for each in self.folders):
+            self._unevaluated.remove(at)  # somebody has made room
+            return
+        policies = self.policies()
+        if at != self.step.steps:
+            saved = [checkpoint.load_policy(folder.checkpoints()[at]) for folder in self.folders]
+            policies = [policy.state_dict() for policy in saved]
+        stop.at_once(self.wait)
+        stop.at_once(partial(self._evaluations.start, at, policies))
+        self.evaluated()
+
+    def evaluated(self, *, wait: bool = False) -> None:
+        """Take note of a round that is over.
+
+        Raises:
+            RuntimeError: one has failed, and the run is to stop then.
+        """
+        for its in () if self._evaluations is None else self._evaluations.finished(wait=wait):
             self._note(its)
 
+    def wait(self) -> None:
+        """Take note of the round that is under way, when it is over."""
+        self.evaluated(wait=True)
+
     def _note(self, its: Round) -> None:
-        self.latest = its.evaluations
-        for folder, evaluation in zip(self.folders, its.evaluations, strict=True):
-            folder.log(its.step, {f"eval/{k}": v for k, v in evaluation.summary().items()})
+        failed = []
+        for r, (folder, outcome) in enumerate(zip(self.folders, its.outcomes, strict=True)):
+            if isinstance(outcome, Exception):
+                folder.log(its.step, {"eval/failed": 1.0})
+                failed.append((self.settings.learners[r].name, outcome))
+                continue
+            self.latest[r] = outcome
+            folder.log(its.step, {f"eval/{k}": v for k, v in outcome.summary().items()})
             folder.name_checkpoints()
+        if failed:
+            name, error = failed[0]
+            whom = f" of {name}" * bool(name) + f" and {len(failed) - 1} more" * (len(failed) > 1)
+            message = f"the evaluation{whom} after {its.step} steps failed: {type(error).__name__}: {error}"
+            if self.settings.evaluation.on_eval_failure == "stop":
+                raise RuntimeError(message) from error
+            note = f"{message}; training goes on, and the next one has fresh environments"
+            tqdm.write(note, file=sys.stderr)
+        self._unevaluated.remove(its.step)
 
     # --- Checkpoints -------------------------------------------------------------------------------------
+
+    def is_due(self) -> bool:
+        """Return whether the last checkpoint is as old as one may be.
+
+        While a round is under way none is: that of its policies has to be there if they turn out the best.
+        """
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return not self._unevaluated and minutes >= self.settings.training.checkpoint_interval
 
     def save(self, components: Mapping[str, Any] = MappingProxyType({}), **metadata: Any) -> None:
         """Write a checkpoint of every learner; if killed meanwhile, the ones before remain."""
@@ -142,12 +217,50 @@ class Records:
                 replica=r,
                 components=components,
                 best=folder.best_score(),
+                unevaluated=self._unevaluated,
                 dataset=self._dataset,
                 config=self.settings.of_learner(learner),
                 **metadata,
             )
         for folder in self.folders:
             folder.name_checkpoints()
+        self._saved_at = time.monotonic()
+        self._times.write(self._evaluations)
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Inside, learners are between two steps: what fails there leaves nothing to save."""
+        self._whole = False
+        yield
+        self._whole = True
+
+    @contextmanager
+    def saved_on_failure(self, save: Callable[[], None], remedy: str) -> Iterator[None]:
+        """Whatever fails inside, save what was learned.
+
+        Args:
+            save: writes a checkpoint.
+            remedy: the command that goes on with the run.
+
+        Raises:
+            RuntimeError: instead of what was raised; it says up to where the run is saved.
+        """
+        try:
+            yield
+        except Exception as error:
+            lost = ""
+            try:
+                if self._whole:
+                    save()
+            except Exception as another:
+                lost = f" ({another})"
+            step = newest_common_step(self.folders)
+            saved = (
+                f"nothing is saved{lost}"
+                if step is None
+                else f"saved are {step} of {self.step.steps} gradient steps{lost}; go on with: {remedy}"
+            )
+            raise RuntimeError(f"{type(error).__name__}: {error}\n{saved}") from error
 
     def resume(self, components: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any] | None:
         """Return to the newest step of which every learner has a checkpoint.
@@ -165,6 +278,9 @@ class Records:
                 self._check_settings(r, checkpoint.load_metadata(path).get("config"))
                 saved = checkpoint.load_learner(path, self.step, replica=r, components=components)
             folder.return_to(-1 if step is None else step)
+        known = [folder.scores() for folder in self.folders]
+        due = (saved or {}).get("unevaluated", [])
+        self._unevaluated = [at for at in due if not all(at in scores for scores in known)]
         return saved
 
     def _check_settings(self, replica: int, trained_with: dict[str, Any] | None) -> None:
@@ -175,28 +291,23 @@ class Records:
             asked = Settings.of(self.settings.of_learner(learner)).values
             check_continued(folder, known, asked, self.settings.later(folder) | {*OFFLINE_PHASE})
 
-    def has_evaluated(self) -> bool:
-        """Return whether every learner has been evaluated as it is now."""
-        return all(self.step.steps in folder.scores() for folder in self.folders)
-
     # --- Pictures ----------------------------------------------------------------------------------------
 
-    def draw(self, evaluations: Evaluations | None, **earlier: Any) -> None:
+    def draw(self, **earlier: Any) -> None:
         """Draw learning curves, and in a maze the learned V with a few evaluation trajectories.
 
         Args:
-            evaluations: say whether a maze was played in.
             **earlier: of :func:`plots.learning_curves`.
         """
-        maze = evaluations and evaluations.maze
+        maze = self._evaluations and self._evaluations.maze
         for r, folder in enumerate(self.folders):
             if folder.metrics.exists():
                 plots.learning_curves(
                     folder.metrics, folder.path / "learning_curves.png", **earlier
                 )
-            value = self._value_function(r)
-            if maze is not None and self.latest is not None and value is not None:
-                trajectories = self.latest[r].trajectories or []
+            value, evaluation = self._value_function(r), self.latest[r]
+            if maze is not None and evaluation is not None and value is not None:
+                trajectories = evaluation.trajectories or []
                 plots.value_map(value, maze, trajectories[:5], folder.path / "value_map.png")
 
     def _value_function(self, replica: int) -> Callable[[np.ndarray], np.ndarray] | None:
@@ -227,10 +338,10 @@ class Times:
         self._from = step.steps
         self._started = datetime.now(UTC)
         self._began = time.monotonic()
+        self._earlier = json.loads(self._file.read_text()) if self._file.exists() else []
 
     def write(self, evaluations: Evaluations | None) -> None:
-        """Add a line for the time since this was made."""
-        lines = json.loads(self._file.read_text()) if self._file.exists() else []
+        """Write the line for the time since this was made, after those of earlier sessions."""
         seconds = time.monotonic() - self._began
         line = {
             "started": self._started.isoformat(timespec="seconds"),
@@ -240,4 +351,4 @@ class Times:
             "to_step": self._step.steps,
         }
         with whole(self._file) as new:
-            new.write_text(json.dumps([*lines, line], indent=2) + "\n")
+            new.write_text(json.dumps([*self._earlier, line], indent=2) + "\n")

@@ -24,6 +24,7 @@ from torchrl_iql_recipes.experiment.schema import (
     Natural,
     NotNegative,
     Part,
+    Positive,
     SettingsError,
     Text,
     combinations,
@@ -128,6 +129,10 @@ class Training(Part):
     log_interval: Annotated[Count, LATER] = Field(
         500, description="steps between lines of metrics.csv"
     )
+    checkpoint_interval: Annotated[Positive, LATER] = Field(
+        10.0,
+        description="minutes between checkpoints, of which there is one before each evaluation too",
+    )
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> Training:
@@ -141,13 +146,16 @@ class Evaluation(Part):
     """How what is learned is tried out."""
 
     eval_interval: Annotated[Count, LATER] = Field(
-        50_000, description="steps from one evaluation and one checkpoint to the next"
+        50_000, description="steps from one evaluation to the next"
     )
     eval_episodes: Annotated[Natural, LATER] = Field(
         10, description="0 trains without an environment"
     )
     eval_workers: Annotated[Natural, LATER] = Field(
         0, description="processes that evaluate while training goes on; 0: it waits"
+    )
+    on_eval_failure: Annotated[Literal["continue", "stop"], LATER] = Field(
+        "continue", description="what training does when an evaluation fails; it is saved before"
     )
 
 
