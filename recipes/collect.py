@@ -10,7 +10,7 @@ from pathlib import Path
 from torchrl_iql_recipes.behaviors.settings import Collection
 from torchrl_iql_recipes.experiment.door import Door
 
-COLLECT = Door("collect", (Collection,))
+COLLECT = Door("collect", (Collection,), resumes=False)
 
 
 def run(settings: Collection, path: Path) -> None:

@@ -23,6 +23,7 @@ from hydra.core.override_parser.types import Override, Transformer
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment.schema import Part, SettingsError, allowed, written
@@ -52,10 +53,12 @@ class Door:
     Args:
         name: of the script, and of its primary configuration in ``config``.
         parts: whose settings it has.
+        resumes: whether its runs have folders, in which they go on.
     """
 
     name: str
     parts: tuple[type[Part], ...]
+    resumes: bool = True
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -87,7 +90,7 @@ class Door:
             if {"-h", "--help"} & set(options):
                 print(self.help(description, overrides))
                 return
-            if (folder := _folder(overrides)) is not None:
+            if self.resumes and (folder := _folder(overrides)) is not None:
                 run(self.resumed(folder, overrides), folder)
                 return
             implied = self._implied(overrides)
@@ -171,7 +174,13 @@ class Door:
     def _stored(self, folder: Path) -> dict[str, Any]:
         if not (folder / "config.yaml").exists():
             raise SettingsError(f"resume={folder}: that folder has no config.yaml")
-        values: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        try:  # as it stands: what it would look up, as ${oc.env:...}, stays text
+            values: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        except (OmegaConfBaseException, OSError, YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise SettingsError(f"resume={folder}: config.yaml can not be read: {reason}") from None
+        if not isinstance(values, dict):
+            raise SettingsError(f"resume={folder}: config.yaml holds no settings by name")
         own = [part.model_fields.keys() for part in self.parts if not part.group]
         # An earlier version may have had fewer settings of a part, but another script has other parts.
         if values.keys() - self._recorded(values) or not all(each & values.keys() for each in own):
@@ -211,10 +220,11 @@ class Door:
                 for value in _values_of(each):
                     _check_file(key, str(value))
                 continue
-            if key == "resume" or key.partition(".")[0] == "hydra":
+            if (key == "resume" and self.resumes) or key.partition(".")[0] == "hydra":
                 continue
             if key not in known or each.is_delete() or each.is_add():
-                raise SettingsError(self._unknown(key, [*known, *self.groups, "resume"]))
+                resume = ["resume"] if self.resumes else []
+                raise SettingsError(self._unknown(key, [*known, *self.groups, *resume]))
             part, name = known[key]
             for value in _values_of(each):
                 part.check(name, value, several=True)
@@ -310,10 +320,18 @@ class Experiment(Door):
     def _of(self, values: Mapping[str, Any]) -> Settings:
         return Settings.of(values)
 
+    def _stored(self, folder: Path) -> dict[str, Any]:
+        return super()._stored(folder) | {"trust_env": False}  # whatever the file says
+
+    def resumed(self, folder: Path, overrides: Sequence[str]) -> Settings:
+        settings = super().resumed(folder, overrides)
+        _require_trust(settings, overrides, f"resume={folder}")
+        return settings
+
     def _implied_by(self, values: Mapping[str, Any]) -> list[str]:
         task = values.get("task")
-        known = task is not None and (CONFIG / "task" / f"{task}.yaml").exists()
-        return [f"algorithm={values['algorithm']}", *([f"task={task}"] if known else [])]
+        known = [f"task={task}"] if task in _files("task") else []
+        return [f"algorithm={values['algorithm']}", *known]
 
     def _implied(self, overrides: Sequence[str]) -> list[str]:
         parsed = _parsed(overrides)
@@ -378,6 +396,7 @@ class Experiment(Door):
                 raise SettingsError(
                     f"one learner begins with a checkpoint, but these are {names}: give one value"
                 )
+            _require_trust(settings, overrides, f"checkpoint={path}")
         if "env_steps" in settings.values and not settings.has_offline_phase():
             idle = given & {*OFFLINE_PHASE} - ({"steps"} if settings.training.steps == 0 else set())
             if idle:
@@ -498,6 +517,23 @@ def _values_of(override: Override) -> Iterator[Any]:
             yield OmegaConf.to_object(OmegaConf.create({"value": each}))["value"]  # pyright: ignore
     else:
         yield override.value()
+
+
+def _require_trust(settings: Settings, overrides: Sequence[str], where: str) -> None:
+    """Refuse settings of a file, which may be anybody's, that decide what code runs.
+
+    Args:
+        settings: of a run, from the file and the command line.
+        overrides: the command line, which is trusted.
+        where: what named the file.
+    """
+    given = {each.key_or_group for each in _parsed(overrides)}
+    found = [key for key in settings.of_code() if not {key, key.partition(".")[0]} & given]
+    if found and not settings.data.trust_env:
+        raise SettingsError(
+            f"{where}: the {' and the '.join(found)} stored there may bring in code: if you trust who "
+            "made it, add trust_env=true"
+        )
 
 
 def _literal(value: Any) -> str:

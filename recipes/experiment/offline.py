@@ -132,7 +132,7 @@ def describe(dataset: OfflineDataset) -> str:
     )
 
 
-def report(scores: dict[str, Any], path: Path) -> str:
+def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
     """Write what the user reads at the end."""
     replicas = scores["replicas"]
     shown = os.path.relpath(path)
@@ -140,7 +140,7 @@ def report(scores: dict[str, Any], path: Path) -> str:
     if replicas[0]["interrupted"]:
         lines.append(
             f"Interrupted after {replicas[0]['steps']} steps. "
-            f"Continue with: python recipes/offline.py resume={shown}"
+            f"Continue with: {settings.command_to_resume(path)}"
         )
     elif not lines:
         lines.append("Not evaluated (eval_episodes=0).")

@@ -78,7 +78,7 @@ def _offline(settings: Settings) -> Settings:
     """Return the settings of the offline phase, as offline.py has them."""
     online = {*type(settings.online).model_fields, settings.collector.group}
     values = {key: value for key, value in settings.values.items() if key not in online}
-    return Settings.of(values)
+    return Settings.of({**values, "trust_env": settings.data.trust_env})
 
 
 def dataset_for(settings: Settings) -> OfflineDataset:
@@ -252,7 +252,7 @@ class FineTuning:
             self._save()
             raise RuntimeError(
                 f"collecting failed after {self.frames} environment steps: {error}\n"
-                f"All of them are saved; continue with: {_continue(self.folder.path)}"
+                f"All of them are saved; continue with: {self.settings.command_to_resume(self.folder.path)}"
             ) from error
 
     def _add(self, collected: TensorDictBase, rows: TensorDictBase) -> None:
@@ -310,11 +310,7 @@ class FineTuning:
         self.records.draw(self.evaluations, **earlier)
 
 
-def _continue(path: Path) -> str:
-    return f"python recipes/online.py resume={os.path.relpath(path)}"
-
-
-def report(scores: dict[str, Any], path: Path) -> str:
+def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
     """Write what the user reads at the end."""
     (learner,) = scores["replicas"]
     lines = []
@@ -323,7 +319,7 @@ def report(scores: dict[str, Any], path: Path) -> str:
         name = "normalized score" if "normalized_score" in learner["after"] else "return"
         lines.append(f"{name}: {before:.1f} before, {after:.1f} after {learner['frames']} steps")
     if learner["interrupted"]:
-        lines.append(f"Interrupted. Continue with: {_continue(path)}")
+        lines.append(f"Interrupted. Continue with: {settings.command_to_resume(path)}")
     shown = os.path.relpath(path)
     lines.append(f"Results: {shown} (scores.json, times.json, metrics.csv, *.png, *.ckpt)")
     return "\n".join(lines)
