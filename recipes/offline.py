@@ -18,7 +18,7 @@ from torchrl_iql_recipes.experiment.settings import Settings
 def run(settings: Settings, path: Path) -> None:
     from torchrl_iql_recipes.experiment import offline
 
-    print(offline.report(offline.run(settings, path), path))
+    print(offline.report(offline.run(settings, path), path, settings))
 
 
 if __name__ == "__main__":

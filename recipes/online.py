@@ -19,7 +19,7 @@ from torchrl_iql_recipes.experiment.settings import Settings
 def run(settings: Settings, path: Path) -> None:
     from torchrl_iql_recipes.experiment import online
 
-    print(online.report(online.run(settings, path), path))
+    print(online.report(online.run(settings, path), path, settings))
 
 
 if __name__ == "__main__":

@@ -267,9 +267,9 @@ class TestBuilding:
             "collection.build('walks-v0', collection.behavior('pointmaze/stitch'), 12_000, workers=1)"
         )
         with started([sys.executable, "-c", build], cwd=RECIPES) as process:
-            wait_for(lambda: list(store.glob(".*/*/*.pkl")), process)
+            wait_for(lambda: list(store.glob(".*/*/*.pt")), process)
         assert not minari.list_local_datasets()
-        kept = {int(path.stem) for path in store.glob(".*/*/*.pkl")}
+        kept = {int(path.stem) for path in store.glob(".*/*/*.pt")}
         played = []
         with pytest.MonkeyPatch.context() as patch:
             play = collection._play_job
@@ -293,7 +293,7 @@ class TestBuilding:
         broken = Broken("stitch", 4, 150)
         with pytest.raises(RuntimeError, match="unstable"):
             collection.build("walks-v0", broken, 12_000, workers=1)
-        assert len(list(store.glob(".*/*/*.pkl"))) == 2
+        assert len(list(store.glob(".*/*/*.pt"))) == 2
         assert not minari.list_local_datasets()
         collection.build("walks-v0", collection.behavior("pointmaze/umaze"), 12_000, workers=1)
         plan = Plan(minari.load_dataset("walks-v0").recover_environment())
@@ -305,7 +305,7 @@ class TestBuilding:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collection.shutil, "rmtree", lambda *_, **__: None)
             collection.build("walks-v0", STITCH, 200, workers=1)
-        assert list(store.glob(".*/*/*.pkl"))
+        assert list(store.glob(".*/*/*.pt"))
         collection.build("walks-v0", STITCH, 200)
         assert {path.name for path in store.iterdir()} == {"walks-v0", ".walks-v0.lock"}
 

@@ -97,6 +97,7 @@ CHANGED: dict[str, Any] = {
 
 ELSEWHERE = {
     "env": "test_recipe.py::test_the_environment_is_an_id_with_arguments",
+    "trust_env": "test_trust.py",
     "maze": "test_antmaze.py",
     "observation_keys": "test_recipe.py::test_what_is_observed_and_kept_is_as_asked",
     "columns": "test_recipe.py::test_what_is_observed_and_kept_is_as_asked",
@@ -136,7 +137,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             for seed in range(12)
         ]
         write(*walks, dataset_id=DATASET, env=env)
+        gymnasium.register(
+            "test/Diary-v0", "online_envs:Diary"
+        )  # or the data set could not name it
         yield
+        del gymnasium.registry["test/Diary-v0"]
 
 
 def given(values: Mapping[str, Any]) -> list[str]:

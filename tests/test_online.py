@@ -561,7 +561,7 @@ def test_a_run_leaves_what_the_readme_lists(offline_run: Path, tmp_path: Path) -
     share = load_dataset(cfg.data.dataset).transitions.shape[0]
     assert float(written[-1]["offline_share"]) == pytest.approx(share / (share + 60))
     assert {row["policy_lr"] for row in written} == {"", "0.0003"}
-    assert "before" in online.report(scores, tmp_path)
+    assert "before" in online.report(scores, tmp_path, cfg)
     again = online.run(cfg, tmp_path)  # nothing is left to do
     assert again == scores
 

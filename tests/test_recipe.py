@@ -182,7 +182,7 @@ def test_without_evaluation_no_environment_is_needed(
     (replica,) = scores["replicas"]
     assert (replica["steps"], replica["best"], replica["interrupted"]) == (60, None, False)
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
-    assert "Not evaluated" in offline.report(scores, Path("folder"))
+    assert "Not evaluated" in offline.report(scores, Path("folder"), cfg)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "config.yaml",
@@ -286,7 +286,7 @@ def test_a_run_stopped_before_anything_was_logged_can_be_resumed(
         for each in scores["replicas"]
     )
     assert "summary" not in scores
-    assert "resume=folder" in offline.report(scores, Path("folder"))
+    assert "resume=folder" in offline.report(scores, Path("folder"), cfg)
     monkeypatch.undo()
     finished = offline.run(cfg, tmp_path)["replicas"]
     assert [each["steps"] for each in finished] == [60, 60]

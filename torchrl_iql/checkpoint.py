@@ -9,6 +9,8 @@ that are trained together.
 
 from __future__ import annotations
 
+import pickle
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from copy import deepcopy
@@ -31,7 +33,14 @@ from torchrl_iql.models import Architecture
 from torchrl_iql.training import TrainStep
 from torchrl_iql.training.step import FORMAT, Own
 
-__all__ = ["load_architecture", "load_learner", "load_metadata", "load_policy", "save"]
+__all__ = [
+    "load_architecture",
+    "load_learner",
+    "load_metadata",
+    "load_policy",
+    "load_tensors",
+    "save",
+]
 
 
 def save(
@@ -65,8 +74,7 @@ def save(
     checkpoint = Checkpoint(format="archive")
     saved = {"policy": policy, "learner": _Replica(learner, replica), "rng": GlobalRNGState()}
     for name, component in {**saved, **components}.items():
-        # By default the tensors are mapped files, whose process dies of SIGBUS when the disk is full.
-        checkpoint.register(name, component, adapter=StateDictCheckpointAdapter("torch"))
+        checkpoint.register(name, component, adapter=_Tensors())
     try:
         known = {"format": FORMAT, "steps": learner.steps}
         known["architecture"] = asdict(architecture)
@@ -91,11 +99,15 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> TensorD
     Wrap calls in ``torchrl.envs.set_exploration_type("DETERMINISTIC")`` for the mean action.
 
     Args:
-        path: a file written by :func:`save`.
+        path: a file written by :func:`save`, from anybody: no code in it can run.
         device: where the policy should be.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint, a later version's, or holds anything but tensors and plain values.
     """
     policy = load_architecture(path).policy_network()
-    Checkpoint(policy=policy).load(path, map_location="cpu")
+    _restore(path, {"policy": policy}, "cpu")
     return policy.to(device).eval()
 
 
@@ -110,7 +122,7 @@ def load_learner(
     """Restore a learner and the global random number generators, to continue a run.
 
     Args:
-        path: a file written by :func:`save`.
+        path: as of :func:`load_policy`.
         learner: a training step for the same architecture, whose state is replaced, with the coefficients
             of its loss (expectile, discount) and its learning rates. Its schedule stays: it is not saved.
         replica: which of its losses.
@@ -129,7 +141,7 @@ def load_learner(
     restored = {"learner": _Replica(learner, replica, keep), **components}
     if "random" not in keep:
         restored["rng"] = GlobalRNGState()
-    Checkpoint(**restored).load(path, map_location=learner.device)
+    _restore(path, restored, learner.device)
     return metadata
 
 
@@ -161,6 +173,47 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
             "torchrl-iql"
         )
     return metadata
+
+
+def load_tensors(path: Path, map_location: Any = "cpu") -> Any:
+    """Read what ``torch.save`` wrote, if it is made of tensors and plain values: no code in it can run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds anything else, which the message names.
+    """
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f", {named[1]}," if named else ""
+        raise ValueError(
+            f"{path} is refused: it holds more than tensors and plain values{what} and could run code"
+        ) from error
+
+
+def _restore(path: str | Path, components: Mapping[str, Any], device: Any) -> None:
+    checkpoint = Checkpoint()
+    for name, component in components.items():
+        checkpoint.register(name, component, adapter=_Tensors())
+    try:
+        checkpoint.load(path, map_location=device)
+    except CheckpointError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+class _Tensors(StateDictCheckpointAdapter):
+    """State dicts as ``torch.save`` writes them.
+
+    Of TorchRL's other forms, some are unpickled without a check, and the default one is mapped files: the
+    process that writes them dies of SIGBUS when the disk is full.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+
+    def load(self, component: Any, path: Path, *, map_location: Any, **_: Any) -> None:
+        component.load_state_dict(load_tensors(path / self.state_torch, map_location))
 
 
 @dataclass

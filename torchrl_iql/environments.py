@@ -5,7 +5,8 @@ in data (:mod:`torchrl_iql.spaces`), in evaluations and online. Actions are thos
 and become the environment's in one place, :func:`data_environment`.
 
 An environment is given in all places in the same ways: as an id, ``"module:Id-v0"`` after which Gymnasium
-imports the module, a specification, or a function without arguments that makes it.
+imports the module, a specification, or a function without arguments that makes it. A file that describes one
+names code, too, and may be anybody's: it is taken as far as :func:`registered` goes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import importlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
@@ -37,6 +38,7 @@ __all__ = [
     "observing",
     "reference_scores_of",
     "register_robotics",
+    "registered",
     "require_reference_scores",
     "spaces_of",
     "spec_of",
@@ -139,6 +141,118 @@ def spec_of(env: Env | None) -> EnvSpec | None:
 def _spec_of_maker(make: Callable[[], gymnasium.Env]) -> EnvSpec:
     name = getattr(make, "__qualname__", type(make).__qualname__)
     return EnvSpec(id=re.sub(r"[^\w.-]+", "_", name), entry_point=make)  # pyright: ignore
+
+
+PACKAGES = {"gymnasium_robotics": register_robotics, "ogbench": ogbench_package}
+"""Who tells gymnasium the environments of a package, of those that are used here."""
+
+HARMLESS_WRAPPERS = frozenset(
+    [
+        "AddRenderObservation",
+        "AtariPreprocessing",
+        "Autoreset",
+        "ClipAction",
+        "ClipReward",
+        "DelayObservation",
+        "DiscretizeAction",
+        "DiscretizeObservation",
+        "DtypeObservation",
+        "FilterObservation",
+        "FlattenObservation",
+        "FrameStackObservation",
+        "GrayscaleObservation",
+        "MaxAndSkipObservation",
+        "NormalizeObservation",
+        "NormalizeReward",
+        "OrderEnforcing",
+        "PassiveEnvChecker",
+        "RecordEpisodeStatistics",
+        "RepeatAction",
+        "RescaleAction",
+        "RescaleObservation",
+        "ReshapeObservation",
+        "ResizeObservation",
+        "StickyAction",
+        "TimeAwareObservation",
+        "TimeLimit",
+    ]
+)
+"""Of Gymnasium's: others call functions, import modules by name, write files or open windows."""
+
+GYMNASIUM_WRAPPER = re.compile(r"gymnasium\.wrappers(?:\.\w+)*:(\w+)")
+CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w./-]*")
+"""``module:name``, as an argument or an id names what is to be imported."""
+
+
+def registered(env_spec: EnvSpec) -> EnvSpec:
+    """Return the environment that a file describes, if all of its code is known on this machine.
+
+    Its entry point is one that Gymnasium's registry names, under this id or another. So are its wrappers, or
+    they are of :data:`HARMLESS_WRAPPERS`. Arguments and time limit are the file's own, and name no code.
+    Nothing is made, and nothing imported but :data:`PACKAGES`.
+
+    Raises:
+        ModuleNotFoundError: it is one of OGBench's, and OGBench is not installed.
+        ValueError: it names other code, which the message tells, and what can be done.
+    """
+    package = str(env_spec.entry_point).partition(".")[0]
+    if package in PACKAGES:
+        PACKAGES[package]()
+    known = {_entry_name(its): its for its in _entry_points(gymnasium.registry.values())}
+    if (foreign := next(_foreign(env_spec, known), None)) is not None:
+        raise ValueError(
+            f"the stored environment {env_spec.id!r} names foreign code, {foreign}, and a file does not "
+            "decide what runs: import the package that registers the environment, give env=<id> "
+            "(package:id imports the package), or, if you trust who made the file, trust_env=True"
+        )
+    entry_points = {
+        name: known.get(getattr(env_spec, name)) for name in ("entry_point", "vector_entry_point")
+    }
+    return replace(env_spec, **entry_points)
+
+
+def _entry_points(specs: Iterable[EnvSpec]) -> Iterator[Any]:
+    for spec in specs:
+        yield from (spec.entry_point, spec.vector_entry_point)
+        yield from (wrapper.entry_point for wrapper in spec.additional_wrappers)
+
+
+def _entry_name(entry_point: Any) -> str | None:
+    """Return how a file names an entry point, which may be registered as the object itself."""
+    if entry_point is None or isinstance(entry_point, str):
+        return entry_point
+    parts = (getattr(entry_point, name, "") for name in ("__module__", "__qualname__"))
+    return ":".join(map(str, parts))
+
+
+def _foreign(env_spec: EnvSpec, known: Collection[str | None]) -> Iterator[str]:
+    """Say what code a specification names beside that which is known."""
+    if env_spec.entry_point is None:
+        yield "no entry point"
+    for name in (env_spec.entry_point, env_spec.vector_entry_point):
+        if not isinstance(name, str | None) or name not in known:
+            yield f"the entry point {name!r}"
+    if ":" in env_spec.id:
+        yield "the module in its id"
+    for name in (wrapper.entry_point for wrapper in env_spec.additional_wrappers):
+        of_gymnasium = GYMNASIUM_WRAPPER.fullmatch(str(name))
+        is_harmless = of_gymnasium is not None and of_gymnasium[1] in HARMLESS_WRAPPERS
+        if not (is_harmless or (isinstance(name, str) and name in known)):
+            yield f"the wrapper {name!r}"
+    arguments = [env_spec.kwargs, *(wrapper.kwargs for wrapper in env_spec.additional_wrappers)]
+    yield from (f"the argument {text!r}" for text in _texts(arguments) if CODE.fullmatch(text))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the text in a value that JSON can hold."""
+    match value:
+        case str():
+            yield value
+        case Mapping():
+            yield from _texts(list(value.values()))
+        case list():
+            for each in value:
+                yield from _texts(each)
 
 
 def observing(env_spec: EnvSpec, keys: Sequence[str]) -> EnvSpec:

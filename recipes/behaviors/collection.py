@@ -10,10 +10,9 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,13 +22,17 @@ import gymnasium
 import minari
 import mujoco
 import numpy as np
+import torch
 from filelock import FileLock
 from gymnasium.envs.registration import EnvSpec
 from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_dataset import DATASET_ID_RE
 from minari.dataset.minari_storage import MinariStorage
 from minari.storage import get_dataset_path
 from tqdm import tqdm
 
+from torchrl_iql.checkpoint import load_tensors
+from torchrl_iql.data.minari import opened
 from torchrl_iql.environments import REFERENCE_SCORES, spec_of
 from torchrl_iql_recipes.behaviors.mazes import AntWalks, PointWalks, share_arrived
 from torchrl_iql_recipes.behaviors.policies import Stages
@@ -197,7 +200,7 @@ def build(
         raise ValueError(f"transitions must be at least 1, got {transitions}")
     recipe = _recipe(behavior, transitions, seed)
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    path = get_dataset_path(id)
+    path = get_dataset_path(_checked(id))
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):  # two processes may want it at once
         unfinished = path.with_name(f".{path.name}.parts")
@@ -217,6 +220,15 @@ def build(
             "MINARI_DATASETS_PATH to another folder."
         )
     return path
+
+
+def _checked(id: str) -> str:
+    """Return an id of Minari's; what is none, as ``../there``, would lie outside of the store."""
+    if DATASET_ID_RE.fullmatch(id) is None:
+        raise ValueError(
+            f"id={id}: expected a Minari id, as own/walks-v0, of letters, digits, - and _"
+        )
+    return id
 
 
 def _recipe(behavior: Behavior, transitions: int, seed: int) -> dict[str, Any]:
@@ -248,7 +260,7 @@ def _play(folder: Path, id: str, behavior: Behavior, recipe: dict[str, Any], wor
     """Fill a folder with the parts that are missing there."""
     transitions, seed = recipe["transitions"], recipe["seed"]
     parts = math.ceil(transitions / PART)
-    paths = [folder / f"{part:05}.pkl" for part in range(parts)]
+    paths = [folder / f"{part:05}.pt" for part in range(parts)]
     missing = [part for part in range(parts) if not paths[part].exists()]
     sizes = [min(PART, transitions - part * PART) for part in range(parts)]
     with tqdm(
@@ -280,8 +292,6 @@ _player: tuple[Behavior, gymnasium.Env]
 def _start(behavior: Behavior) -> None:
     """Set up what a process needs for all of its parts."""
     global _player
-    import torch
-
     torch.set_num_threads(1)
     _player = behavior, gymnasium.make(behavior.env_spec)
 
@@ -290,8 +300,19 @@ def _play_job(job: tuple[int, int, int, int, Path]) -> int:
     *arguments, path = job
     episodes = _play_part(*_player, *arguments)
     with whole(path) as unfinished:
-        unfinished.write_bytes(pickle.dumps(episodes))
+        torch.save([_each(vars(its), np.ndarray, torch.from_numpy) for its in episodes], unfinished)
     return arguments[-1]
+
+
+def _each(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
+    """Convert what is of a kind, however deep: arrays are kept as tensors, which load without code."""
+    match value:
+        case dict():
+            return {key: _each(its, kind, convert) for key, its in value.items()}
+        case list() | tuple():
+            return type(value)(_each(its, kind, convert) for its in value)
+        case _:
+            return convert(value) if isinstance(value, kind) else value
 
 
 def _store(path: Path, parts: Path, id: str, behavior: Behavior, recipe: dict[str, Any]) -> None:
@@ -301,8 +322,9 @@ def _store(path: Path, parts: Path, id: str, behavior: Behavior, recipe: dict[st
     unfinished.mkdir()
     env_spec = behavior.env_spec
     storage = MinariStorage.new(unfinished / "data", env_spec=env_spec)
-    for part in sorted(parts.glob("*.pkl")):
-        storage.update_episodes(pickle.loads(part.read_bytes()))
+    for part in sorted(parts.glob("*.pt")):
+        episodes = _each(load_tensors(part), torch.Tensor, torch.Tensor.numpy)
+        storage.update_episodes(EpisodeBuffer(**its) for its in episodes)
     metadata = {
         "dataset_id": id,
         "minari_version": minari.__version__,
@@ -319,7 +341,7 @@ def _store(path: Path, parts: Path, id: str, behavior: Behavior, recipe: dict[st
 
 def summary(path: Path, behavior: Behavior) -> str:
     """Describe a data set in one line."""
-    dataset = minari.MinariDataset(path / "data")
+    dataset = opened(path / "data")
     returns = [float(np.sum(episode.rewards)) for episode in dataset]
     line = f"{len(returns)} episodes, {dataset.total_steps} transitions, "
     line += f"mean return {np.mean(returns):.1f}"

@@ -19,7 +19,7 @@ from gymnasium.envs.registration import EnvSpec
 from minari import MinariDataset
 from minari.data_collector import EpisodeBuffer
 
-from torchrl_iql.environments import register_robotics
+from torchrl_iql.environments import register_robotics, registered
 from torchrl_iql_recipes.behaviors.ant import fallen, from_canonical, to_canonical
 from torchrl_iql_recipes.behaviors.policies import Stages
 from torchrl_iql_recipes.behaviors.recording import record
@@ -332,7 +332,8 @@ def share_arrived(dataset: MinariDataset, within: float) -> float:
         dataset: made by :class:`PointWalks` or :class:`AntWalks`.
         within: ``ARRIVED`` of these.
     """
-    plan = Plan(dataset.recover_environment())
+    assert dataset.env_spec is not None
+    plan = Plan(gymnasium.make(registered(dataset.env_spec)))
     infos = dataset.storage.get_episode_metadata(dataset.episode_indices)
     arrived = []
     for episode, info in zip(dataset, infos, strict=True):

@@ -13,6 +13,7 @@ from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal
 
+from torchrl_iql.checkpoint import load_tensors
 from torchrl_iql_recipes.files import whole
 
 __all__ = ["Stages", "actor"]
@@ -111,5 +112,15 @@ class Stages:
 
     @classmethod
     def load(cls, path: Path) -> Stages:
-        """Read tensors and plain values only: the file can not run code."""
-        return cls(**torch.load(path, weights_only=True))
+        """Read tensors and plain values only: the file can not run code.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it holds anything else.
+        """
+        try:
+            return cls(**load_tensors(path))
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"{path} holds no stages of a policy, as sac.py leaves them: {error}"
+            ) from error

@@ -47,13 +47,13 @@ def record(
         observations.append(observation)
         actions.append(action)
         rewards.append(float(reward))
-        terminations.append(terminated)
-        truncations.append(truncated)
+        terminations.append(bool(terminated))
+        truncations.append(bool(truncated))
     return EpisodeBuffer(
         seed=seed,
         options=options,
         observations=_columns(observations),
-        actions=actions,
+        actions=np.stack(actions),  # pyright: ignore
         rewards=rewards,
         terminations=terminations,
         truncations=truncations,

@@ -18,6 +18,7 @@ from torchrl.modules import MLP, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
 from tqdm import tqdm
 
+from torchrl_iql.checkpoint import load_tensors
 from torchrl_iql_recipes.behaviors.ant import ANT_TO_GOAL
 from torchrl_iql_recipes.behaviors.policies import Stages, actor
 from torchrl_iql_recipes.behaviors.recording import record
@@ -184,10 +185,10 @@ class Training:
             shutil.rmtree(each, ignore_errors=True)
 
     def _resume(self, folder: Path) -> None:
-        state = torch.load(folder / "state.pt", weights_only=True)
+        state = load_tensors(folder / "state.pt")
         # Not buffer.loads: a training that was extended has a larger one.
-        rows = TensorDict.load_memmap(folder / "buffer/storage")[: state["frames"]]
-        self.buffer.extend(rows)
+        rows = TensorDict.load_memmap(folder / "buffer/storage", allow_pickle=False)
+        self.buffer.extend(rows[: state["frames"]])
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.frames, self.updates = state["frames"], state["updates"]

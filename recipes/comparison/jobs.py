@@ -60,7 +60,8 @@ class Job:
             return
         arguments = [*self.settings, "compute.threads=1", f"hydra.run.dir='{self.folder}'"]
         if begun:
-            arguments = [f"resume='{self.folder}'"]
+            again = [each for each in self.settings if each.startswith(("env=", "trust_env="))]
+            arguments = [f"resume='{self.folder}'", *again]
         log = self.folder / "log.txt"
         with log.open("a") as file:
             command = [sys.executable, str(self.script), *arguments]

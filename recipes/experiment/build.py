@@ -83,7 +83,7 @@ def claim(path: Path, settings: Settings | Part) -> None:
     file = path / "config.yaml"
     if file.exists() and any(path.rglob("metrics.csv")):  # something has come of it
         stored: Any = OmegaConf.to_container(OmegaConf.load(file))
-        if other := sorted(stored.keys() - settings.values.keys()):
+        if other := sorted(stored.keys() - {*settings.values, "trust_env"}):
             raise SettingsError(
                 f"{path} holds another kind of run, with {', '.join(other)}: give another hydra.run.dir"
             )
@@ -123,6 +123,7 @@ def dataset_for(data: Data) -> OfflineDataset:
             episodes=data.episodes,
             observation_keys=data.observation_keys,
             columns=data.columns,
+            trust_env=data.trust_env,
         )
         dataset = load(env=env)
         if env is None and data.maze is not None:

@@ -24,6 +24,7 @@ from hydra.core.override_parser.types import Override, Transformer
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment.lock import is_begun, new_folder
@@ -61,7 +62,7 @@ class Door:
     Args:
         name: of the script, and of its primary configuration in ``config``.
         parts: whose settings it has.
-        keeps_folder: whether a run leaves what it was in a folder of its own.
+        keeps_folder: whether its runs have folders, in which they go on.
     """
 
     name: str
@@ -98,7 +99,7 @@ class Door:
             if {"-h", "--help"} & set(options):
                 print(self.help(description, overrides))
                 return
-            if (folder := _folder(overrides)) is not None:
+            if self.keeps_folder and (folder := _folder(overrides)) is not None:
                 with exit_code():
                     run(self.resumed(folder, overrides), folder)
                 return
@@ -207,7 +208,13 @@ class Door:
     def _stored(self, folder: Path) -> dict[str, Any]:
         if not (folder / "config.yaml").exists():
             raise SettingsError(f"resume={folder}: that folder has no config.yaml")
-        values: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        try:  # as it stands: what it would look up, as ${oc.env:...}, stays text
+            values: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        except (OmegaConfBaseException, OSError, YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise SettingsError(f"resume={folder}: config.yaml can not be read: {reason}") from None
+        if not isinstance(values, dict):
+            raise SettingsError(f"resume={folder}: config.yaml holds no settings by name")
         own = [part.model_fields.keys() for part in self.parts if not part.group]
         # An earlier version may have had fewer settings of a part, but another script has other parts.
         if values.keys() - self._recorded(values) or not all(each & values.keys() for each in own):
@@ -249,13 +256,14 @@ class Door:
                 for value in _values_of(each):
                     _check_file(key, str(value))
                 continue
-            if key == "resume" or key.partition(".")[0] == "hydra":
+            if (key == "resume" and self.keeps_folder) or key.partition(".")[0] == "hydra":
                 continue
             if key == "name" and self.keeps_folder:
                 _check_name(_values_of(each))
                 continue
             if key not in known or each.is_delete() or each.is_add():
-                raise SettingsError(self._unknown(key, [*known, *self.groups, "name", "resume"]))
+                own = ["name", "resume"] if self.keeps_folder else []
+                raise SettingsError(self._unknown(key, [*known, *self.groups, *own]))
             part, name = known[key]
             for value in _values_of(each):
                 part.check(name, value, several=True)
@@ -351,10 +359,18 @@ class Experiment(Door):
     def _of(self, values: Mapping[str, Any]) -> Settings:
         return Settings.of(values)
 
+    def _stored(self, folder: Path) -> dict[str, Any]:
+        return super()._stored(folder) | {"trust_env": False}  # whatever the file says
+
+    def resumed(self, folder: Path, overrides: Sequence[str]) -> Settings:
+        settings = super().resumed(folder, overrides)
+        _require_trust(settings, overrides, f"resume={folder}")
+        return settings
+
     def _implied_by(self, values: Mapping[str, Any]) -> list[str]:
         task = values.get("task")
-        known = task is not None and (CONFIG / "task" / f"{task}.yaml").exists()
-        return [f"algorithm={values['algorithm']}", *([f"task={task}"] if known else [])]
+        known = [f"task={task}"] if task in _files("task") else []
+        return [f"algorithm={values['algorithm']}", *known]
 
     def _implied(self, overrides: Sequence[str]) -> list[str]:
         parsed = _parsed(overrides)
@@ -419,6 +435,7 @@ class Experiment(Door):
                 raise SettingsError(
                     f"one learner begins with a checkpoint, but these are {names}: give one value"
                 )
+            _require_trust(settings, overrides, f"checkpoint={path}")
         if "env_steps" in settings.values and not settings.has_offline_phase():
             idle = given & {*OFFLINE_PHASE} - ({"steps"} if settings.training.steps == 0 else set())
             if idle:
@@ -539,6 +556,23 @@ def _values_of(override: Override) -> Iterator[Any]:
             yield OmegaConf.to_object(OmegaConf.create({"value": each}))["value"]  # pyright: ignore
     else:
         yield override.value()
+
+
+def _require_trust(settings: Settings, overrides: Sequence[str], where: str) -> None:
+    """Refuse settings of a file, which may be anybody's, that decide what code runs.
+
+    Args:
+        settings: of a run, from the file and the command line.
+        overrides: the command line, which is trusted.
+        where: what named the file.
+    """
+    given = {each.key_or_group for each in _parsed(overrides)}
+    found = [key for key in settings.of_code() if not {key, key.partition(".")[0]} & given]
+    if found and not settings.data.trust_env:
+        raise SettingsError(
+            f"{where}: the {' and the '.join(found)} stored there may bring in code: if you trust who "
+            "made it, add trust_env=true"
+        )
 
 
 def _literal(value: Any) -> str:

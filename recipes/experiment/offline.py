@@ -12,7 +12,7 @@ from torchrl_iql_recipes.experiment import build, progress, results
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
 from torchrl_iql_recipes.experiment.records import Records
-from torchrl_iql_recipes.experiment.settings import Settings, argument
+from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.experiment.stopping import Stop, stoppable
 from torchrl_iql_recipes.files import shown
 
@@ -68,7 +68,11 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
         records = Records(path, settings, step, architecture, dataset.name, evaluations)
         if records.resume() is None and start is not None:
             checkpoint.load_learner(start, step, keep=("settings", "optimizer", "random"))
-        with records, stop.patient(), records.saved_on_failure(records.save, _continue(path)):
+        with (
+            records,
+            stop.patient(),
+            records.saved_on_failure(records.save, settings.command_to_resume(path)),
+        ):
             train(settings, step, minibatches, records, stop)
     records.draw()
     unfinished = step.steps < settings.training.steps
@@ -137,13 +141,14 @@ def describe(dataset: OfflineDataset) -> str:
     )
 
 
-def report(scores: dict[str, Any], path: Path) -> str:
+def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
     """Write what the user reads at the end."""
     replicas = scores["replicas"]
     lines = results.report(scores)
     if replicas[0]["interrupted"]:
         lines.append(
-            f"Interrupted after {replicas[0]['steps']} steps. Continue with: {_continue(path)}"
+            f"Interrupted after {replicas[0]['steps']} steps. "
+            f"Continue with: {settings.command_to_resume(path)}"
         )
     elif not lines:
         lines.append("Not evaluated (eval_episodes=0).")
@@ -153,7 +158,3 @@ def report(scores: dict[str, Any], path: Path) -> str:
         f"Load a policy: torchrl_iql.load_policy({str(policy)!r})",
     ]
     return "\n".join(lines)
-
-
-def _continue(path: Path) -> str:
-    return f"python recipes/offline.py {argument('resume', shown(path))}"

@@ -23,7 +23,7 @@ from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
 from torchrl_iql_recipes.experiment.records import Records
 from torchrl_iql_recipes.experiment.schema import SettingsError
-from torchrl_iql_recipes.experiment.settings import Settings, argument
+from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.experiment.stopping import Stop, stoppable
 from torchrl_iql_recipes.files import shown
 
@@ -84,7 +84,7 @@ def _offline(settings: Settings) -> Settings:
     """Return the settings of the offline phase, as offline.py has them."""
     online = {*type(settings.online).model_fields, settings.collector.group}
     values = {key: value for key, value in settings.values.items() if key not in online}
-    return Settings.of(values)
+    return Settings.of({**values, "trust_env": settings.data.trust_env})
 
 
 def dataset_for(settings: Settings) -> OfflineDataset:
@@ -183,7 +183,9 @@ class FineTuning:
         Raises:
             RuntimeError: something failed; all that was collected is saved before.
         """
-        failing = self.records.saved_on_failure(self.save, _continue(self.folder.path))
+        failing = self.records.saved_on_failure(
+            self.save, self.settings.command_to_resume(self.folder.path)
+        )
         with stoppable() as stop, stop.patient(), self.records, failing:
             self._train(stop)
             if stop.requested:
@@ -341,11 +343,7 @@ class FineTuning:
         self.records.draw(**earlier)
 
 
-def _continue(path: Path) -> str:
-    return f"python recipes/online.py {argument('resume', shown(path))}"
-
-
-def report(scores: dict[str, Any], path: Path) -> str:
+def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
     """Write what the user reads at the end."""
     (learner,) = scores["replicas"]
     lines = []
@@ -354,6 +352,6 @@ def report(scores: dict[str, Any], path: Path) -> str:
         name = "normalized score" if "normalized_score" in learner["after"] else "return"
         lines.append(f"{name}: {before:.1f} before, {after:.1f} after {learner['frames']} steps")
     if learner["interrupted"]:
-        lines.append(f"Interrupted. Continue with: {_continue(path)}")
+        lines.append(f"Interrupted. Continue with: {settings.command_to_resume(path)}")
     lines.append(f"Results: {shown(path)} (scores.json, times.json, metrics.csv, *.png, *.ckpt)")
     return "\n".join(lines)

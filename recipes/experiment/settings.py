@@ -7,7 +7,7 @@ is the meaning of a setting, its range, and its default where a family says noth
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,7 @@ from torchrl_iql_recipes.experiment.schema import (
     combinations,
     written,
 )
+from torchrl_iql_recipes.files import shown
 
 __all__ = [
     "OFFLINE_PHASE",
@@ -62,6 +63,12 @@ class Data(Part):
         None,
         description="to evaluate in: an id, {id: ..., arguments of gymnasium.make}, or null for what "
         "the data set names",
+    )
+    trust_env: Flag = Field(
+        False,
+        exclude=True,
+        description="the environment that a data set names may run code that nobody has registered here, and "
+        "the settings of a run or a checkpoint may name code; counts where it is given, and is not recorded",
     )
     maze: Literal["umaze", "medium", "large"] | None = Field(
         None,
@@ -329,6 +336,30 @@ class Settings:
             and self.training.steps > 0
         )
 
+    def of_code(self) -> list[str]:
+        """Return the names of the settings by which code may come in that this project does not choose.
+
+        A module before an environment's id is imported, as may be one among its arguments; the options of a
+        collector say which cluster of Ray is joined, and how its processes are started.
+        """
+        named = {
+            "env": any(":" in text for text in _texts(self.data.env)),
+            "collector.backend_options": any(_texts(self.collector.backend_options)),
+        }
+        return [name for name, brings in named.items() if brings]
+
+    def command_to_resume(self, folder: Path) -> str:
+        """Return the command that goes on with a run of these settings in a folder."""
+        script = "online" if "env_steps" in self.values else "offline"
+        needs_trust = self.data.trust_env or self.of_code()
+        return " ".join(
+            [
+                f"python recipes/{script}.py",
+                argument("resume", shown(folder)),
+                *(["trust_env=true"] if needs_trust else []),
+            ]
+        )
+
     def varied(self) -> dict[str, list[Any]]:
         """Return the different values of each axis that has several."""
         return _varied(self.learners)
@@ -359,12 +390,16 @@ def _learners(values: Mapping[str, Any], training: Training) -> tuple[Learner, .
     learners = [(each["seed"], algorithm.of({**values, **each})) for each in grid]
     axis_values = {axis: {each[axis] for each in grid} for axis in axes}
     varied = [axis for axis in axes if len(axis_values[axis]) > 1]
-    return tuple(
-        Learner(
-            ",".join(f"{k}={seed if k == 'seed' else getattr(its, k)}" for k in varied), seed, its
-        )
+    named = [
+        (",".join(f"{k}={seed if k == 'seed' else getattr(its, k)}" for k in varied), seed, its)
         for seed, its in learners
-    )
+    ]
+    for name, *_ in named:
+        if "/" in name or "\\" in name:
+            raise SettingsError(
+                f"{name} would be the folder of a learner: give values without slashes"
+            )
+    return tuple(Learner(*each) for each in named)
 
 
 def _recorded(
@@ -443,6 +478,17 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     for group in groups & values.keys():
         flat |= {f"{group}.{name}": value for name, value in values[group].items()}
     return flat
+
+
+def _texts(value: Any) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case Mapping():
+            yield from _texts(list(value.values()))
+        case list() | tuple():
+            for each in value:
+                yield from _texts(each)
 
 
 def _n_steps(data: Part, learners: tuple[Learner, ...]) -> None:

@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect.add_argument("--reward", choices=get_args(RewardRule), default="none")
     inspect.add_argument("--episodes", choices=get_args(EpisodeRule), default="as_stored")
     inspect.add_argument("--env", help="id of the environment to evaluate in")
+    trust = "let the environment that a Minari data set names run code that nobody has registered"
+    inspect.add_argument("--trust-env", action="store_true", help=trust)
     keys, columns = "entries of compound observations that are observed", "further columns to keep"
     inspect.add_argument("--observation-keys", nargs="+", metavar="KEY", help=keys)
     inspect.add_argument("--columns", nargs="+", metavar="NAME", default=(), help=columns)
@@ -38,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     compare.add_argument("source", help="Minari id or folder, or D4RL file")
     compare.add_argument("--env", help="id of the environment, if not the one that was recorded")
+    compare.add_argument("--trust-env", action="store_true", help=trust)
     compare.add_argument("--samples", type=int, default=1000, help="transitions (default: 1000)")
     compare.add_argument("--seed", type=int, default=0, help="of their draw (default: 0)")
     given = parser.parse_args(arguments)
@@ -46,7 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         if given.command == "replay":
-            found = replay(given.source, given.env, samples=given.samples, seed=given.seed)
+            found = replay(
+                given.source,
+                given.env,
+                samples=given.samples,
+                seed=given.seed,
+                trust_env=given.trust_env,
+            )
             print(found)
             return STATUS[found.verdict]
         dataset = load(
@@ -54,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reward=given.reward,
             episodes=given.episodes,
             env=given.env,
+            trust_env=given.trust_env,
             observation_keys=given.observation_keys,
             columns=given.columns,
         )

@@ -77,7 +77,7 @@ def read(entry: Path) -> TensorDict | None:
     try:
         if _checksum(entry) != SEALED:
             raise ValueError("its checksum is wrong")
-        mapped = TensorDict.load_memmap(entry)
+        mapped = TensorDict.load_memmap(entry, allow_pickle=False)
     except Exception as error:  # whatever is wrong with it, the source is still there
         if _identity(entry) == found:  # else another process has just removed or replaced it
             warnings.warn(

@@ -35,6 +35,7 @@ def load(
     reward: RewardRule = "none",
     episodes: EpisodeRule = "as_stored",
     env: Env | None = None,
+    trust_env: bool = False,
     observation_keys: Sequence[str] | None = None,
     columns: Sequence[str] = (),
     download: bool = True,
@@ -65,6 +66,8 @@ def load(
             D4RL's files, its time limit ends the episodes of D4RL files
             that do not tell where they end, and its task gives the rewards of OGBench's files.
             Reference scores are the first that a source names.
+        trust_env: whether the environment that a Minari data set names may be made by code that only the
+            data set names, see :func:`~torchrl_iql.environments.registered`. Beside ``env`` it is not used.
         observation_keys: the entries of compound observations that are observed, in the data and in the
             environment; all by default.
         columns: infos, of D4RL's files also arrays, that become further columns of the transitions, see
@@ -77,8 +80,8 @@ def load(
         FileNotFoundError: if there is no such data set, or its download failed.
         ModuleNotFoundError: if it is OGBench's, and OGBench is not installed.
         TypeError: if a space can not be turned into rows.
-        ValueError: if a rule is unknown or does not apply, the data are damaged or incomplete, or
-            the spaces of the sources differ.
+        ValueError: if a rule is unknown or does not apply, the data are damaged or incomplete, the
+            spaces of the sources differ, or an environment needs ``trust_env``.
     """
     require_rules(reward, episodes)
     env_spec = spec_of(env)
@@ -86,7 +89,9 @@ def load(
     if not names:
         raise ValueError("there is no source to load")
     require_names(columns)
-    sources = [_open(name, env_spec, download, observation_keys, columns) for name in names]
+    sources = [
+        _open(name, env_spec, trust_env, download, observation_keys, columns) for name in names
+    ]
     if observation_keys is not None and env_spec is not None:
         env_spec = observing(env_spec, observation_keys)
     _require_equal_spaces(sources)
@@ -131,6 +136,7 @@ def load(
 def _open(
     source: str | Path,
     env_spec: EnvSpec | None,
+    trust_env: bool,
     download: bool,
     observation_keys: Sequence[str] | None,
     columns: Sequence[str],
@@ -140,7 +146,13 @@ def _open(
     elif is_d4rl(source):
         found = d4rl_source(source, env_spec=env_spec, download=download, columns=columns)
     else:
-        return minari_source(source, download=download, observation_keys=observation_keys)
+        return minari_source(
+            source,
+            env_spec=env_spec,
+            download=download,
+            observation_keys=observation_keys,
+            trust_env=trust_env,
+        )
     with errors_at(found.name):
         selected(found.observation_space, observation_keys)
     return found

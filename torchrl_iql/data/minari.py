@@ -13,46 +13,59 @@ from typing import Any
 import minari
 import numpy as np
 from gymnasium import Space
+from gymnasium.envs.registration import EnvSpec
 from minari import EpisodeData, MinariDataset
+from minari.dataset.minari_dataset import DATASET_ID_RE
+from minari.dataset.minari_storage import MinariStorage
 from minari.storage import get_dataset_path
 
 from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.hdf5 import hdf5_episodes, is_plain_hdf5
 from torchrl_iql.data.source import Source
-from torchrl_iql.environments import observing, require_reference_scores
+from torchrl_iql.environments import observing, registered, require_reference_scores
 from torchrl_iql.spaces import selected
 
-__all__ = ["minari_source"]
+__all__ = ["minari_source", "opened", "stored_env"]
+
+SPACES = "observation_space", "action_space"
 
 
 def minari_source(
-    source: str | Path, *, download: bool, observation_keys: Sequence[str] | None = None
+    source: str | Path,
+    *,
+    env_spec: EnvSpec | None = None,
+    download: bool,
+    observation_keys: Sequence[str] | None = None,
+    trust_env: bool = False,
 ) -> Source:
     """Find a Minari data set.
 
     Args:
         source: its id, or its folder: the one that contains ``data``, or ``data`` itself.
+        env_spec: the environment to evaluate in; by default, that of the data set.
         download: whether to download an id that is not there locally.
         observation_keys: the entries of its observations that are read; all by default.
+        trust_env: whether its environment may be made by code that only the data set names.
 
     Raises:
         FileNotFoundError: if there is no such data set, or its download failed.
-        ValueError: if it is damaged or incomplete, now or when its episodes are read.
+        ValueError: if it is damaged or incomplete, now or when its episodes are read, or names such code.
     """
     folder = _folder(source, download)
     try:
-        dataset = MinariDataset(folder)
+        dataset = opened(folder, trust_env=trust_env)
         metadata = dataset.storage.metadata
         if not isinstance(metadata["total_steps"], int):
             raise TypeError(f"total_steps is {metadata['total_steps']!r}, expected an integer")
-        # Minari has no public name for this specification, only for the environment made from it.
-        env_spec = dataset._eval_env_spec or dataset.env_spec
     except Exception as error:  # whatever Minari meets in damaged metadata
         raise ValueError(
             f"{source}: Minari can not open {folder}: {error!r}{_advice(folder)}"
         ) from error
     with errors_at(str(source)):
         space = selected(dataset.observation_space, observation_keys)
+        if env_spec is None:
+            # Minari has no public name for this specification, only for the environment made from it.
+            env_spec = stored_env(dataset._eval_env_spec or dataset.env_spec, trust_env=trust_env)
         if observation_keys is not None and env_spec is not None:
             env_spec = observing(env_spec, observation_keys)
     return Source(
@@ -65,6 +78,27 @@ def minari_source(
         reference_scores=_reference_scores(metadata, str(source)),
         episodes=partial(_complete_episodes, dataset, str(source), space),
     )
+
+
+def opened(folder: Path, *, trust_env: bool = False) -> MinariDataset:
+    """Open a Minari data set without making the environment that it names.
+
+    Raises:
+        ValueError: its metadata lack a space, which Minari would ask that environment for.
+    """
+    known = MinariStorage.read_raw_metadata(folder).keys()
+    missing = [key for key in SPACES if key not in known]
+    if missing and "env_spec" in known and not trust_env:
+        raise ValueError(
+            f"metadata.json has no {' and no '.join(missing)}, which only the environment that it names "
+            "could tell: if you trust who made it, trust_env=True"
+        )
+    return MinariDataset(folder)
+
+
+def stored_env(env_spec: EnvSpec | None, *, trust_env: bool) -> EnvSpec | None:
+    """Return the environment of a data set as it may be used: see :func:`registered`."""
+    return env_spec if trust_env or env_spec is None else registered(env_spec)
 
 
 def _reference_scores(metadata: dict[str, Any], name: str) -> tuple[float, float] | None:
@@ -86,7 +120,8 @@ def _folder(source: str | Path, download: bool) -> Path:
 
     root = get_dataset_path()
     missing = f"no Minari data set {str(source)!r}, neither as a folder nor as an id in {root}"
-    if isinstance(source, Path):
+    # What is no id, as ../there, would be looked for, and downloaded, outside of that folder.
+    if isinstance(source, Path) or DATASET_ID_RE.fullmatch(source) is None:
         raise FileNotFoundError(missing)
     folder = root / source
     if not (folder / "data").is_dir():

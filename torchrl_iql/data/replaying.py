@@ -26,12 +26,12 @@ import numpy as np
 from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Discrete
-from minari import EpisodeData, MinariDataset
+from minari import EpisodeData
 from tqdm import tqdm
 
 from torchrl_iql.data.d4rl import d4rl_episodes, d4rl_source, has_next_observations, is_d4rl
 from torchrl_iql.data.episodes import errors_at
-from torchrl_iql.data.minari import minari_source
+from torchrl_iql.data.minari import minari_source, opened, stored_env
 from torchrl_iql.data.simulator import Simulator
 from torchrl_iql.environments import spec_of
 from torchrl_iql.spaces import (
@@ -185,6 +185,7 @@ def replay(
     samples: int = 1000,
     seed: int = 0,
     download: bool = True,
+    trust_env: bool = False,
 ) -> Replay:
     """Step an environment from recorded states with the recorded actions, and compare what follows.
 
@@ -198,18 +199,19 @@ def replay(
         samples: transitions to compare.
         seed: of the draw.
         download: whether to download what is not there locally.
+        trust_env: as of :func:`~torchrl_iql.data.load`.
 
     Raises:
         FileNotFoundError: if there is no such data set, or its download failed.
         TypeError: if a space can not be turned into rows.
-        ValueError: if the data are damaged or empty, no environment is named, it is unknown or can not be
-            built, or observations or actions do not fit it.
+        ValueError: if the data are damaged or empty, no environment is named, it is unknown, needs
+            ``trust_env`` or can not be built, or observations or actions do not fit it.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}, expected at least 1")
     rng = np.random.default_rng(seed)
     env_spec = spec_of(env)
-    recorded_in, stored = _recorded(source, env_spec, rng, download)
+    recorded_in, stored = _recorded(source, env_spec, rng, download, trust_env)
     env_spec = env_spec or recorded_in
     if env_spec is None:
         raise ValueError(f"{source}: the data name no environment; name it (--env)")
@@ -311,7 +313,11 @@ class _Outcome:
 
 
 def _recorded(
-    source: str | Path, env_spec: EnvSpec | None, rng: np.random.Generator, download: bool
+    source: str | Path,
+    env_spec: EnvSpec | None,
+    rng: np.random.Generator,
+    download: bool,
+    trust_env: bool,
 ) -> tuple[EnvSpec | None, Iterator[_Episode]]:
     """Find the environment, if the data name it, and the episodes in a random order."""
     if is_d4rl(source):
@@ -322,8 +328,11 @@ def _recorded(
         order = rng.permutation(len(stored)).tolist()
         space = found.observation_space
         return found.env_spec, (_episode(stored[i], space, has_next=has_next) for i in order)
-    found = minari_source(source, download=download)
-    dataset = MinariDataset(found.path)
+    found = minari_source(source, env_spec=env_spec, download=download, trust_env=trust_env)
+    dataset = opened(found.path, trust_env=trust_env)
+    if env_spec is None:
+        with errors_at(str(source)):
+            env_spec = stored_env(dataset.env_spec, trust_env=trust_env)
 
     def episodes() -> Iterator[_Episode]:
         for index in rng.permutation(dataset.episode_indices).tolist():
@@ -335,7 +344,7 @@ def _recorded(
             start: dict[str, Any] = {key: metadata.get(key) for key in ("seed", "options")}
             yield _episode(episode, dataset.observation_space, **start)
 
-    return dataset.env_spec, episodes()
+    return env_spec, episodes()
 
 
 def _episode(
