@@ -38,3 +38,14 @@ def rows(folder: Path) -> list[dict[str, str]]:
     """Read the lines of ``metrics.csv``."""
     with (folder / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def in_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read the steps and values of every tag in TensorBoard's files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: sorted((each.step, each.value) for each in events.Scalars(tag))
+        for tag in events.Tags()["scalars"]
+    }

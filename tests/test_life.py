@@ -177,7 +177,7 @@ def named(maze_id: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             ["name=mine", "seeds=5", "expectile=0.6"],
-            r"holds a run with expectile=0.7, seeds=0, not expectile=0.6, seeds=5: checkpoint=",
+            r"holds a run with expectile=0.9, seeds=0, not expectile=0.6, seeds=5: checkpoint=",
         ),
         (["hydra.run.dir=runs/pointmaze/stitch/mine"], "holds this run already"),
         (["name=../mine"], r"name=\.\./mine: expected the name of a folder"),
@@ -474,8 +474,8 @@ def test_whatever_fails_leaves_the_last_good_state(
 def test_a_full_disk_ends_a_run_with_what_was_saved(
     maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config(maze_id, "log_interval=1")
-    offline.run(config(maze_id, "log_interval=1", "steps=30"), tmp_path)
+    settings = config(maze_id, "log_interval=1", "decay_steps=60")
+    offline.run(config(maze_id, "log_interval=1", "decay_steps=60", "steps=30"), tmp_path)
     size = (tmp_path / "metrics.csv").stat().st_size
     resumed = OFFLINE.resumed(tmp_path, ["steps=60"])
     take_steps = offline.TrainStep.run

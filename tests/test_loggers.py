@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from runs import TINY, rows
+from runs import TINY, in_tensorboard, rows
 from torchrl_iql_recipes.experiment import offline, online, progress
 from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.folder import RunFolder
@@ -59,16 +59,6 @@ def config(maze_id: str, *overrides: str) -> Settings:
 
 def told(backend: str, folder: Path) -> Points:
     return in_tensorboard(folder) if backend == "tensorboard" else in_wandb(folder)
-
-
-def in_tensorboard(folder: Path) -> Points:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: sorted((each.step, each.value) for each in events.Scalars(tag))
-        for tag in events.Tags()["scalars"]
-    }
 
 
 def in_wandb(folder: Path) -> Points:

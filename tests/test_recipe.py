@@ -185,6 +185,7 @@ def test_without_evaluation_no_environment_is_needed(
     assert "Not evaluated" in offline.report(scores, Path("folder"), cfg)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
+        ".lock",
         "config.yaml",
         "scores.json",
         "times.json",

@@ -259,7 +259,7 @@ class Door:
             if (key == "resume" and self.keeps_folder) or key.partition(".")[0] == "hydra":
                 continue
             if key == "name" and self.keeps_folder:
-                _check_name(_values_of(each))
+                _check_name(each)
                 continue
             if key not in known or each.is_delete() or each.is_add():
                 own = ["name", "resume"] if self.keeps_folder else []
@@ -292,7 +292,7 @@ class Door:
 
     def _register(self) -> None:
         """Tell Hydra the settings, each with where its value comes from if nobody gives one."""
-        for resolver in (if_given, folder_of):
+        for resolver in (if_given, folder_of, named):
             OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
         own: dict[str, Any] = {part.group: part.defaults() for part in self.parts if part.group}
         for part in (part for part in self.parts if not part.group):
@@ -487,6 +487,12 @@ def folder_of(task: str, overrides: Sequence[str]) -> str:
     return f"own/{'+'.join(slugs)[:LONGEST]}"
 
 
+def named(overrides: Sequence[str], otherwise: str) -> str:
+    """Name the folder of a run in that of its task."""
+    name = _last(_parsed(list(overrides)), "name")
+    return otherwise if name is None else str(name)
+
+
 def _folder(overrides: Sequence[str]) -> Path | None:
     """Return that of the run to resume, if one is."""
     given = _last(_parsed(overrides), "resume")
@@ -603,12 +609,12 @@ def _by_task(algorithm: str) -> set[str]:
     return found.union(*families.values())
 
 
-def _check_name(values: Iterable[Any]) -> None:
-    for value in values:
-        if value is not None and not re.fullmatch(r"\w[\w.=,+-]*", str(value)):
-            raise SettingsError(
-                f"name={written(value)}: expected the name of a folder, of letters, digits and _.=,+-"
-            )
+def _check_name(override: Override) -> None:
+    given = override.input_line if override.is_sweep_override() else override.value()
+    if given is not None and not re.fullmatch(r"\w[\w.=,+-]*", str(given)):
+        raise SettingsError(
+            f"name={written(given)}: expected the name of a folder, of letters, digits and _.=,+-"
+        )
 
 
 def _check_file(group: str, name: str) -> None:

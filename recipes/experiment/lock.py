@@ -48,7 +48,7 @@ def held(path: Path) -> Iterator[None]:
     if path in _held:
         yield
         return
-    lock = FileLock(path / LOCK)
+    lock, is_new = FileLock(path / LOCK), not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -69,6 +69,9 @@ def held(path: Path) -> Iterator[None]:
         with suppress(OSError):
             if _is_ours(path):
                 (path / HOLDER).unlink()
+            if not is_begun(path):
+                (path / LOCK).unlink()
+                _remove_empty(path, itself=is_new)
         lock.release()
 
 
@@ -148,15 +151,14 @@ def new_folder(path: Path, *, named: bool) -> Iterator[Path]:
             yield folder
         finally:
             if not is_begun(folder):
-                _remove(folder)
+                (folder / "config.yaml").unlink(missing_ok=True)
+    if not is_begun(folder):
+        _remove_empty(folder, itself=True)
 
 
-def _remove(path: Path) -> None:
-    """Remove what a start leaves, and the folders in it that are empty."""
-    for name in ("config.yaml", HOLDER, LOCK):
-        (path / name).unlink(missing_ok=True)
-    for each in sorted((p for p in path.rglob("*") if p.is_dir()), reverse=True):
+def _remove_empty(path: Path, *, itself: bool) -> None:
+    """Remove the folders in a folder that are empty."""
+    found = [each for each in path.rglob("*") if each.is_dir()]
+    for each in [*sorted(found, reverse=True), *([path] if itself else [])]:
         with suppress(OSError):
             each.rmdir()
-    with suppress(OSError):
-        path.rmdir()

@@ -207,7 +207,12 @@ class FineTuning:
 
     def _train_with(self, collector: BaseCollector, stop: Stop, bar: tqdm) -> None:
         evaluation, log_interval = self.settings.evaluation, self.settings.training.log_interval
-        batches = iter(collector)
+        batches, limit = iter(collector), self.dataset.env_spec.max_episode_steps  # pyright: ignore
+        if self._exact and limit is not None and evaluation.eval_interval < limit:
+            tqdm.write(
+                f"eval_interval={evaluation.eval_interval}: environments begin anew there, before the end of "
+                f"their episodes of {limit} steps"
+            )
         self._begin_anew(collector)
         while self.frames < self.settings.online.env_steps and not stop.requested:
             start = self.frames
