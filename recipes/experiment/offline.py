@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from torchrl_iql import OfflineDataset, TrainStep
 from torchrl_iql.data import Minibatches
+from torchrl_iql.training import Watch
 from torchrl_iql_recipes.experiment import build, results
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.folder import StopSignal
@@ -50,7 +51,8 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
         records = Records(path, settings, step, architecture, dataset.name)
         records.resume()
         times = Times(path, step)
-        train(settings, step, minibatches, records, evaluations)
+        watch = Watch(step, minibatches, path)
+        train(settings, step, minibatches, records, evaluations, watch)
         times.write(evaluations)
     records.draw(evaluations)
     unfinished = step.steps < settings.training.steps
@@ -76,10 +78,14 @@ def train(
     minibatches: Minibatches,
     records: Records,
     evaluations: Evaluations | None,
+    watch: Watch,
 ) -> None:
     """Take the gradient steps that are missing, evaluating and saving on the way.
 
     Ctrl-C saves a checkpoint and ends the training; a second one stops at once.
+
+    Raises:
+        NonFiniteError: a step is not finite. Nothing of it is logged, evaluated or saved.
     """
     end, interval = settings.training.steps, settings.evaluation.eval_interval
     log_interval = settings.training.log_interval
@@ -98,9 +104,13 @@ def train(
             metrics = step.run(minibatches, steps)
             bar.update(steps)
             records.evaluated(evaluations)
-            if step.steps % log_interval == 0 or step.steps == end:
+            logs = step.steps % log_interval == 0 or step.steps == end
+            evaluates = step.steps % interval == 0 or step.steps == end
+            if logs or evaluates or stop.requested:
+                watch(metrics)
+            if logs:
                 bar.set_postfix(records.log(metrics))
-            if step.steps % interval == 0 or step.steps == end:
+            if evaluates:
                 records.evaluate(evaluations)
                 records.save()
         records.evaluated(evaluations, wait=True)

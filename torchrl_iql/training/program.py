@@ -81,6 +81,10 @@ class Program(Protocol):
         """Return the moments of one learner, in place."""
         ...
 
+    def changing(self) -> list[Tensor]:
+        """Return all tensors that a step may change, in place: parameters, targets, moments."""
+        ...
+
 
 @dataclass(frozen=True)
 class Step:
@@ -304,6 +308,10 @@ class LossProgram:
 
     def moments(self, learner: int) -> Moments:
         return self._moments
+
+    def changing(self) -> list[Tensor]:
+        moments = (moment for pair in self._moments.values() for moment in pair)
+        return [*self.loss.parameters(), *self.loss.buffers(), *moments]
 
 
 def _cuda(device: torch.device) -> list[torch.device]:

@@ -164,6 +164,10 @@ class StackedProgram:
         )
         return {name: (firsts[name], seconds[name]) for name in firsts}
 
+    def changing(self) -> list[Tensor]:
+        moments = (moment for pair in self._moments for moment in pair)
+        return [*self._online, *self._frozen, *moments]
+
     def moments_of_format_1(self, learner: int, saved: Sequence[Sequence[Tensor]]) -> Moments:
         """Return moments by name, from those of stacks padded to the widest network alone."""
         first, second = zip(*saved, strict=True)

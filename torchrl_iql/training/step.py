@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,12 +20,20 @@ from torchrl_iql.training.optimization import Optimization, Schedule
 from torchrl_iql.training.program import LossProgram, Program
 from torchrl_iql.training.stacked import StackedProgram, refusal
 
-__all__ = ["FORMAT", "TrainStep"]
+__all__ = ["FORMAT", "Mark", "TrainStep"]
 
 FORMAT = 2
 """Of :meth:`TrainStep.state_dict`. Before it had a number, moments were those of padded stacks."""
 
 T = TypeVar("T")
+
+
+class Mark(NamedTuple):
+    """Where a training was: the number of steps, what they have changed, and the random numbers."""
+
+    steps: int
+    tensors: list[Tensor]
+    random: list[list[Tensor]]
 
 
 class TrainStep:
@@ -193,6 +201,11 @@ class TrainStep:
         return self._executor.reason
 
     @property
+    def entries(self) -> tuple[str, ...]:
+        """What is descended of the losses' output."""
+        return self._optimizations[0].entries
+
+    @property
     def device(self) -> torch.device:
         """Where the learners are trained."""
         return next(self.losses[0].parameters()).device
@@ -358,6 +371,25 @@ class TrainStep:
         if "random" in state:
             self._streams[replica].state = [random.cpu() for random in state["random"]]
         self.steps = state["steps"]
+
+    def mark(self) -> Mark:
+        """Copy all that steps change, of all learners, on the device, for :meth:`restore`."""
+        tensors = [tensor.detach().clone() for tensor in self._changing()]
+        return Mark(self.steps, tensors, [list(stream.state) for stream in self._streams])
+
+    def restore(self, mark: Mark) -> None:
+        """Return to a mark of this object."""
+        with torch.no_grad():
+            for tensor, its in zip(self._changing(), mark.tensors, strict=True):
+                tensor.copy_(its)
+        for stream, state in zip(self._streams, mark.random, strict=True):
+            stream.state = list(state)
+        self.steps = mark.steps
+
+    def _changing(self) -> list[Tensor]:
+        for program, _ in self._programs:
+            program.adopt()
+        return [tensor for program, _ in self._programs for tensor in program.changing()]
 
     def _program_of(self, replica: int) -> tuple[Program, slice]:
         return next(each for each in self._programs if each[1].start <= replica < each[1].stop)
