@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_iql_recipes.algorithms import algorithms
-from torchrl_iql_recipes.experiment.schema import Part, SettingsError, allowed, written
+from torchrl_iql_recipes.experiment.schema import Part, RunError, SettingsError, allowed, written
 from torchrl_iql_recipes.experiment.settings import (
     OFFLINE_PHASE,
     PARTS,
@@ -96,7 +96,7 @@ class Door:
             sys.argv[first:first] = implied
             if not options:
                 self.settings(overrides)
-        except SettingsError as error:
+        except (SettingsError, RunError) as error:
             sys.exit(f"{self.name}.py: {error}")
 
         def job(cfg: DictConfig) -> None:
@@ -105,7 +105,7 @@ class Door:
                 own = [each for each in context.overrides.task if each not in implied]
                 settings = self._made(_values(cfg, context.runtime.choices), own)
                 run(settings, Path(context.runtime.output_dir))
-            except SettingsError as error:
+            except (SettingsError, RunError) as error:
                 sys.exit(f"{self.name}.py: {error}")
 
         self._register()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torchrl_iql import OfflineDataset, TrainStep, checkpoint
 from torchrl_iql.data import Minibatches
-from torchrl_iql_recipes.experiment import build, progress, results
+from torchrl_iql_recipes.experiment import build, nonfinite, progress, results
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.folder import StopSignal
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
@@ -46,8 +46,10 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
             streaming=settings.compute.streaming,
         ) as minibatches,
     ):
+        training = settings.training
         step = build.step_for(
-            settings.learners, architecture, learned, settings.compute, settings.training.steps
+            *(settings.learners, architecture, learned, settings.compute),
+            *(training.steps, training.on_nonfinite),
         )
         for last in filter(Path.exists, lasts):
             done = checkpoint.load_metadata(last)["steps"]
@@ -57,7 +59,7 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
         if records.resume() is None and start is not None:
             checkpoint.load_learner(start, step, keep=("settings", "optimizer", "random"))
         times = Times(path, step)
-        with records:
+        with records, nonfinite.told(settings, path, records.save):
             train(settings, step, minibatches, records, evaluations)
         times.write(evaluations)
     records.draw(evaluations)
@@ -88,6 +90,9 @@ def train(
     """Take the gradient steps that are missing, evaluating and saving on the way.
 
     Ctrl-C saves a checkpoint and ends the training; a second one stops at once.
+
+    Raises:
+        NonFiniteError: a step is not finite. Nothing of it is logged, evaluated or saved.
     """
     end, interval = settings.training.steps, settings.evaluation.eval_interval
     log_interval = settings.training.log_interval
@@ -104,6 +109,7 @@ def train(
             events = (STEPS_PER_CALL, log_interval, interval)
             steps = min(end - done, *(each - done % each for each in events))
             metrics = step.run(minibatches, steps)
+            step.check_finite()
             bar.update(steps)
             records.evaluated(evaluations)
             if step.steps % log_interval == 0 or step.steps == end:

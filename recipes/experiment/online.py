@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from torchrl_iql import OfflineDataset, checkpoint
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
-from torchrl_iql_recipes.experiment import build, offline, progress, results
+from torchrl_iql_recipes.experiment import build, nonfinite, offline, progress, results
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.folder import StopSignal
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
@@ -61,7 +61,7 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
         build.claim(path, settings)
         its = FineTuning(settings, dataset, architecture, evaluations, path, start)
         times = Times(path, its.step)
-        with its.records:
+        with its.records, nonfinite.told(settings, path, its._save):
             its.train()
         times.write(evaluations)
         its.draw()
@@ -150,7 +150,10 @@ class FineTuning:
             )
             for each in settings.learners
         ]
-        self.step = build.step_for(learners, architecture, dataset, settings.compute, 0)
+        on_nonfinite = settings.training.on_nonfinite
+        self.step = build.step_for(
+            learners, architecture, dataset, settings.compute, 0, on_nonfinite
+        )
         self.records = Records(path, settings, self.step, architecture, dataset.name)
         (self.folder,) = self.records.folders
         self.policy = architecture.policy_network().eval()  # acts, on the CPU
@@ -177,6 +180,7 @@ class FineTuning:
 
         Raises:
             RuntimeError: a worker died or the environment failed; a checkpoint is saved before.
+            NonFiniteError: a gradient step is not finite. Nothing of it is logged, acts or is saved.
         """
         env_steps = self.settings.online.env_steps
         with (
@@ -264,11 +268,12 @@ class FineTuning:
 
     def _update(self) -> TensorDictBase | None:
         """Take the gradient steps that are due; return the metrics of the last one."""
-        metrics = None
         due = self.switch + int(self.frames * self.settings.online.updates_per_frame)
+        if self.step.steps >= due:
+            return None
         while self.step.steps < due:
-            metrics = self.step(self.experience.sample())
-        return metrics
+            self.step(self.experience.sample())
+        return self.step.check_finite()
 
     def _collected(self) -> dict[str, float]:
         """Return what is logged of the frames since the last time."""

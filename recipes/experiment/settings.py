@@ -128,6 +128,10 @@ class Training(Part):
     log_interval: Annotated[Count, LATER] = Field(
         500, description="steps between lines of metrics.csv"
     )
+    on_nonfinite: Annotated[Literal["stop", "skip"], LATER] = Field(
+        "stop",
+        description="at a step that leaves something NaN or infinite: the run ends, or goes on without it",
+    )
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> Training:
