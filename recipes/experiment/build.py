@@ -241,7 +241,7 @@ def step_for(
     dataset: OfflineDataset,
     compute: Compute,
     steps: int,
-    on_nonfinite: OnNonfinite,
+    on_nonfinite: OnNonfinite = "stop",
 ) -> TrainStep:
     """Build what trains the learners.
 

@@ -200,8 +200,8 @@ def _error(
         shown = f", rows {first}{', ...' if rows.numel() > 8 else ''} of the data,"
     return NonFiniteError(
         f"step {number} of learner {learner}: {', '.join(found)}. Its batch{shown} has magnitudes up to: "
-        f"{largest}. If one of these is large, scale it (rewards by the reward rule 'unit_rms', "
-        "observations by normalisation); else lower learning_rate or set max_grad_norm; "
+        f"{largest}. If one of these is NaN or large, mend or scale it (rewards by the reward rule "
+        "'unit_rms', observations by normalisation); else lower learning_rate or set max_grad_norm; "
         "on_nonfinite='skip' leaves such steps out",
         number,
         learner,
