@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import torchrl.objectives as torchrl_objectives
 from tensordict import TensorDict
-from tensordict.nn import (
-    TensorDictModule,
-)
-from tensordict.utils import unravel_key_list
+from tensordict.nn import TensorDictModule
+from tensordict.utils import NestedKey, unravel_key, unravel_key_list
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torchrl.data import (
-    OneHot,
-)
+from torchrl.data import OneHot
+from torchrl.modules import ProbabilisticActor
 
 from torchrl_iql import DiscreteIQLLoss, IQLLoss, models
 
@@ -46,26 +47,88 @@ def own_critics(critics: list[TensorDictModule]) -> list[TensorDictModule]:
     return [TensorDictModule(OwnCritic(q.module), q.in_keys, q.out_keys) for q in critics]
 
 
-def networks(kind: str = "continuous", num: int = 2, dropout: float = 0.0) -> dict:
+class Sizes(NamedTuple):
+    """Of observations, of actions, of the number of discrete actions, and of hidden layers."""
+
+    observation: int = OBS
+    action: int = ACT
+    choices: int = CHOICES
+    hidden: tuple[int, ...] = HIDDEN
+
+
+SIZES = Sizes()
+
+
+def networks(
+    kind: str = "continuous", num: int = 2, dropout: float = 0.0, sizes: Sizes = SIZES
+) -> dict:
     """Make the arguments of a loss: a policy, a list of ``num`` Q networks and V.
 
     Those of the kind one-hot are critics of one's own.
     """
+    observation, action, choices, hidden = sizes
     if kind == "continuous":
-        policy = models.gaussian_policy(OBS, ACT, hidden_sizes=HIDDEN, dropout=dropout)
-        q = models.qvalue_ensemble(OBS, ACT, num=num, hidden_sizes=HIDDEN)
+        policy = models.gaussian_policy(observation, action, hidden_sizes=hidden, dropout=dropout)
+        q = models.qvalue_ensemble(observation, action, num=num, hidden_sizes=hidden)
     else:
-        actions = OneHot(CHOICES) if kind == "one-hot" else CHOICES
-        policy = models.categorical_policy(OBS, actions, hidden_sizes=HIDDEN, dropout=dropout)
-        q = [models.discrete_qvalue_network(OBS, actions, hidden_sizes=HIDDEN) for _ in range(num)]
+        actions = OneHot(choices) if kind == "one-hot" else choices
+        make = partial(models.categorical_policy, hidden_sizes=hidden, dropout=dropout)
+        policy = make(observation, actions)
+        make = partial(models.discrete_qvalue_network, hidden_sizes=hidden)
+        q = [make(observation, actions) for _ in range(num)]
     if kind == "one-hot":
         q = own_critics(q)
     return {
         "actor_network": policy,
         "qvalue_network": q,
-        "value_network": models.value_network(OBS, hidden_sizes=HIDDEN),
+        "value_network": models.value_network(observation, hidden_sizes=hidden),
         "num_qvalue_nets": num,
     }
+
+
+def renamed(
+    kind: str, nets: dict, td: TensorDict, keys: Mapping[str, NestedKey]
+) -> tuple[dict, TensorDict]:
+    """Return the same networks, and the same batch, with some of their entries under other keys.
+
+    Args:
+        kind: of the actions.
+        nets: of :func:`networks`.
+        td: a batch.
+        keys: the new keys by the names of ``set_keys``, or of ``"observation"``.
+    """
+    new = {key: key for key in ("observation", "action", "state_action_value")} | dict(keys)
+    policy = nets["actor_network"]
+    inputs = [new["observation"]]
+    networks = {
+        **nets,
+        "actor_network": ProbabilisticActor(
+            TensorDictModule(policy[0].module, in_keys=inputs, out_keys=policy[0].out_keys),
+            in_keys=policy[1].in_keys,
+            out_keys=[new["action"]],
+            distribution_class=policy[1].distribution_class,
+        ),
+        "qvalue_network": [
+            TensorDictModule(
+                network.module,
+                in_keys=inputs + [new["action"]] * (kind == "continuous"),
+                out_keys=[new["state_action_value"]],
+            )
+            for network in nets["qvalue_network"]
+        ],
+        "value_network": TensorDictModule(
+            nets["value_network"].module,
+            in_keys=inputs,
+            out_keys=[keys.get("value", "state_value")],
+        ),
+    }
+    td = td.copy()
+    for name, key in keys.items():
+        if name in ("observation", "action", "priority_weight") and name in td.keys():
+            td.rename_key_(name, key)
+        if name in ("observation", "reward", "done", "terminated"):
+            td.rename_key_(("next", name), unravel_key(("next", key)))
+    return networks, td
 
 
 def iql_loss(kind: str = "continuous", nets: dict | None = None, **kwargs) -> IQLLoss:
@@ -88,20 +151,22 @@ def torchrl_loss(kind: str, nets: dict, **kwargs) -> torchrl_objectives.IQLLoss:
     return torchrl_objectives.DiscreteIQLLoss(**nets, action_space=kind, **kwargs)
 
 
-def transitions(kind: str = "continuous", batch: tuple[int, ...] = (BATCH,)) -> TensorDict:
+def transitions(
+    kind: str = "continuous", batch: tuple[int, ...] = (BATCH,), sizes: Sizes = SIZES
+) -> TensorDict:
     if kind == "continuous":
-        action = 1.6 * torch.rand(*batch, ACT) - 0.8
+        action = 1.6 * torch.rand(*batch, sizes.action) - 0.8
     else:
-        action = torch.randint(CHOICES, batch)
+        action = torch.randint(sizes.choices, batch)
         if kind == "one-hot":
-            action = F.one_hot(action, CHOICES)
+            action = F.one_hot(action, sizes.choices)
     terminated = torch.rand(*batch, 1) < 0.3
     return TensorDict(
         {
-            "observation": torch.randn(*batch, OBS),
+            "observation": torch.randn(*batch, sizes.observation),
             "action": action,
             "next": {
-                "observation": torch.randn(*batch, OBS),
+                "observation": torch.randn(*batch, sizes.observation),
                 "reward": torch.randn(*batch, 1),
                 "done": terminated | (torch.rand(*batch, 1) < 0.2),
                 "terminated": terminated,
@@ -161,7 +226,7 @@ def by_hand(
         "advantage": advantage,
         "value": v,
         "qvalue": q.mean(0),
-        "clip_fraction": (weight >= CLIP).float(),
+        "clip_fraction": (weight >= CLIP).to(weight.dtype),
         "td_error": (q - target).square().max(0).values,
     }
 

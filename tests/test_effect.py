@@ -103,6 +103,7 @@ ELSEWHERE = {
     "columns": "test_recipe.py::test_what_is_observed_and_kept_is_as_asked",
     "checkpoint": "here: a way in",
     "log_interval": "test_what_is_watched_is_as_asked",
+    "on_nonfinite": "test_nonfinite.py::test_an_offline_run_ends_with_one_line_and_goes_on_without_the_step",
     "eval_interval": "test_what_is_watched_is_as_asked",
     "eval_episodes": "test_what_is_watched_is_as_asked",
     "eval_workers": "test_what_is_watched_is_as_asked",

@@ -41,6 +41,7 @@ from iql_losses import (
     mean_by_hand,
     networks,
     perturb,
+    renamed,
     torchrl_loss,
     transitions,
 )
@@ -391,41 +392,8 @@ def test_set_keys(kind, names, estimator):
     priority = td.pop("td_error")
 
     keys = {name: RENAMED[name] for name in names}
-    action, q, v = (
-        keys.get(name, default)
-        for name, default in (
-            ("action", "action"),
-            ("state_action_value", "state_action_value"),
-            ("value", "state_value"),
-        )
-    )
-    policy, (first, second) = nets["actor_network"], nets["qvalue_network"]
-    renamed = {
-        "actor_network": ProbabilisticActor(
-            policy[0],
-            in_keys=policy[1].in_keys,
-            out_keys=[action],
-            distribution_class=policy[1].distribution_class,
-        ),
-        "qvalue_network": [
-            TensorDictModule(
-                network.module,
-                in_keys=["observation", *([action] if kind == "continuous" else [])],
-                out_keys=[q],
-            )
-            for network in (first, second)
-        ],
-        "value_network": TensorDictModule(
-            nets["value_network"].module, in_keys=["observation"], out_keys=[v]
-        ),
-    }
-    for name, key in keys.items():
-        if name in ("action", "priority_weight"):
-            td.rename_key_(name, key)
-        elif name in ("reward", "done", "terminated"):
-            td.rename_key_(("next", name), ("next", *key))
-
-    loss = iql_loss(kind, renamed).make_value_estimator(estimator)
+    nets, td = renamed(kind, nets, td, keys)
+    loss = iql_loss(kind, nets).make_value_estimator(estimator)
     assert "observation" in loss.in_keys  # read before: they must follow
     loss.set_keys(**keys)
     assert_entries(loss(td), expected)

@@ -20,6 +20,7 @@ from torchrl_iql import Evaluator, OfflineDataset, TrainStep, load_dataset
 from torchrl_iql.environments import antmaze_id, spec_of
 from torchrl_iql.models import Architecture
 from torchrl_iql.spaces import share_outside
+from torchrl_iql.training import OnNonfinite
 from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.networks import Networks, sizes
@@ -241,6 +242,7 @@ def step_for(
     dataset: OfflineDataset,
     compute: Compute,
     steps: int,
+    on_nonfinite: OnNonfinite = "stop",
 ) -> TrainStep:
     """Build what trains the learners.
 
@@ -250,6 +252,7 @@ def step_for(
         dataset: whose statistics normalise observations, if the architecture says so.
         compute: where and how.
         steps: of the run, for schedules.
+        on_nonfinite: what to do at a step that is not finite.
     """
     normalize = architecture.normalize_observation and len(dataset.transitions) > 0
     statistics = dataset.observation_statistics() if normalize else None
@@ -270,4 +273,5 @@ def step_for(
         **{**each[0], "learning_rate": [its["learning_rate"] for its in each]},
         seeds=[learner.seed for learner in learners],
         execution=compute.execution,
+        on_nonfinite=on_nonfinite,
     )

@@ -28,7 +28,7 @@ from yaml import YAMLError
 
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment.lock import is_begun, new_folder
-from torchrl_iql_recipes.experiment.schema import Part, SettingsError, allowed, written
+from torchrl_iql_recipes.experiment.schema import Part, RunError, SettingsError, allowed, written
 from torchrl_iql_recipes.experiment.settings import (
     OFFLINE_PHASE,
     PARTS,
@@ -109,7 +109,7 @@ class Door:
             sys.argv[first:first] = implied
             if not options:
                 self.settings(overrides)
-        except SettingsError as error:
+        except (SettingsError, RunError) as error:
             sys.exit(f"{self.name}.py: {error}")
 
         def job(cfg: DictConfig) -> None:
@@ -122,7 +122,7 @@ class Door:
                 named = cfg.get("name") is not None or _last(given, "hydra.run.dir") is not None
                 with self._folder(path, settings, named=named) as folder, exit_code():
                     run(settings, folder)
-            except SettingsError as error:
+            except (SettingsError, RunError) as error:
                 sys.exit(f"{self.name}.py: {error}")
 
         self._register()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torchrl_iql import OfflineDataset, TrainStep, checkpoint
 from torchrl_iql.data import Minibatches
-from torchrl_iql_recipes.experiment import build, progress, results
+from torchrl_iql_recipes.experiment import build, nonfinite, progress, results
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
 from torchrl_iql_recipes.experiment.records import Records
@@ -58,8 +58,10 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
             streaming=settings.compute.streaming,
         ) as minibatches,
     ):
+        training = settings.training
         step = build.step_for(
-            settings.learners, architecture, learned, settings.compute, settings.training.steps
+            *(settings.learners, architecture, learned, settings.compute),
+            *(training.steps, training.on_nonfinite),
         )
         for last in filter(Path.exists, lasts):
             done = checkpoint.load_metadata(last)["steps"]
@@ -72,6 +74,7 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
             records,
             stop.patient(),
             records.saved_on_failure(records.save, settings.command_to_resume(path)),
+            nonfinite.told(settings, path, records.save),
         ):
             train(settings, step, minibatches, records, stop)
     records.draw()
@@ -94,7 +97,11 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
 def train(
     settings: Settings, step: TrainStep, minibatches: Minibatches, records: Records, stop: Stop
 ) -> None:
-    """Take the gradient steps that are missing, evaluating and saving on the way."""
+    """Take the gradient steps that are missing, evaluating and saving on the way.
+
+    Raises:
+        NonFiniteError: a step is not finite. Nothing of it is logged, evaluated or saved.
+    """
     end, interval = settings.training.steps, settings.evaluation.eval_interval
     log_interval, chunk = settings.training.log_interval, STEPS_PER_CALL
     with progress.bar(settings.algorithm.title, step.steps, end) as bar:
@@ -106,6 +113,7 @@ def train(
             )
             with records.changing():
                 metrics = step.run(minibatches, steps)
+                step.check_finite()
             chunk = _chunk((time.monotonic() - began) / steps)
             bar.update(steps)
             records.evaluated()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from torchrl_iql import OfflineDataset, checkpoint
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
-from torchrl_iql_recipes.experiment import build, offline, progress, results
+from torchrl_iql_recipes.experiment import build, nonfinite, offline, progress, results
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
@@ -156,7 +156,10 @@ class FineTuning:
             )
             for each in settings.learners
         ]
-        self.step = build.step_for(learners, architecture, dataset, settings.compute, 0)
+        on_nonfinite = settings.training.on_nonfinite
+        self.step = build.step_for(
+            learners, architecture, dataset, settings.compute, 0, on_nonfinite
+        )
         self.records = Records(path, settings, self.step, architecture, dataset.name, evaluations)
         (self.folder,) = self.records.folders
         self.policy = architecture.policy_network().eval()  # acts, on the CPU
@@ -181,12 +184,16 @@ class FineTuning:
         """Collect and learn in turns until all is done, evaluating and saving on the way.
 
         Raises:
-            RuntimeError: something failed; all that was collected is saved before.
+            RuntimeError: something failed, or a step is not finite; what is whole is saved before.
         """
-        failing = self.records.saved_on_failure(
-            self.save, self.settings.command_to_resume(self.folder.path)
-        )
-        with stoppable() as stop, stop.patient(), self.records, failing:
+        path = self.folder.path
+        with (
+            stoppable() as stop,
+            stop.patient(),
+            self.records,
+            self.records.saved_on_failure(self.save, self.settings.command_to_resume(path)),
+            nonfinite.told(self.settings, path, self.save),
+        ):
             self._train(stop)
             if stop.requested:
                 self.save()
@@ -294,11 +301,12 @@ class FineTuning:
 
     def _update(self) -> TensorDictBase | None:
         """Take the gradient steps that are due; return the metrics of the last one."""
-        metrics = None
         due = self.switch + int(self.frames * self.settings.online.updates_per_frame)
+        if self.step.steps >= due:
+            return None
         while self.step.steps < due:
-            metrics = self.step(self.experience.sample())
-        return metrics
+            self.step(self.experience.sample())
+        return self.step.check_finite()
 
     def _collected(self) -> dict[str, float]:
         """Return what is logged of the frames since the last time."""

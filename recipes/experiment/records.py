@@ -25,6 +25,7 @@ from torchrl_iql_recipes.experiment import plots, progress
 from torchrl_iql_recipes.experiment.evaluations import Evaluations, Round
 from torchrl_iql_recipes.experiment.folder import RunFolder, newest_common_step
 from torchrl_iql_recipes.experiment.loggers import logger_for
+from torchrl_iql_recipes.experiment.schema import RunError
 from torchrl_iql_recipes.experiment.settings import OFFLINE_PHASE, Settings, check_continued
 from torchrl_iql_recipes.experiment.stopping import Stop
 from torchrl_iql_recipes.files import whole
@@ -247,6 +248,8 @@ class Records:
         """
         try:
             yield
+        except RunError:  # which says so itself
+            raise
         except Exception as error:
             lost = ""
             try:

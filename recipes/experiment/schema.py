@@ -37,6 +37,7 @@ __all__ = [
     "Part",
     "Positive",
     "Rate",
+    "RunError",
     "SettingsError",
     "Text",
     "allowed",
@@ -47,6 +48,10 @@ __all__ = [
 
 class SettingsError(ValueError):
     """A setting that is refused, in one line."""
+
+
+class RunError(RuntimeError):
+    """A run that had to end, told in one line."""
 
 
 def _number(value: Any) -> Any:

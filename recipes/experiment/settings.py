@@ -140,6 +140,10 @@ class Training(Part):
         10.0,
         description="minutes between checkpoints, of which there is one before each evaluation too",
     )
+    on_nonfinite: Annotated[Literal["stop", "skip"], LATER] = Field(
+        "stop",
+        description="at a step that leaves something NaN or infinite: the run ends, or goes on without it",
+    )
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> Training:

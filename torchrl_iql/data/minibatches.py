@@ -111,6 +111,11 @@ class Minibatches:
             self._block = block
         return self._source, self._indices
 
+    def rows(self, step: int) -> Tensor:
+        """Return which transitions the minibatches of a step are, ``[R, B]`` int64, on the CPU."""
+        block, place = divmod(step, BLOCK)
+        return self._draw(block)[place]
+
     def close(self) -> None:
         """End the thread that streams: afterwards no other block can be had."""
         if self._stream is not None:

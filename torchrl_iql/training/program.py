@@ -81,6 +81,18 @@ class Program(Protocol):
         """Return the moments of one learner, in place."""
         ...
 
+    def changing(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what a step may change, in place; of several learners ``[R, ...]``.
+
+        Returns:
+            what is learned, parameters and their moments; and the rest, targets and buffers.
+        """
+        ...
+
+    def clear_padding(self, learner: int) -> None:
+        """Set to 0 what lies around the tensors of a learner: a step that is not finite leaves NaN there."""
+        ...
+
 
 @dataclass(frozen=True)
 class Step:
@@ -179,6 +191,7 @@ class LossProgram:
             network: {n: p for n, p in parameters.items() if network_of(n) == network}
             for network in self.optimization.networks
         }
+        self._buffers = list(self.loss.buffers())
         self._device = next(iter(parameters.values())).device
         self._targets = [self._pairs(network) for network in self.optimization.target_rate]
 
@@ -304,6 +317,14 @@ class LossProgram:
 
     def moments(self, learner: int) -> Moments:
         return self._moments
+
+    def changing(self) -> tuple[list[Tensor], list[Tensor]]:
+        parameters = (p for its in self._parameters.values() for p in its.values())
+        moments = (moment for pair in self._moments.values() for moment in pair)
+        return [*parameters, *moments], self._buffers
+
+    def clear_padding(self, learner: int) -> None:
+        """Do nothing: there is none."""
 
 
 def _cuda(device: torch.device) -> list[torch.device]:

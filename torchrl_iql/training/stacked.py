@@ -166,6 +166,20 @@ class StackedProgram:
         )
         return {name: (firsts[name], seconds[name]) for name in firsts}
 
+    def changing(self) -> tuple[list[Tensor], list[Tensor]]:
+        moments = (moment for pair in self._moments for moment in pair)
+        return [*self._online, *moments], list(self._frozen)
+
+    def clear_padding(self, learner: int) -> None:
+        views = [view for view in self._views[learner].values() if view is not None]
+        views += [moment for pair in self.moments(learner).values() for moment in pair]
+        values = [view.clone() for view in views]
+        learned, following = self.changing()
+        for stack in (*learned, *following):
+            stack[learner].zero_()
+        for view, its in zip(views, values, strict=True):
+            view.copy_(its)
+
     def moments_of_format_1(self, learner: int, saved: Sequence[Sequence[Tensor]]) -> Moments:
         """Return moments by name, from those of stacks padded to the widest network alone."""
         first, second = zip(*saved, strict=True)

@@ -18,6 +18,7 @@ from torchrl_iql.data.minibatches import BLOCK, Minibatches
 from torchrl_iql.training import native
 from torchrl_iql.training.coefficients import coefficients, learned, plain, set_coefficients
 from torchrl_iql.training.execution import Execution, Executor, RandomStream
+from torchrl_iql.training.nonfinite import Mark, OnNonfinite, Watch
 from torchrl_iql.training.optimization import Optimization, Schedule, network_of
 from torchrl_iql.training.program import LossProgram, Moments, Program
 from torchrl_iql.training.stacked import StackedProgram, refusal
@@ -42,7 +43,8 @@ class TrainStep:
     The descended entries of the output are summed and descended in one Adam step, all from the same
     parameters; then the targets follow, :math:`\hat\theta \leftarrow (1 - \alpha) \hat\theta + \alpha
     \theta`. It is what the plain loop does (the loss, a buffer, Adam, SoftUpdate), number for number.
-    Nothing waits for the device: what is returned stays there until somebody reads it.
+    What is returned stays on the device until somebody reads it, and nothing waits for the device, but for
+    ``on_nonfinite`` once in 100 steps.
 
     :class:`~torchrl_iql.IQLLoss` and :class:`~torchrl_iql.DiscreteIQLLoss` on networks of
     :mod:`torchrl_iql.models` are stacked: all networks go through each layer as one product. Every other
@@ -78,14 +80,22 @@ class TrainStep:
         execution: ``"eager"``; ``"compiled"`` by :func:`torch.compile`, which takes up to a minute at
             the first step; ``"cudagraph"``, compiled and replayed by the GPU without the CPU; or
             ``"auto"``, the fastest of these that the machine and the loss allow.
+        on_nonfinite: what to do at a step that leaves a loss, a parameter or a moment of Adam that is NaN
+            or infinite. It is looked for after 100 steps, when :meth:`check_finite` is called, and before a
+            state is saved; batches are kept until then. ``"stop"`` returns to before that step, and
+            raises. ``"skip"`` leaves the learner as it was before it, but for the count of its steps and
+            its random numbers, and looks after every :meth:`run`, and step that writes priorities, too;
+            the output has the number of skipped steps under ``"skipped"``.
 
     Attributes:
         losses: the losses.
         path: ``"stacked"`` or ``"general"``, and why.
         steps: the number of gradient steps taken.
+        skipped: how many of them were not, of each loss.
 
     Raises:
         TypeError, ValueError: an argument is out of range, or names what the loss does not have.
+        NonFiniteError: by all methods that take steps or save them, see ``on_nonfinite``.
 
     Example:
         >>> import torch
@@ -114,6 +124,7 @@ class TrainStep:
         target_every: int = 1,
         seeds: int | Sequence[int] = 0,
         execution: Execution = "eager",
+        on_nonfinite: OnNonfinite = "stop",
     ) -> None:
         self.losses = [losses] if isinstance(losses, nn.Module) else list(losses)
         if not self.losses:
@@ -128,6 +139,10 @@ class TrainStep:
             raise ValueError("losses must be different objects: one of them is there twice")
         for loss in self.losses:  # TorchRL warns of targets that nobody updates
             loss._has_update_associated = dict.fromkeys(loss._has_update_associated, True)
+        if on_nonfinite not in get_args(OnNonfinite):
+            raise ValueError(
+                f"on_nonfinite must be one of {get_args(OnNonfinite)}, got {on_nonfinite!r}"
+            )
         learners = len(self.losses)
         rates = _per_learner("learning_rate", learning_rate, learners)
         self._optimizations = [
@@ -145,6 +160,9 @@ class TrainStep:
             for loss, rate in zip(self.losses, rates, strict=True)
         ]
         self.steps = 0
+        self.on_nonfinite: OnNonfinite = on_nonfinite
+        self.skipped = [0] * learners
+        self._watch = Watch(self)
         self._tables: dict[tuple[int, int], Tensor] = {}
         self._executor = Executor(execution, self.device)
         self._programs, self.path = self._programs_for()
@@ -186,6 +204,7 @@ class TrainStep:
     def _adopt(self) -> None:
         """Find out what became of the losses and their settings since the last step."""
         if self._made_with != self._settings():
+            self._watch.look()
             moments = [self._moments(r) for r in range(len(self.losses))]
             self._programs, self.path = self._programs_for()
             self._made_with, self._tables = self._settings(), {}
@@ -224,6 +243,11 @@ class TrainStep:
         return self._executor.reason
 
     @property
+    def entries(self) -> tuple[str, ...]:
+        """What is descended of the losses' output."""
+        return self._optimizations[0].entries
+
+    @property
     def device(self) -> torch.device:
         """Where the learners are trained."""
         return next(self.losses[0].parameters()).device
@@ -254,16 +278,13 @@ class TrainStep:
             shape = tuple(batch.shape)
             raise ValueError(f"the batch has shape {shape}, expected [{learners}, B]")
         self._adopt()
-        batches = batch.unsqueeze(0) if learners == 1 else batch
-        sources = [
-            batches[rows].flatten(0, 1) if rows.stop - rows.start > 1 else batches[rows.start]
-            for _, rows in self._programs
-        ]
-        results = self._advance(sources, None)
-        priorities = [its.pop("priority") for its in results if "priority" in its.keys()]
+        results = self._watch.take(batch, 1)
+        priorities = [its["priority"] for its in results if "priority" in its.keys()]
         if priorities and not batch.is_locked:
-            key = self.losses[0].tensor_keys.priority  # pyright: ignore
-            batch.set(key, torch.cat(priorities).view(batch.shape))
+            key, its = self.losses[0].tensor_keys.priority, torch.cat(priorities)  # pyright: ignore
+            if self.on_nonfinite == "skip":
+                its = its.nan_to_num(0.0, 0.0, 0.0)
+            batch.set(key, its.view(batch.shape))
         return self._joined(results)
 
     def run(self, minibatches: Minibatches, steps: int) -> TensorDictBase:
@@ -286,11 +307,36 @@ class TrainStep:
         self._adopt()
         end, results = self.steps + steps, []
         while self.steps < end:
-            block, done = divmod(self.steps, BLOCK)
-            source, indices = minibatches(block)
-            remaining = indices[done : done + end - self.steps]
-            results = self._advance([source] * len(self._programs), remaining)
+            remaining = min(end - self.steps, BLOCK - self.steps % BLOCK)
+            results = self._watch.take(minibatches, remaining)
         return self._joined(results)
+
+    def check_finite(self) -> TensorDictBase | None:
+        """Look whether the steps so far have left everything finite. This waits for the device, once.
+
+        Returns:
+            the scalars of the last step; None if there was none.
+
+        Raises:
+            NonFiniteError: a step has not; the learners are as they were before it. With
+                ``on_nonfinite="skip"`` they are as if it had been left out, and nothing is raised.
+        """
+        results = self._watch.look()
+        return None if results is None else self._joined(results)
+
+    def _take(self, source: Minibatches | TensorDictBase, steps: int) -> list[TensorDictBase]:
+        """Take steps, up to the end of a block of minibatches, or one on a batch."""
+        if isinstance(source, Minibatches):
+            block, done = divmod(self.steps, BLOCK)
+            transitions, indices = source(block)
+            remaining = indices[done : done + steps]
+            return self._advance([transitions] * len(self._programs), remaining)
+        batches = source.unsqueeze(0) if len(self.losses) == 1 else source
+        sources = [
+            batches[rows].flatten(0, 1) if rows.stop - rows.start > 1 else batches[rows.start]
+            for _, rows in self._programs
+        ]
+        return self._advance(sources, None)
 
     def _advance(
         self, sources: Sequence[TensorDictBase], indices: Tensor | None
@@ -321,11 +367,11 @@ class TrainStep:
         return self._tables[block, rows.start][done : done + steps]
 
     def _joined(self, results: list[TensorDictBase]) -> TensorDictBase:
-        """Return the results of all programs, ``[R]``, or scalars of a single learner."""
-        learners = len(self.losses)
-        joined = {
-            key: torch.cat([its[key].reshape(-1) for its in results]) for key in results[0].keys()
-        }
+        """Return the scalars of all programs, ``[R]``, or those of a single learner."""
+        learners, keys = len(self.losses), [k for k in results[0].keys() if k != "priority"]
+        joined = {key: torch.cat([its[key].reshape(-1) for its in results]) for key in keys}
+        if self.on_nonfinite == "skip":
+            joined["skipped"] = torch.tensor(self.skipped)
         if learners == 1:
             return TensorDict({key: value.squeeze(0) for key, value in joined.items()})
         return TensorDict(joined, batch_size=[learners])
@@ -347,7 +393,11 @@ class TrainStep:
         learning rates and the other numbers of the optimisation, moments, random numbers and counter. A
         schedule is a function, and not saved. It is the same however the learner is trained: alone or
         among others, stacked or not.
+
+        Raises:
+            NonFiniteError: as :meth:`check_finite`; nothing of such a step is saved.
         """
+        self.check_finite()
         loss = self.losses[replica]
         optimization = asdict(replace(self._optimizations[replica], schedule={}))
         del optimization["schedule"]
@@ -361,6 +411,7 @@ class TrainStep:
             },
             "random": [state.clone() for state in self._streams[replica].state],
             "steps": self.steps,
+            "skipped": self.skipped[replica],
         }
 
     def load_state_dict(
@@ -409,9 +460,13 @@ class TrainStep:
             self._optimizations[replica] = optimization
         loss.load_state_dict({**loss.state_dict(), **its})
         self._adopt()
+        self._watch.forget()
+        program, rows = self._program_of(replica)
+        program.clear_padding(replica - rows.start)
         if "optimizer" not in keep:
             self._load_moments(state, replica)
             self.steps = state["steps"]
+            self.skipped[replica] = state.get("skipped", 0)
         if "random" not in keep and "random" in state:
             self._streams[replica].state = [random.cpu() for random in state["random"]]
 
@@ -425,8 +480,38 @@ class TrainStep:
             for moment, its in zip(pair, saved[key], strict=True):
                 moment.copy_(its)
 
+    def _mark(self) -> Mark:
+        """Copy all that steps change, of all learners, on the device."""
+        tensors = [[tensor.detach().clone() for tensor in _all(p)] for p, _ in self._programs]
+        return Mark(self.steps, tensors, [list(stream.state) for stream in self._streams])
+
+    def _restore(self, mark: Mark) -> None:
+        """Return to a mark of this object."""
+        for replica, (stream, state) in enumerate(zip(self._streams, mark.random, strict=True)):
+            self._return(mark, replica)
+            stream.state = list(state)
+        self.steps = mark.steps
+
+    @torch.no_grad()
+    def _return(self, mark: Mark, replica: int) -> None:
+        """Give a learner what it had at a mark; its steps and random numbers go on."""
+        for (program, rows), tensors in zip(self._programs, mark.tensors, strict=True):
+            if rows.start <= replica < rows.stop:
+                for tensor, its in zip(_all(program), tensors, strict=True):
+                    if len(program.losses) > 1:
+                        tensor, its = tensor[replica - rows.start], its[replica - rows.start]
+                    tensor.copy_(its)
+
+    def _learned(self) -> list[Tensor]:
+        return [tensor for program, _ in self._programs for tensor in program.changing()[0]]
+
     def _program_of(self, replica: int) -> tuple[Program, slice]:
         return next(each for each in self._programs if each[1].start <= replica < each[1].stop)
+
+
+def _all(program: Program) -> list[Tensor]:
+    learned, following = program.changing()
+    return [*learned, *following]
 
 
 def _per_learner(name: str, given: T | Sequence[T], learners: int) -> list[T]:
