@@ -341,7 +341,7 @@ def test_bytes_stay_until_a_network_reads_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("execution", ["eager", "compiled"])
+@pytest.mark.parametrize("execution", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_training_on_bytes_is_training_on_their_numbers(normalize: bool, execution: Any) -> None:
     dataset = images()
     numbers = dataset.transitions.clone()

@@ -104,6 +104,8 @@ ELSEWHERE = {
     "checkpoint": "here: a way in",
     "log_interval": "test_what_is_watched_is_as_asked",
     "on_nonfinite": "test_nonfinite.py::test_an_offline_run_ends_with_one_line_and_goes_on_without_the_step",
+    "checkpoint_interval": "test_life.py::test_checkpoints_are_apart_from_evaluations",
+    "on_eval_failure": "test_life.py::test_an_evaluation_that_failed_can_end_the_run",
     "eval_interval": "test_what_is_watched_is_as_asked",
     "eval_episodes": "test_what_is_watched_is_as_asked",
     "eval_workers": "test_what_is_watched_is_as_asked",
@@ -280,6 +282,10 @@ class Plain:
             backend="direct",
             frames_per_batch=values["collector.frames_per_batch"],
         ) as collector:
+            (seed,) = np.random.SeedSequence([values["seeds"], 0]).generate_state(1)
+            torch.manual_seed(int(seed))
+            collector.set_seed(int(seed))
+            collector.reset()
             for batch in collector:
                 experience.extend(transitions(batch, dataset.transitions))
                 while updates < int(len(experience) * values["updates_per_frame"]):
@@ -719,7 +725,7 @@ def test_how_it_is_computed_is_as_asked(
         }.items():
             torch.set_num_threads(1)
             torch.set_float32_matmul_precision("highest")
-            with pytest.raises(Seen):
+            with pytest.raises(RuntimeError, match="Seen"):
                 offline.run(settings, finished["iql"] if name == "resumed" else tmp_path / name)
             assert torch.get_num_threads() == 2
             assert torch.get_float32_matmul_precision() == "medium"

@@ -423,6 +423,7 @@ class Endless(Countdown):
         super().__init__(Box(-1.0, 1.0, (2,)), {}, truncates=False)
 
     def step(self, action: Any):
+        self.left += 1
         observation, *_ = super().step(action)
         return observation, 1.0, False, False, {}
 

@@ -34,10 +34,11 @@ def settings(scenario: str, maze_id: str) -> Settings:
         # Two cuts between evaluations, a batch that does not fit the end, and a policy that explores.
         own = ["steps=0", "temperature=3", "env_steps=75", "collector.frames_per_batch=10"]
         return ONLINE.settings([*given, *own, "eval_interval=30", "log_interval=10"])
-    learners = "[0,1]" if scenario == "six learners" else "0"
-    temperatures = "[0,3,10]" if scenario == "six learners" else "3"
-    own = ["steps=24", f"seeds={learners}", f"temperature={temperatures}", "dropout=0.1"]
-    return OFFLINE.settings([*given, *own])
+    own = {
+        "one learner": ["steps=24", "seeds=0", "temperature=3"],
+        "six learners": ["steps=12", "seeds=[0,1]", "temperature=[0,3,10]"],
+    }
+    return OFFLINE.settings([*given, *own[scenario], "dropout=0.1"])
 
 
 def in_a_process(act: Callable[[], None]) -> int:
@@ -155,8 +156,18 @@ def assert_same_run(one: Path, other: Path, which: Settings) -> None:
         assert_equal(state(a), state(b))
 
 
-@pytest.mark.parametrize("scenario", ["one learner", "six learners", "online"])
-@pytest.mark.parametrize("kills", [2, pytest.param(17, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("scenario", "kills"),
+    [
+        ("one learner", 2),
+        ("six learners", 1),
+        ("online", 2),
+        *(
+            pytest.param(scenario, 17, marks=pytest.mark.slow)
+            for scenario in ("one learner", "six learners", "online")
+        ),
+    ],
+)
 def test_a_run_that_is_killed_again_and_again(
     scenario: str, kills: int, maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

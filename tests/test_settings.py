@@ -344,3 +344,14 @@ def test_several_runs_may_be_asked_for_anywhere_in_the_command(tmp_path: Path) -
     arguments = ("dataset=no.hdf5", "--multirun", "steps=10,20")
     done = started(tmp_path, "offline.py", *arguments, f"hydra.sweep.dir={tmp_path / 'runs'}")
     assert "import of torch halted" in done.stderr, done.stderr  # it began to run
+
+
+def test_an_entry_of_a_dictionary_can_be_given_alone() -> None:
+    """As README does to join a cluster of Ray."""
+    address = "collector.backend_options.ray_init_config.address"
+    given = ["collector=ray", f"{address}=auto"]
+    options = ONLINE.settings(["task=mini/antmaze-umaze", *given]).collector.backend_options
+    assert options["ray_init_config"]["address"] == "auto"
+    assert options["ray_init_config"]["include_dashboard"] is False  # the others stay
+    with pytest.raises(SettingsError, match=r"Could not override .*ray_init_config\.addres'"):
+        ONLINE.settings(["collector=ray", f"{address[:-1]}=auto"])

@@ -140,6 +140,10 @@ class Door:
             return
         with new_folder(path, named=named) as folder:
             if is_begun(folder):
+                if not (folder / "config.yaml").exists():
+                    raise SettingsError(
+                        f"{folder} holds what a run has left that is not known: give another name"
+                    )
                 known, values = self.stored(folder).values, settings.values
                 check_continued(folder, known, values, settings.later(folder))
                 raise SettingsError(
@@ -261,6 +265,11 @@ class Door:
             if key == "name" and self.keeps_folder:
                 _check_name(each)
                 continue
+            if any(
+                part.is_open(name) and key.startswith(f"{of}.")
+                for of, (part, name) in known.items()
+            ):
+                continue  # an entry of a dictionary
             if key not in known or each.is_delete() or each.is_add():
                 own = ["name", "resume"] if self.keeps_folder else []
                 raise SettingsError(self._unknown(key, [*known, *self.groups, *own]))
@@ -517,7 +526,8 @@ def _over(
     """
     values = {**composed, **{key: value for key, value in base.items() if key in composed}}
     for each in _parsed(overrides):
-        group, _, name = each.key_or_group.partition(".")
+        group, *names = each.key_or_group.split(".")
+        name = names[0] if names else ""
         if not name:
             values[group] = composed[group]
         elif group in composed:

@@ -135,25 +135,27 @@ def new_folder(path: Path, *, named: bool) -> Iterator[Path]:
         LockedError: it is named, and another process holds it.
         SettingsError: it can not be written to.
     """
-    with ExitStack() as holding:
-        folder = path
-        for number in itertools.count(2):
+    folder = path
+    try:
+        with ExitStack() as holding:
+            for number in itertools.count(2):
+                try:
+                    holding.enter_context(held(folder))
+                    if named or not is_begun(folder):
+                        break
+                except LockedError:
+                    if named:
+                        raise
+                holding.close()
+                folder = path.with_name(f"{path.name}-{number}")
             try:
-                holding.enter_context(held(folder))
-                if named or not is_begun(folder):
-                    break
-            except LockedError:
-                if named:
-                    raise
-            holding.close()
-            folder = path.with_name(f"{path.name}-{number}")
-        try:
-            yield folder
-        finally:
-            if not is_begun(folder):
-                (folder / "config.yaml").unlink(missing_ok=True)
-    if not is_begun(folder):
-        _remove_empty(folder, itself=True)
+                yield folder
+            finally:
+                if not is_begun(folder):
+                    (folder / "config.yaml").unlink(missing_ok=True)
+    finally:
+        if not is_begun(folder):
+            _remove_empty(folder, itself=True)
 
 
 def _remove_empty(path: Path, *, itself: bool) -> None:

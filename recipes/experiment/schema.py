@@ -124,6 +124,11 @@ class Part(BaseModel):
         return {f"{prefix}{name}": name for name in cls.model_fields}
 
     @classmethod
+    def is_open(cls, name: str) -> bool:
+        """Return whether a setting is a dictionary, whose entries may be given one by one."""
+        return cls.model_fields[name].annotation in (dict, dict | None)
+
+    @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Make the part with these values; those of other parts are left alone.
 
