@@ -349,6 +349,25 @@ def test_rows_without_an_order_are_told_at_every_entrance(entrance: str, tmp_pat
         found.best_episodes(0.1)
 
 
+def test_rows_without_an_order_are_told_also_if_nothing_says_what_came_next(tmp_path: Path) -> None:
+    """Then the next observation is that of the next row, and only how far it is away can tell."""
+    for order, count in ((np.arange(N), 0), (np.random.default_rng(1).permutation(N), 1)):
+        arrays = shuffled_walk(order)
+        del arrays["next_observations"]
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        given = ways(arrays, folder)
+        for entrance in ("arrays", "file", "file"):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                given[entrance]()
+            told = [
+                str(each.message) for each in caught if "in the order of time" in str(each.message)
+            ]
+            assert len(told) == count
+            assert all("as far away as the observations of any other" in each for each in told)
+
+
 def test_rows_that_are_slices_are_fragments() -> None:
     transitions = as_tensordict(shuffled_walk(np.arange(N)) | {"timeouts": np.zeros(N, bool)})
     slices = transitions.reshape(30, 20)

@@ -182,6 +182,8 @@ def named(maze_id: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["hydra.run.dir=runs/pointmaze/stitch/mine"], "holds this run already"),
         (["name=../mine"], r"name=\.\./mine: expected the name of a folder"),
         (["name=mine", "resume=runs/pointmaze/stitch/mine"], "goes on with one run, in its folder"),
+        (["resume=runs/pointmaze/stitch/mine/last.ckpt"], "last.ckpt: is a file, give its folder"),
+        (["resume=runs/pointmaze/stitch/yours"], "yours: there is no such folder"),
     ],
 )
 def test_only_resume_resumes(given: list[str], message: str, named: Path, maze_id: str) -> None:
@@ -193,6 +195,12 @@ def test_only_resume_resumes(given: list[str], message: str, named: Path, maze_i
     assert re.search(message, errors), errors
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert [path.name for path in run.parent.iterdir()] == ["mine"]
+
+
+def test_a_run_from_a_checkpoint_can_have_a_name(named: Path) -> None:
+    path = named / "runs/pointmaze/stitch/mine/last.ckpt"
+    expected = OFFLINE.settings([f"checkpoint={path}", "discount=0.9"])
+    assert OFFLINE.settings([f"checkpoint={path}", "discount=0.9", "name=yours"]) == expected
 
 
 def test_a_failed_start_leaves_no_folder(maze_id: str, tmp_path: Path) -> None:
@@ -323,9 +331,7 @@ def test_after_an_evaluation_that_failed_training_goes_on(
 def test_an_evaluation_that_failed_can_end_the_run(plant: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     Plant.fails = {FIRST, FIRST + 1}
-    expected = (
-        r"after 6 steps failed: OSError: the simulator is lost\nsaved are 6 of 6 gradient .*resume="
-    )
+    expected = r"after 6 steps failed: OSError: the simulator is lost\nsaved are 6 of the 6 steps .*resume="
     with pytest.raises(RuntimeError, match=expected):
         offline.run(OFFLINE.settings([*plant, "on_eval_failure=stop"]), run)
     Plant.fails = set()
@@ -461,7 +467,7 @@ def test_whatever_fails_leaves_the_last_good_state(
             where = (
                 "nothing is saved"
                 if steps is None
-                else f"saved are {steps} of {steps} gradient steps"
+                else f"saved are {steps} of the {steps} steps taken"
             )
             assert where in str(error.value)
     if when == "evaluate":  # the second is the one of the end
@@ -485,7 +491,7 @@ def test_a_full_disk_ends_a_run_with_what_was_saved(
         return take_steps(self, minibatches, steps)
 
     message = (
-        r"File too large.*\nsaved are 30 of \d+ gradient steps \(could not write the checkpoint"
+        r"File too large.*\nsaved are 30 of the \d+ steps taken \(could not write the checkpoint"
     )
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match=message):
         patched.setattr(offline.TrainStep, "run", fill)

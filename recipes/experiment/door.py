@@ -37,7 +37,8 @@ from torchrl_iql_recipes.experiment.settings import (
     check_continued,
     networks_of,
 )
-from torchrl_iql_recipes.experiment.stopping import exit_code
+from torchrl_iql_recipes.experiment.stopping import Stopped, exit_code
+from torchrl_iql_recipes.files import shown
 
 __all__ = ["OFFLINE", "ONLINE", "Door", "Experiment"]
 
@@ -100,8 +101,9 @@ class Door:
                 print(self.help(description, overrides))
                 return
             if self.keeps_folder and (folder := _folder(overrides)) is not None:
-                with exit_code():
-                    run(self.resumed(folder, overrides), folder)
+                settings = self.resumed(folder, overrides)
+                with exit_code(), self._told_if_stopped(folder):
+                    run(settings, folder)
                 return
             implied = self._implied(overrides)
             self.check([*implied, *overrides])
@@ -120,13 +122,28 @@ class Door:
                 settings = self._made(_values(cfg, context.runtime.choices), own)
                 given = _parsed(context.overrides.hydra)
                 named = cfg.get("name") is not None or _last(given, "hydra.run.dir") is not None
-                with self._folder(path, settings, named=named) as folder, exit_code():
+                with (
+                    self._folder(path, settings, named=named) as folder,
+                    exit_code(),
+                    self._told_if_stopped(folder),
+                ):
                     run(settings, folder)
             except (SettingsError, RunError) as error:
                 sys.exit(f"{self.name}.py: {error}")
 
         self._register()
         hydra.main(config_path=str(CONFIG), config_name=self.name, version_base="1.3")(job)()
+
+    @contextmanager
+    def _told_if_stopped(self, folder: Path) -> Iterator[None]:
+        """Say how to go on with a run that is ended at once."""
+        try:
+            yield
+        except Stopped:
+            if self.keeps_folder and is_begun(folder):
+                go_on = f"python recipes/{self.name}.py {argument('resume', shown(folder))}"
+                print(f"Ended at once. From the last checkpoint: {go_on}", file=sys.stderr)
+            raise
 
     @contextmanager
     def _folder(self, path: Path, settings: Any, *, named: bool) -> Iterator[Path]:
@@ -210,6 +227,9 @@ class Door:
         return resumed
 
     def _stored(self, folder: Path) -> dict[str, Any]:
+        if not folder.is_dir():
+            what = "is a file, give its folder" if folder.exists() else "there is no such folder"
+            raise SettingsError(f"resume={folder}: {what}")
         if not (folder / "config.yaml").exists():
             raise SettingsError(f"resume={folder}: that folder has no config.yaml")
         try:  # as it stands: what it would look up, as ${oc.env:...}, stays text
@@ -333,6 +353,15 @@ class Door:
         if self.groups:
             lines += ["", "Choices, each a file in recipes/config:", ""]
             lines += [f"  {group}={' | '.join(_files(group))}" for group in self.groups]
+        if self.keeps_folder:
+            lines += [
+                "",
+                "The folder of a run:",
+                "  name  (the name of a folder; default: the date)",
+                "      instead of the date",
+                "  resume  (a folder; default: null: a new run)",
+                "      of a run that goes on, with its settings and those that extend it",
+            ]
         return "\n".join([*lines, "", "Options of Hydra, as -m for several runs: --hydra-help"])
 
     def _by_task(self, overrides: Sequence[Override]) -> set[str]:
@@ -402,7 +431,10 @@ class Experiment(Door):
             return resumed
         length = after if "decay_steps" in given else before
         if "decay_steps" not in given:
-            print(f"decay_steps={length}: the policy's learning rate falls as it did before")
+            print(
+                f"decay_steps={length}: the policy's learning rate falls as it did before, and is 0 after "
+                f"{length} steps; decay_steps={after} stretches it"
+            )
         return Settings.of({**resumed.values, "decay_steps": length})
 
     def _made(self, values: dict[str, Any], overrides: Sequence[str]) -> Settings:
@@ -528,9 +560,11 @@ def _over(
     for each in _parsed(overrides):
         group, *names = each.key_or_group.split(".")
         name = names[0] if names else ""
+        if group not in composed:  # no setting, but where the run is
+            continue
         if not name:
             values[group] = composed[group]
-        elif group in composed:
+        else:
             values[group] = {**values[group], name: composed[group][name]}
     return values
 

@@ -35,5 +35,5 @@ def told(settings: Settings, path: Path, save: Callable[[], None]) -> Iterator[N
         where = f"; {shown(step)} takes it again, by torchrl_iql.training.reproduce" if step else ""
         raise RunError(
             f"{name and f'{name}: '}{error}{where}; what was learned before is in "
-            f"{shown(path / name / 'last.ckpt')}, and resume= goes on with it"
+            f"{shown(path / name / 'last.ckpt')}, and resume= with on_nonfinite=skip goes on without the step"
         ) from error

@@ -86,9 +86,10 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
             steps=step.steps,
             interrupted=unfinished,
             best=folder.best_score(),
+            skipped=skipped,
         )
-        for learner, evaluation, folder in zip(
-            settings.learners, records.latest, records.folders, strict=True
+        for learner, evaluation, folder, skipped in zip(
+            settings.learners, records.latest, records.folders, step.skipped, strict=True
         )
     ]
     return results.write(path, settings, dataset.name, replicas, results.rules(dataset))
@@ -153,6 +154,7 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
     """Write what the user reads at the end."""
     replicas = scores["replicas"]
     lines = results.report(scores)
+    lines += results.skipped(replicas)
     if replicas[0]["interrupted"]:
         lines.append(
             f"Interrupted after {replicas[0]['steps']} steps. "

@@ -340,6 +340,7 @@ class FineTuning:
             steps=self.step.steps,
             interrupted=self.frames < self.settings.online.env_steps,
             best=self.folder.best_score(),
+            skipped=self.step.skipped[0],
             frames=self.frames,
             before=self.before,
             after=latest.summary() if latest else None,
@@ -364,6 +365,7 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
         before, after = learner["before"]["score"], learner["after"]["score"]
         name = "normalized score" if "normalized_score" in learner["after"] else "return"
         lines.append(f"{name}: {before:.1f} before, {after:.1f} after {learner['frames']} steps")
+    lines += results.skipped([learner])
     if learner["interrupted"]:
         lines.append(f"Interrupted. Continue with: {settings.command_to_resume(path)}")
     lines.append(f"Results: {shown(path)} (scores.json, times.json, metrics.csv, *.png, *.ckpt)")

@@ -33,6 +33,10 @@ from torchrl_iql_recipes.files import whole
 __all__ = ["Records"]
 
 
+class EvaluationError(RuntimeError):
+    """An evaluation failed, and the run is to stop then."""
+
+
 class Records:
     """The folders of all learners of a run; as a context, also what is told to their loggers.
 
@@ -167,7 +171,7 @@ class Records:
         """Take note of a round that is over.
 
         Raises:
-            RuntimeError: one has failed, and the run is to stop then.
+            EvaluationError: one has failed, and the run is to stop then.
         """
         for its in () if self._evaluations is None else self._evaluations.finished(wait=wait):
             self._note(its)
@@ -191,7 +195,7 @@ class Records:
             whom = f" of {name}" * bool(name) + f" and {len(failed) - 1} more" * (len(failed) > 1)
             message = f"the evaluation{whom} after {its.step} steps failed: {type(error).__name__}: {error}"
             if self.settings.evaluation.on_eval_failure == "stop":
-                raise RuntimeError(message) from error
+                raise EvaluationError(message) from error
             note = f"{message}; training goes on, and the next one has fresh environments"
             tqdm.write(note, file=sys.stderr)
         self._unevaluated.remove(its.step)
@@ -244,7 +248,8 @@ class Records:
             remedy: the command that goes on with the run.
 
         Raises:
-            RuntimeError: instead of what was raised; it says up to where the run is saved.
+            RuntimeError: instead of what was raised; it says up to where the run is saved. One of a full
+                disk, or of an evaluation, is a :class:`RunError`.
         """
         try:
             yield
@@ -261,9 +266,12 @@ class Records:
             saved = (
                 f"nothing is saved{lost}"
                 if step is None
-                else f"saved are {step} of {self.step.steps} gradient steps{lost}; go on with: {remedy}"
+                else f"saved are {step} of the {self.step.steps} steps taken{lost}; go on with: {remedy}"
             )
-            raise RuntimeError(f"{type(error).__name__}: {error}\n{saved}") from error
+            told, kind = f"{type(error).__name__}: {error}\n{saved}", RuntimeError
+            if isinstance(error, OSError | EvaluationError):  # of the world: no fault of the code
+                kind = RunError
+            raise kind(told) from error
 
     def resume(self, components: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any] | None:
         """Return to the newest step of which every learner has a checkpoint.

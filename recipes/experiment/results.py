@@ -15,7 +15,7 @@ from torchrl_iql import Evaluation, OfflineDataset
 from torchrl_iql_recipes.experiment.settings import Learner, Settings
 from torchrl_iql_recipes.files import whole
 
-__all__ = ["VERSION", "outcome", "read", "report", "rules", "summaries", "write"]
+__all__ = ["VERSION", "outcome", "read", "report", "rules", "skipped", "summaries", "write"]
 
 VERSION = 2
 """Of ``scores.json``. Without one: written before there were versions."""
@@ -153,3 +153,13 @@ def report(scores: Mapping[str, Any]) -> list[str]:
             f"{f'{title}, {name}' if name else title}: {score} {row['score']:.1f} ({seeds})"
         )
     return lines
+
+
+def skipped(replicas: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Write a line for each learner of which steps were left out, since something was not finite."""
+    skips = [each for each in replicas if each.get("skipped")]
+    return [
+        f"{each['name'] and each['name'] + ': '}{each['skipped']} of {each['steps']} steps were skipped: "
+        "they left something NaN or infinite"
+        for each in skips
+    ]

@@ -709,7 +709,7 @@ def _refuse(outside: Sequence[ActionsOutside], others: int) -> None:
 
 
 def warn_of_fragments(dataset: OfflineDataset) -> None:
-    """Warn if most transitions are followed by one that does not continue them."""
+    """Warn if most transitions are not followed by what came next, as far as that can be seen."""
     stopped, transitions = dataset.recording.stopped, len(dataset.transitions)
     if 2 * stopped > transitions > 1:
         warnings.warn(
@@ -717,6 +717,39 @@ def warn_of_fragments(dataset: OfflineDataset) -> None:
             "continue them; are they in the order of time?",
             stacklevel=_stacklevel(),
         )
+    elif _looks_shuffled(dataset.transitions):
+        warnings.warn(
+            f"{dataset.name}: next observations are as far away as the observations of any other "
+            "transitions; are they in the order of time?",
+            stacklevel=_stacklevel(),
+        )
+
+
+def _looks_shuffled(transitions: TensorDictBase, pairs: int = 1000) -> bool:
+    """Return whether a step leads as far as to any other row, as if what follows were not what came next."""
+    if len(transitions) < 100:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    rows, others = torch.randint(len(transitions), (2, pairs), generator=generator)
+    goes_on = ~transitions["next", "terminated"].squeeze(-1)[rows]
+    rows, others = rows[goes_on], others[goes_on]
+    here, after, elsewhere = (
+        transitions[key][at].flatten(1).double()
+        for key, at in (
+            ("observation", rows),
+            (("next", "observation"), rows),
+            ("observation", others),
+        )
+    )
+    scale = here.std(dim=0)
+    changes = scale > 0
+    if not changes.any():
+        return False
+    near, far = (
+        ((other - here)[:, changes] / scale[changes]).norm(dim=1).median()
+        for other in (after, elsewhere)
+    )
+    return bool(near > 0.8 * far)
 
 
 def _require_whole(stopped: int, episodes: int, what: str) -> None:
