@@ -326,7 +326,7 @@ def test_what_cannot_be_resumed_is_named(tmp_path: Path) -> None:
     process = start(tmp_path, "resume=nowhere")
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert errors == "offline.py: resume=nowhere: that folder has no config.yaml\n"
+    assert errors == "offline.py: resume=nowhere: there is no such folder\n"
 
 
 @contextmanager
