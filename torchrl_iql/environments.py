@@ -26,6 +26,7 @@ from gymnasium import Space, spaces
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 from gymnasium.wrappers import FlattenObservation
 
+from torchrl_iql.nested import texts
 from torchrl_iql.ogbench import OwnChance, is_from_ogbench, is_single_task, ogbench_package
 from torchrl_iql.spaces import action_row_space, environment_action, selected
 
@@ -240,19 +241,7 @@ def _foreign(env_spec: EnvSpec, known: Collection[str | None]) -> Iterator[str]:
         if not (is_harmless or (isinstance(name, str) and name in known)):
             yield f"the wrapper {name!r}"
     arguments = [env_spec.kwargs, *(wrapper.kwargs for wrapper in env_spec.additional_wrappers)]
-    yield from (f"the argument {text!r}" for text in _texts(arguments) if CODE.fullmatch(text))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield the text in a value that JSON can hold."""
-    match value:
-        case str():
-            yield value
-        case Mapping():
-            yield from _texts(list(value.values()))
-        case list():
-            for each in value:
-                yield from _texts(each)
+    yield from (f"the argument {text!r}" for text in texts(arguments) if CODE.fullmatch(text))
 
 
 def observing(env_spec: EnvSpec, keys: Sequence[str]) -> EnvSpec:

@@ -26,9 +26,8 @@ from torchrl_iql_recipes.behaviors.settings import SoftActorCritic
 from torchrl_iql_recipes.experiment import build
 from torchrl_iql_recipes.experiment.folder import RunFolder
 from torchrl_iql_recipes.experiment.lock import held
-from torchrl_iql_recipes.experiment.settings import argument
+from torchrl_iql_recipes.experiment.settings import command_to_resume
 from torchrl_iql_recipes.experiment.stopping import stoppable
-from torchrl_iql_recipes.files import shown
 
 ENVIRONMENTS: dict[str, EnvSpec] = {
     "hopper": gymnasium.spec("Hopper-v5"),
@@ -222,6 +221,4 @@ def run(settings: SoftActorCritic, path: Path) -> None:
     stages = path / "stages.pt" if training.stages else "none yet"
     print(f"{training.frames} steps, stages: {stages}")
     if training.frames < settings.frames:
-        print(
-            f"Interrupted. Continue with: python recipes/sac.py {argument('resume', shown(path))}"
-        )
+        print(f"Interrupted. Continue with: {command_to_resume('sac', path)}")

@@ -35,10 +35,10 @@ from torchrl_iql_recipes.experiment.settings import (
     Settings,
     argument,
     check_continued,
+    command_to_resume,
     networks_of,
 )
 from torchrl_iql_recipes.experiment.stopping import Stopped, exit_code
-from torchrl_iql_recipes.files import shown
 
 __all__ = ["OFFLINE", "ONLINE", "Door", "Experiment"]
 
@@ -141,7 +141,7 @@ class Door:
             yield
         except Stopped:
             if self.keeps_folder and is_begun(folder):
-                go_on = f"python recipes/{self.name}.py {argument('resume', shown(folder))}"
+                go_on = command_to_resume(self.name, folder)
                 print(f"Ended at once. From the last checkpoint: {go_on}", file=sys.stderr)
             raise
 

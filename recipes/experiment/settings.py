@@ -7,7 +7,7 @@ is the meaning of a setting, its range, and its default where a family says noth
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from torchrl_iql.nested import texts
 from torchrl_iql_recipes.algorithms import Algorithm, algorithms
 from torchrl_iql_recipes.experiment.schema import (
     LATER,
@@ -47,6 +48,7 @@ __all__ = [
     "Training",
     "argument",
     "check_continued",
+    "command_to_resume",
     "networks_of",
 ]
 
@@ -347,8 +349,8 @@ class Settings:
         collector say which cluster of Ray is joined, and how its processes are started.
         """
         named = {
-            "env": any(":" in text for text in _texts(self.data.env)),
-            "collector.backend_options": any(_texts(self.collector.backend_options)),
+            "env": any(":" in text for text in texts(self.data.env)),
+            "collector.backend_options": any(texts(self.collector.backend_options)),
         }
         return [name for name, brings in named.items() if brings]
 
@@ -356,13 +358,7 @@ class Settings:
         """Return the command that goes on with a run of these settings in a folder."""
         script = "online" if "env_steps" in self.values else "offline"
         needs_trust = self.data.trust_env or self.of_code()
-        return " ".join(
-            [
-                f"python recipes/{script}.py",
-                argument("resume", shown(folder)),
-                *(["trust_env=true"] if needs_trust else []),
-            ]
-        )
+        return command_to_resume(script, folder) + " trust_env=true" * bool(needs_trust)
 
     def varied(self) -> dict[str, list[Any]]:
         """Return the different values of each axis that has several."""
@@ -475,6 +471,11 @@ def argument(name: str, path: Path | str) -> str:
     return f"{name}={path}" if re.fullmatch(r"[\w./-]+", str(path)) else f"""'{name}="{path}"'"""
 
 
+def command_to_resume(script: str, folder: Path) -> str:
+    """Return the command that goes on with a run of a script in a folder."""
+    return f"python recipes/{script}.py {argument('resume', shown(folder))}"
+
+
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values by the names that they are given by: of groups, ``compute.threads``."""
     groups = {part.group for part in PARTS.values() if part.group}
@@ -482,17 +483,6 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     for group in groups & values.keys():
         flat |= {f"{group}.{name}": value for name, value in values[group].items()}
     return flat
-
-
-def _texts(value: Any) -> Iterator[str]:
-    match value:
-        case str():
-            yield value
-        case Mapping():
-            yield from _texts(list(value.values()))
-        case list() | tuple():
-            for each in value:
-                yield from _texts(each)
 
 
 def _n_steps(data: Part, learners: tuple[Learner, ...]) -> None:
