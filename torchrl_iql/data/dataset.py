@@ -734,7 +734,7 @@ def _looks_shuffled(transitions: TensorDictBase, pairs: int = 1000) -> bool:
     goes_on = ~transitions["next", "terminated"].squeeze(-1)[rows]
     rows, others = rows[goes_on], others[goes_on]
     here, after, elsewhere = (
-        transitions[key][at].flatten(1).double()
+        torch.as_tensor(transitions[key][at]).flatten(1).double()
         for key, at in (
             ("observation", rows),
             (("next", "observation"), rows),
