@@ -310,6 +310,14 @@ class TestFile:
             ({"rewards": None}, "has no array rewards; found actions, metadata, observations, "),
             ({"observations": None, "actions": None}, "has no array observations, actions; found"),
             (
+                {
+                    "observations": None,
+                    "observations/image": np.zeros(2),
+                    "observations/arm": np.zeros(2),
+                },
+                "has no array observations; .*observations is a group of arm, image: .*from_arrays",
+            ),
+            (
                 {"observations": np.full((20, 2), b"a")},
                 r"observations has dtype \|S1, expected numbers",
             ),
@@ -325,18 +333,18 @@ class TestFile:
                 r"observations has shape \[20\], expected \[n, size\]",
             ),
             ({"actions": np.zeros(20)}, r"actions has shape \[20\], expected \[n, size\]"),
-            ({"rewards": 1.0}, r"rewards has shape \[\], expected the rows of observations"),
+            ({"rewards": 1.0}, r"rewards has shape \[\], expected 20 rows, as the others"),
             (
                 {"rewards": np.zeros((20, 2))},
                 r"episode 0 \(rows \d.*\): rewards has shape \[\d+, 2\], expected \[T\]",
             ),
             (
                 {"terminals": np.zeros(19)},
-                r"terminals has shape \[19\], expected the rows .* \[20, 11\]",
+                r"terminals has shape \[19\], expected 20 rows",
             ),
             (
                 {"timeouts": np.zeros(21)},
-                r"timeouts has shape \[21\], expected the rows .* \[20, 11\]",
+                r"timeouts has shape \[21\], expected 20 rows",
             ),
             (
                 {"next_observations": np.zeros((20, 10))},

@@ -87,7 +87,7 @@ class TestOwnEpisodes:
             ),
             (
                 {"observations": {"position": np.zeros((4, 2))}},
-                "episode 1: observations has dtype object, expected numbers",
+                "episode 1: observations can not be made an array: dictionaries, expected a",
             ),
         ],
     )
@@ -248,8 +248,42 @@ class TestOwnArrays:
         [
             ({"actions": np.zeros(9, int)}, "actions has dtype int64, expected floats, or a Disc"),
             ({"observations": np.zeros(9)}, r"observations has shape \[9\], expected \[n, size\]"),
-            ({"rewards": np.zeros(8)}, r"rewards has shape \[8\], expected the rows of obs"),
-            ({"infos": {"success": np.zeros(8)}}, r"infos/success has shape \[8\], expected the"),
+            ({"rewards": np.zeros(8)}, r"rewards has shape \[8\], expected 9 rows, as the others"),
+            (
+                {"observations": np.zeros((8, 2))},
+                r"observations has shape \[8, 2\], expected 9 rows",
+            ),
+            (
+                {"observations": {"x": np.zeros(9), "y": np.zeros(8)}},
+                r"observations/y has shape \[8\]",
+            ),
+            (
+                {"infos": {"success": np.zeros(8)}},
+                r"infos/success has shape \[8\], expected 9 rows",
+            ),
+            ({"columns": {"cost": np.zeros(8)}}, r"columns/cost has shape \[8\], expected 9 rows"),
+            (
+                {"actions": np.zeros(9)},
+                r"actions has shape .*: of one column, give actions\[:, None\]",
+            ),
+            (
+                {"observations": [{"x": 0.0}] * 9},
+                r"observations .* expected a dictionary of arrays",
+            ),
+            (
+                {
+                    "observations": {"x": np.zeros((9, 2))},
+                    "next_observations": {"y": np.zeros((9, 2))},
+                },
+                "next_observations has no entry 'x', which the space has",
+            ),
+            (
+                {"action_space": (1, -1)},
+                r"action_space=\(1, -1\): expected a space, or \(low, high\)",
+            ),
+            ({"action_space": ([0, 0], [1, 1, 1])}, r"action_space=.*one per dimension of \[1\]"),
+            ({"action_space": (-np.inf, 1)}, "action_space=.*finite"),
+            ({"action_space": 5}, "action_space=5: expected a space"),
             ({"terminals": [0.5] * 9}, r"terminals\[0\] is 0.5, expected 0 or 1"),
             ({"rewards": [1e999] * 9}, r"walks, episode 0 \(rows 0 to 3\): rewards\[0\] is inf"),
             (
@@ -291,6 +325,51 @@ class TestOwnArrays:
     def test_broken(self, changes, message):
         with pytest.raises(ValueError, match=rf"^(walks: )?{message}"):
             OfflineDataset.from_arrays("walks", **flat(WALKS) | changes)
+
+
+def test_bounds_of_actions_are_a_space_or_numbers() -> None:
+    arrays = flat(WALKS)
+    arrays["actions"] = 5 * arrays["actions"]
+    for bounds in ((-5, 5), ([-5], 5.0), spaces.Box(-5, 5, (1,))):
+        dataset = OfflineDataset.from_arrays("walks", **arrays, action_space=bounds)
+        assert dataset.action_space == spaces.Box(-5, 5, (1,))
+    with pytest.raises(ValueError, match=r"outside \[-1, 1\].*give action_space="):
+        OfflineDataset.from_arrays("walks", **arrays)
+
+
+@pytest.mark.parametrize(
+    ("space", "remedy"),
+    [
+        (spaces.MultiDiscrete([3, 4]), r"as one Discrete\(12\)"),
+        (spaces.MultiBinary(3), r"as one Discrete\(8\)"),
+        (spaces.Text(3), "must be Box or Discrete, found Text"),
+    ],
+)
+def test_actions_of_no_policy_are_refused_with_what_to_do(space, remedy) -> None:
+    arrays = flat(WALKS) | {"actions": np.zeros((9, *(space.shape or ())), int)}
+    with pytest.raises(TypeError, match=remedy):
+        OfflineDataset.from_arrays("walks", **arrays, action_space=space)
+
+
+def test_columns_are_given_by_name() -> None:
+    with pytest.raises(TypeError, match=r"walks: columns is a list, expected \{name: array"):
+        OfflineDataset.from_arrays("walks", **flat(WALKS), columns=["cost"])  # pyright: ignore
+
+
+@pytest.mark.parametrize("outlier", [1e30, -1e9])
+def test_a_reward_that_dwarfs_all_others_is_told(outlier: float) -> None:
+    arrays = flat([walk(50)])
+    arrays["rewards"] = np.ones(50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        OfflineDataset.from_arrays("walks", **arrays, reward_rule="unit_rms")
+        sparse = arrays | {"rewards": np.eye(50)[-1]}
+        OfflineDataset.from_arrays("walks", **sparse, reward_rule="unit_rms")
+    arrays["rewards"][7] = outlier
+    with pytest.warns(
+        UserWarning, match=r"'unit_rms' scales by a single reward, .* of transition 7;"
+    ):
+        OfflineDataset.from_arrays("walks", **arrays, reward_rule="unit_rms")
 
 
 class TestOwnTensorDict:

@@ -100,6 +100,7 @@ ELSEWHERE = {
     "trust_env": "test_trust.py",
     "maze": "test_antmaze.py",
     "observation_keys": "test_recipe.py::test_what_is_observed_and_kept_is_as_asked",
+    "action_space": "test_recipe.py::test_the_bounds_of_actions_are_as_asked",
     "columns": "test_recipe.py::test_what_is_observed_and_kept_is_as_asked",
     "checkpoint": "here: a way in",
     "log_interval": "test_what_is_watched_is_as_asked",
@@ -637,7 +638,7 @@ def test_data_that_do_not_fit_the_networks_are_refused(
     other = OfflineDataset.empty("CartPole-v1")
     sizes = "holds observations of 4 numbers and actions of 2 choices, but the networks of"
     with pytest.raises(SettingsError, match=f"{sizes} .* observations of 3 .* of 1 numbers"):
-        architecture_of(finished["iql"] / "last.ckpt", other)
+        architecture_of(finished["iql"] / "last.ckpt", other, PARTS["networks"]())  # pyright: ignore
     start = f"checkpoint={finished['iql']}/last.ckpt"
     env = gymnasium.make("MountainCarContinuous-v0")
     env.action_space.seed(0)
@@ -645,6 +646,25 @@ def test_data_that_do_not_fit_the_networks_are_refused(
     with pytest.raises(SettingsError, match=r"effect/car-v0 holds observations of 2 numbers"):
         offline.run(OFFLINE.settings([start, *QUICK, "dataset=effect/car-v0"]), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_actions_out_of_a_checkpoints_reach_are_refused(
+    finished: dict[str, Path], tmp_path: Path
+) -> None:
+    last = finished["iql"] / "last.ckpt"
+    given = [f"checkpoint={last}", *QUICK, "eval_episodes=0", "steps=2"]
+    told = re.escape(f"the policy of {last} takes actions from [-1.0] to [1.0], but")
+    wider = OFFLINE.settings([*given, "action_space=[-2,2]"])
+    with pytest.raises(
+        SettingsError, match=rf"{told} those of .* lie in .*: give action_space=\[\["
+    ):
+        offline.run(wider, tmp_path / "wider")
+    same = OFFLINE.settings([*given, "action_space=[-1,[1]]"])
+    assert offline.run(same, tmp_path / "same")["replicas"][0]["steps"] == 2
+    dataset = build.dataset_for(same.data)
+    dataset.transitions["action"][0] = 1.5
+    with pytest.raises(SettingsError, match=rf"{told} .*% of those of .* lie outside"):
+        architecture_of(last, dataset, same.networks)
 
 
 @pytest.mark.parametrize("change", ["policy=squashed", "action_bounds=data"])

@@ -345,6 +345,18 @@ class TestPolicy:
             episode = 0  # It ends after its first step.
             assert evaluate(policy_from(act)).lengths.tolist() == [1, 2, 3, 4]
 
+    def test_what_is_observed_is_not_blamed_on_the_policy(self):
+        class Broken(gymnasium.ObservationWrapper):
+            def observation(self, observation: np.ndarray) -> np.ndarray:
+                return np.full_like(observation, np.nan)
+
+        broken = Evaluator(lambda: Broken(gymnasium.make("Pendulum-v1")), episodes=2)
+        with (
+            broken as evaluate,
+            pytest.raises(ValueError, match=r"observed \[nan, nan, nan\] in epis"),
+        ):
+            evaluate(constant([0.0]))
+
 
 class TestScores:
     @pytest.mark.parametrize("key", ["success", "is_success"])

@@ -255,7 +255,8 @@ class TestThread:
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"seeds": ()}, r"seeds must be one or more integers of at least 0, got \(\)"),
+        ({"seeds": ()}, r"seeds must be a list of one or more integers of at least 0, got \(\)"),
+        ({"seeds": 0}, r"seeds must be a list .* got 0"),
         ({"seeds": [0, -1]}, r"seeds must be .* got \[0, -1\]"),
         ({"seeds": [0.5]}, r"seeds must be .* got \[0.5\]"),
         ({"transitions": transitions(0)}, r"transitions must be \[n\], n >= 1, got \[0\]"),

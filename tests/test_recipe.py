@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import h5py
+import numpy as np
 import pytest
 import torch
+from gymnasium.envs.registration import EnvSpec
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 
-from runs import SMALL, of_maze, rows
+from runs import SMALL, TINY, of_maze, rows
 from torchrl_iql import Evaluator, checkpoint, load_dataset, load_policy
 from torchrl_iql.data import Minibatches
 from torchrl_iql_recipes.algorithms.iql import IQL
@@ -422,3 +425,37 @@ def test_what_is_observed_and_kept_is_as_asked(maze_id: str, tmp_path: Path) -> 
     assert policy(observation=torch.zeros(1, 4))[-1].shape == (1, 2)
     with pytest.raises(SettingsError, match=r"columns=\['success'\]: are not collected"):
         online.dataset_for(ONLINE.settings([f"dataset={maze_id}", "columns=[success]"]))
+
+
+def test_the_bounds_of_actions_are_as_asked(tmp_path: Path) -> None:
+    """A file that declares none, of a robot whose joints take other torques than [-1, 1]."""
+    path, rng = tmp_path / "robot.hdf5", np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        file["observations"] = rng.normal(size=(200, 3))
+        file["actions"] = rng.uniform([-5, -0.2], [5, 0.3], (200, 2))
+        file["rewards"], file["terminals"] = np.ones(200), np.zeros(200)
+        file["timeouts"] = np.arange(1, 201) % 50 == 0
+    given = [*TINY, f"dataset={path}", "eval_episodes=0"]
+    with pytest.raises(SettingsError, match=r"outside \[-1, 1\] .*action_space"):
+        offline.run(OFFLINE.settings(given), tmp_path / "run")
+    settings = OFFLINE.settings([*given, "action_space=[[-5,-0.5],[5,0.5]]"])
+    offline.run(settings, tmp_path / "run")
+    policy = load_policy(tmp_path / "run/last.ckpt")
+    mean = policy(observation=torch.randn(1000, 3) * 100)[0].abs().amax(0)
+    torch.testing.assert_close(mean, torch.tensor([5, 0.5]), rtol=0.05, atol=0)
+    assert build.dataset_for(settings.data).transitions["action"].abs().amax() > 4.9
+
+
+def test_an_environment_that_is_not_here_is_not_missed_where_nothing_is_played(
+    maze_id: str, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(Path(os.environ["MINARI_DATASETS_PATH"], maze_id), tmp_path / "data")
+    file = copied / "data/metadata.json"
+    spec = EnvSpec("Elsewhere-v0", entry_point="elsewhere:Robot").to_json()
+    named = dict.fromkeys(["env_spec", "eval_env_spec"], spec)
+    file.write_text(json.dumps({**json.loads(file.read_text()), **named}))
+    given = [*TINY, f"dataset={copied}"]
+    with pytest.raises(SettingsError, match=r"'elsewhere:Robot'.*eval_episodes=0 in a recipe"):
+        offline.run(OFFLINE.settings(given), tmp_path / "run")
+    scores = offline.run(OFFLINE.settings([*given, "eval_episodes=0"]), tmp_path / "run")
+    assert scores["replicas"][0]["steps"] == 6

@@ -163,7 +163,9 @@ def test_integral_numbers_may_be_written_with_an_exponent() -> None:
         ("+new=1", "there is no setting new"),
         ("temperature=3,-1", "temperature=-1: expected a number of at least 0"),
         ("env={frame_skip:2}", "env={'frame_skip': 2}: expected an id beside"),
-        ("steps=[", "steps=["),
+        ("steps=[", "steps=[: can not be read, expected a number, text, [a,b] or {key: value}"),
+        ("steps", "steps: expected a setting and its value, steps=..."),
+        ("action_space=[-1]", "action_space=[-1]: expected [a, b], each a number or [a, b, ...]"),
     ],
 )
 def test_what_people_mistype_is_answered_in_one_line(given: str, message: str) -> None:

@@ -118,12 +118,13 @@ def foreign(mark: Path) -> dict[str, EnvSpec]:
 @pytest.mark.parametrize("what", foreign(Path()))
 def test_foreign_code_of_an_environment_is_refused_by_name(what: str, mark: Path) -> None:
     spec = foreign(mark)[what]
-    advice = r"import the package that registers .*env=<id>.*trust_env=True"
+    advice = r"import the package that registers .*env=<id>.*trust_env; to learn from it .*with_env=False"
     for key in ("env_spec", "eval_env_spec"):
         name = named(spec, key=key)
         with pytest.raises(ValueError, match=rf"^{name}: .*{spec.id}.*{what}.*{advice}"):
             load(name)
         assert load(name, env="Pendulum-v1").env_spec == gymnasium.spec("Pendulum-v1")
+        assert load(name, with_env=False).env_spec is None
     with pytest.raises(ValueError, match=f"{what}.*{advice}"):
         replay(named(spec))
 
@@ -144,7 +145,7 @@ def test_an_environment_is_not_made_to_tell_spaces(mark: Path) -> None:
     for space in ("observation_space", "action_space"):
         name = named(gift, without=(space,))
         for entrance in (load, replay):
-            with pytest.raises(ValueError, match=rf"metadata.json has no {space}.*trust_env=True"):
+            with pytest.raises(ValueError, match=rf"metadata.json has no {space}.*trust_env if"):
                 entrance(name, env="Pendulum-v1")
 
 
@@ -152,7 +153,9 @@ def test_the_recipes_and_the_command_line_refuse_it_too(
     mark: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = named(foreign(mark)["os:mkdir"])
-    with pytest.raises(SettingsError, match=f"^dataset={name}: .*'os:mkdir'.*trust_env=True"):
+    with pytest.raises(
+        SettingsError, match=f"^dataset={name}: .*'os:mkdir'.*trust_env; .*eval_episodes=0"
+    ):
         build.dataset_for(OFFLINE.settings([f"dataset={name}", "reward=none"]).data)
     for command in ("inspect", "replay"):
         assert inspect([command, name]) != 0

@@ -204,7 +204,8 @@ def registered(env_spec: EnvSpec) -> EnvSpec:
         raise ValueError(
             f"the stored environment {env_spec.id!r} names foreign code, {foreign}, and a file does not "
             "decide what runs: import the package that registers the environment, give env=<id> "
-            "(package:id imports the package), or, if you trust who made the file, trust_env=True"
+            "(package:id imports the package), or, if you trust who made the file, trust_env; to learn from "
+            "it without any, with_env=False in code, eval_episodes=0 in a recipe"
         )
     entry_points = {
         name: known.get(getattr(env_spec, name)) for name in ("entry_point", "vector_entry_point")

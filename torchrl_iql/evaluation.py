@@ -180,8 +180,8 @@ class Evaluator:
             the outcome of the ``E`` episodes.
 
         Raises:
-            ValueError: if an action has another shape, or that of a running episode is NaN; or if
-                the policy can not do without an input that nothing provides.
+            ValueError: if an action has another shape, or that of a running episode, or what is observed
+                there, is NaN; or if the policy can not do without an input that nothing provides.
         """
         episodes = len(self.envs)
         returns = np.zeros(episodes)
@@ -201,6 +201,7 @@ class Evaluator:
         ):
             remembering = _Remembering(policy)
             while running.any():
+                self._require_observed(observations, running)
                 actions = self._actions(remembering, observations, running)
                 for i in np.flatnonzero(running):
                     observations[i], reward, terminated, truncated, info = self.envs[i].step(
@@ -241,6 +242,16 @@ class Evaluator:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _require_observed(self, observations: np.ndarray, running: np.ndarray) -> None:
+        """Refuse what no policy can answer, before the policy is blamed for its answer."""
+        wrong = running & ~np.isfinite(observations).all(axis=1)
+        if wrong.any():
+            episode = np.flatnonzero(wrong)[0]
+            raise ValueError(
+                f"{self.envs[0].unwrapped} observed {observations[episode].tolist()} in episode {episode}, "
+                "expected finite numbers."
+            )
 
     def _actions(
         self, policy: TensorDictModuleBase, observations: np.ndarray, running: np.ndarray

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from tensordict import NestedKey
 
 __all__ = [
+    "ActionBounds",
     "ActionsOutside",
     "action_row_space",
     "action_rows",
     "action_support",
+    "actions_within",
     "array",
     "column",
     "environment_action",
@@ -31,6 +33,9 @@ __all__ = [
     "share_outside",
     "written",
 ]
+
+ActionBounds = Space | tuple[Any, Any]
+"""A space of actions; or the lowest and the highest, of all their dimensions or of each."""
 
 KINDS = {"numbers": "biuf", "integers": "biu"}
 """Letters of numpy's ``dtype.kind``."""
@@ -74,6 +79,24 @@ def selected(space: Space, keys: Sequence[str] | None) -> Space:
     return spaces.Dict({key: sub for key, sub in space.spaces.items() if key in keys})
 
 
+def actions_within(bounds: ActionBounds, shape: Sequence[int]) -> Space:
+    """Return the space of actions of a shape that is given by its bounds, or itself.
+
+    Raises:
+        ValueError: if it is neither a space nor two bounds, the lower first, as wide as the actions.
+    """
+    if isinstance(bounds, Space):
+        return bounds
+    told = f"action_space={bounds!r}: expected a space, or (low, high), each a number or one per dimension"
+    try:
+        low, high = (np.broadcast_to(np.asarray(each, np.float32), shape) for each in bounds)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{told} of {list(shape)}") from error
+    if not (low < high).all() or not np.isfinite([low, high]).all():
+        raise ValueError(f"{told}, finite, the lower first")
+    return spaces.Box(low, high, dtype=np.float32)
+
+
 def observation_dtype(space: Space) -> type[np.generic]:
     """Return the type of the rows: that of images, uint8, stays, all else is float32."""
     leaves = list(leaf_spaces(space))
@@ -95,7 +118,11 @@ def leaf_spaces(space: Space) -> Iterator[Space]:
 
 
 def observation_rows(
-    space: Space, observations: Any, length: int, dtype: DTypeLike = np.float32
+    space: Space,
+    observations: Any,
+    length: int,
+    dtype: DTypeLike = np.float32,
+    key: str = "observations",
 ) -> np.ndarray:
     """Flatten the observations of an episode, without a loop over its steps.
 
@@ -109,6 +136,7 @@ def observation_rows(
         observations: as Minari stores them: one array of shape ``[length, ...]`` per leaf.
         length: number of observations, for the check.
         dtype: type of the rows.
+        key: what messages call them.
 
     Returns:
         array ``[length, D]``.
@@ -119,13 +147,13 @@ def observation_rows(
             space, or there is one that the space does not have.
     """
     leaves = []
-    for key, rows in _leaves(space, observations, "observations"):
+    for name, rows in _leaves(space, observations, key):
         if len(rows) != length:
             raise ValueError(
-                f"{key} has {len(rows)} entries, expected {length}, one more than rewards"
+                f"{name} has {len(rows)} entries, expected {length}, one more than rewards"
             )
         if dtype is np.uint8:
-            rows = _bytes(rows, key)
+            rows = _bytes(rows, name)
         leaves.append(rows)
     with np.errstate(over="ignore"):  # what becomes infinite is refused later
         return np.concatenate(leaves, axis=1, dtype=dtype)
@@ -164,7 +192,9 @@ def _leaves(space: Space, values: Any, key: str) -> Iterator[tuple[str, np.ndarr
             for column, n, start in zip(columns, space.nvec.flat, space.start.flat, strict=True):
                 yield key, np.eye(int(n))[_categories(column, n, start, key)]
         case _:
-            raise TypeError(f"{key}: can not flatten {space} to a vector of fixed size")
+            raise TypeError(
+                f"{key}: can not flatten {space} to a vector of fixed size; give numbers in its place"
+            )
 
 
 def _require_flat(space: spaces.Dict, key: str) -> None:
@@ -240,7 +270,19 @@ def action_rows(space: Space, actions: Any) -> np.ndarray:
             require_finite(rows, "actions")
             return _clip(rows, space)
         case _:
-            raise TypeError(f"the action space must be Box or Discrete, found {space}")
+            raise _of_no_policy(space)
+
+
+def _of_no_policy(space: Space) -> TypeError:
+    remedy = ""
+    if isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary):
+        sizes = (
+            space.nvec.ravel()
+            if isinstance(space, spaces.MultiDiscrete)
+            else np.full(math.prod(space.shape), 2)
+        )
+        remedy = f": number its combinations, as one Discrete({math.prod(map(int, sizes))})"
+    return TypeError(f"the action space must be Box or Discrete, found {space}{remedy}")
 
 
 def action_row_space(space: Space) -> Space:
@@ -256,7 +298,7 @@ def action_row_space(space: Space) -> Space:
             low, high = (bound.ravel().astype(np.float32) for bound in (space.low, space.high))
             return spaces.Box(low, high, dtype=np.float32)
         case _:
-            raise TypeError(f"the action space must be Box or Discrete, found {space}")
+            raise _of_no_policy(space)
 
 
 def environment_action(space: Space, row: Any) -> Any:
@@ -329,7 +371,12 @@ def array(values: Any, key: str) -> np.ndarray:
         raise ValueError(f"{key} is None, expected an array")
     try:
         is_tensor = hasattr(values, "detach")
-        return values.detach().cpu().numpy() if is_tensor else np.asarray(values)
+        found = values.detach().cpu().numpy() if is_tensor else np.asarray(values)
+        if found.dtype == object and found.size and isinstance(found.flat[0], Mapping):
+            raise ValueError(
+                f"dictionaries, expected a dictionary of arrays: {sorted(found.flat[0])}"
+            )
+        return found
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{key} can not be made an array: {error}") from error
 

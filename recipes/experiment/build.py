@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,11 +101,12 @@ def check_not_done(name: str, asked: int, done: int) -> None:
         raise SettingsError(f"{name}={asked}: {done} are done, expected at least as many")
 
 
-def dataset_for(data: Data) -> OfflineDataset:
+def dataset_for(data: Data, *, played: bool = True) -> OfflineDataset:
     """Load the transitions to train on, made or downloaded if they are not there.
 
     Args:
         data: which.
+        played: whether anything is done in their environment, which has to be known then.
 
     Raises:
         SettingsError: there are none, or they can not be read as the settings say.
@@ -125,6 +126,8 @@ def dataset_for(data: Data) -> OfflineDataset:
             observation_keys=data.observation_keys,
             columns=data.columns,
             trust_env=data.trust_env,
+            with_env=played,
+            action_space=data.action_space,
         )
         dataset = load(env=env)
         if env is None and data.maze is not None:
@@ -209,7 +212,7 @@ def evaluator_for(
     make = partial(
         Evaluator, dataset.env_spec, episodes=evaluation.eval_episodes, reference_scores=references
     )
-    with make(episodes=1) as evaluate:
+    with _one(make) as evaluate:
         maze = getattr(evaluate.envs[0].unwrapped, "maze", None)
         recorded = sizes(dataset.transitions["observation"].shape[-1], dataset.action_space)
         played = sizes(flatdim(evaluate.envs[0].observation_space), evaluate.action_space)
@@ -220,6 +223,18 @@ def evaluator_for(
             )
         _require_playable(dataset, evaluate)
     return make, maze
+
+
+@contextmanager
+def _one(make: Callable[..., Evaluator]) -> Iterator[Evaluator]:
+    try:
+        evaluator = make(episodes=1)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(
+            f"{error}; give env=<id> of another, or eval_episodes=0 to train without one"
+        ) from error
+    with evaluator:
+        yield evaluator
 
 
 def _require_playable(dataset: OfflineDataset, evaluate: Evaluator) -> None:

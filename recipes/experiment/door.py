@@ -36,6 +36,7 @@ from torchrl_iql_recipes.experiment.settings import (
     argument,
     check_continued,
     command_to_resume,
+    differences,
     networks_of,
 )
 from torchrl_iql_recipes.experiment.stopping import Stopped, exit_code
@@ -97,12 +98,13 @@ class Door:
             each for each in arguments if each not in options and ("=" in each or not options)
         ]
         try:
+            self._check_options(options)
             if {"-h", "--help"} & set(options):
                 print(self.help(description, overrides))
                 return
             if self.keeps_folder and (folder := _folder(overrides)) is not None:
                 settings = self.resumed(folder, overrides)
-                with exit_code(), self._told_if_stopped(folder):
+                with exit_code(), self._told_if_stopped(folder, settings):
                     run(settings, folder)
                 return
             implied = self._implied(overrides)
@@ -125,7 +127,7 @@ class Door:
                 with (
                     self._folder(path, settings, named=named) as folder,
                     exit_code(),
-                    self._told_if_stopped(folder),
+                    self._told_if_stopped(folder, settings),
                 ):
                     run(settings, folder)
             except (SettingsError, RunError) as error:
@@ -134,14 +136,22 @@ class Door:
         self._register()
         hydra.main(config_path=str(CONFIG), config_name=self.name, version_base="1.3")(job)()
 
+    def _check_options(self, options: Sequence[str]) -> None:
+        """Refuse settings that are written as options."""
+        known = [name for part in self.parts_of([]) for name in part.names()]
+        for each in options:
+            name, _, value = each.lstrip("-").replace("-", "_").partition("=")
+            if name in [*known, *self.groups]:
+                raise SettingsError(f"{each}: settings are written {name}={value or '<value>'}")
+
     @contextmanager
-    def _told_if_stopped(self, folder: Path) -> Iterator[None]:
+    def _told_if_stopped(self, folder: Path, settings: Any) -> Iterator[None]:
         """Say how to go on with a run that is ended at once."""
         try:
             yield
         except Stopped:
             if self.keeps_folder and is_begun(folder):
-                go_on = command_to_resume(self.name, folder)
+                go_on = self._command_to_resume(folder, settings)
                 print(f"Ended at once. From the last checkpoint: {go_on}", file=sys.stderr)
             raise
 
@@ -163,11 +173,15 @@ class Door:
                     )
                 known, values = self.stored(folder).values, settings.values
                 check_continued(folder, known, values, settings.later(folder))
+                others = "".join(f" {each}" for each in differences(known, values))
                 raise SettingsError(
-                    f"{folder} holds this run already: {argument('resume', folder)} goes on with it, or give "
-                    "another name"
+                    f"{folder} holds this run already: {argument('resume', folder)}{others} goes on with it, "
+                    "or give another name"
                 )
             yield folder
+
+    def _command_to_resume(self, folder: Path, settings: Any) -> str:
+        return command_to_resume(self.name, folder)
 
     def settings(self, overrides: Sequence[str] = ()) -> Any:
         """Compose the settings of a new run.
@@ -397,6 +411,9 @@ class Experiment(Door):
     def _of(self, values: Mapping[str, Any]) -> Settings:
         return Settings.of(values)
 
+    def _command_to_resume(self, folder: Path, settings: Settings) -> str:
+        return settings.command_to_resume(folder)
+
     def _stored(self, folder: Path) -> dict[str, Any]:
         return super()._stored(folder) | {"trust_env": False}  # whatever the file says
 
@@ -517,7 +534,10 @@ def if_given(setting: Any, value: Any, otherwise: Any) -> Any:
 
 def folder_of(task: str, overrides: Sequence[str]) -> str:
     """Name the folder of the runs of a task: of data of one's own, after them."""
-    dataset = _last(_parsed(list(overrides)), "dataset")
+    given = _parsed(list(overrides))
+    dataset, checkpoint = _last(given, "dataset"), _last(given, "checkpoint")
+    if task == "own" and dataset is None and checkpoint is not None:
+        dataset = _settings_in(str(checkpoint)).get("dataset")
     if task != "own" or not isinstance(dataset, str | list):
         return task
     names = [dataset] if isinstance(dataset, str) else list(map(str, dataset))
@@ -594,8 +614,15 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
         try:
             parsed.append(parser.parse_override(each))
         except HydraException as error:
-            reason = str(error).partition("See http")[0]
-            raise SettingsError(f"{each}: {' '.join(reason.split())}") from None
+            if "=" not in each:
+                raise SettingsError(
+                    f"{each}: expected a setting and its value, {each}=..."
+                ) from None
+            reason = " ".join(str(error).partition("See http")[0].split())
+            raise SettingsError(
+                f"{each}: can not be read, expected a number, text, [a,b] or {{key: value}}, in quotes where "
+                f"the shell or Hydra reads more into it ({reason})"
+            ) from None
     return parsed
 
 

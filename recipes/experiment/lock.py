@@ -24,6 +24,9 @@ LOCK, HOLDER = ".lock", ".holder"
 HEARTBEAT = 30.0
 """Seconds between two heartbeats, for processes on other hosts, which may not see the lock."""
 
+RUNS = "runs"
+"""Where the folders of runs are, if nothing else is said."""
+
 DEAD = 300.0
 """Seconds without a heartbeat after which a process on another host is taken for dead."""
 
@@ -156,6 +159,17 @@ def new_folder(path: Path, *, named: bool) -> Iterator[Path]:
     finally:
         if not is_begun(folder):
             _remove_empty(folder, itself=True)
+            _remove_empty_parents(folder)
+
+
+def _remove_empty_parents(path: Path) -> None:
+    """Remove the empty folders that Hydra has made around one in ``runs``."""
+    root = Path(RUNS).resolve()
+    for parent in path.resolve().parents:
+        if not parent.is_relative_to(root):
+            return
+        with suppress(OSError):
+            parent.rmdir()
 
 
 def _remove_empty(path: Path, *, itself: bool) -> None:

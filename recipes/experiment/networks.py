@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 from gymnasium import Space
-from gymnasium.spaces import Discrete, flatdim
+from gymnasium.spaces import Box, Discrete, flatdim
 from tensordict.nn import TensorDictModule
 
 from torchrl_iql import OfflineDataset, checkpoint
 from torchrl_iql.models import Architecture, Statistics
+from torchrl_iql.spaces import share_outside
 from torchrl_iql_recipes.experiment import settings
-from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.schema import SettingsError, written
 
 __all__ = ["Networks", "architecture_for", "architecture_of", "sizes"]
 
@@ -89,8 +90,15 @@ def architecture_for(networks: settings.Networks, dataset: OfflineDataset) -> Ar
     )
 
 
-def architecture_of(path: Path, dataset: OfflineDataset) -> Architecture:
+def architecture_of(
+    path: Path, dataset: OfflineDataset, networks: settings.Networks
+) -> Architecture:
     """Load the description of the networks in a checkpoint.
+
+    Args:
+        path: of the checkpoint.
+        dataset: what they are to learn from.
+        networks: the settings that they were made with.
 
     Raises:
         SettingsError: they do not fit the data.
@@ -103,7 +111,27 @@ def architecture_of(path: Path, dataset: OfflineDataset) -> Architecture:
             f"{dataset.name} holds {sizes(observation_size, space)}, but the networks of {path} are for "
             f"{_sizes(*known)}: give another dataset, or train without a checkpoint"
         )
+    if isinstance(space, Box) and architecture.action_bounds is not None:
+        _require_reach(path, architecture.action_bounds, dataset, networks.action_bounds)
     return architecture
+
+
+def _require_reach(path: Path, bounds: Any, dataset: OfflineDataset, action_bounds: str) -> None:
+    """Refuse actions that the policy of a checkpoint can not take, or bounds that it would not know of."""
+    space: Any = dataset.action_space
+    low, high = bounds
+    told = f"the policy of {path} takes actions from {low} to {high}"
+    theirs = [space.low.ravel(), space.high.ravel()]
+    if action_bounds == "space" and not np.allclose(theirs, bounds, rtol=1e-6):
+        raise SettingsError(
+            f"{told}, but those of {dataset.name} lie in {space}: give "
+            f"action_space={written([low, high])} if they are the same, or train without a checkpoint"
+        )
+    reach = Box(np.float32(low), np.float32(high))
+    if len(rows := dataset.transitions["action"].numpy()) and (share := share_outside(reach, rows)):
+        raise SettingsError(
+            f"{told}, but {share:.2%} of those of {dataset.name} lie outside: train without a checkpoint"
+        )
 
 
 def sizes(observation_size: int, action_space: Space) -> str:

@@ -40,7 +40,8 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
 
 def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
     build.set_up(settings.compute)
-    dataset = build.dataset_for(settings.data)
+    played = settings.evaluation.eval_episodes > 0
+    dataset = build.dataset_for(settings.data, played=played)
     print(describe(dataset))
     learned = build.learned_from(settings, dataset)
     start = settings.training.checkpoint and Path(settings.training.checkpoint)
@@ -48,7 +49,8 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
     if start is None:
         architecture = architecture_for(settings.networks, learned)
     else:
-        architecture = architecture_of(lasts[0] if lasts[0].exists() else start, learned)
+        known = lasts[0] if lasts[0].exists() else start
+        architecture = architecture_of(known, learned, settings.networks)
     with (
         build.evaluations_for(settings, dataset, architecture) as evaluations,
         learned.minibatches(

@@ -65,7 +65,7 @@ def _run(settings: Settings, path: Path) -> dict[str, Any]:
     if known is None:
         architecture = architecture_for(settings.networks, dataset)
     else:
-        architecture = architecture_of(known, dataset)
+        architecture = architecture_of(known, dataset, settings.networks)
     with build.evaluations_for(settings, dataset, architecture) as evaluations:
         build.claim(path, settings)
         its = FineTuning(settings, dataset, architecture, evaluations, path, start)

@@ -34,6 +34,7 @@ __all__ = [
     "Fraction",
     "Natural",
     "NotNegative",
+    "Number",
     "Part",
     "Positive",
     "Rate",
@@ -63,6 +64,7 @@ def _number(value: Any) -> Any:
 
 Natural = Annotated[int, BeforeValidator(_number), Field(ge=0)]
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)]
@@ -217,7 +219,8 @@ def _words(annotation: Any, metadata: Sequence[Any]) -> str:
         return " or ".join(written(option) or "''" for option in arguments)
     if origin is tuple:
         each = _words(arguments[0], []).removeprefix("an ").removeprefix("a ")
-        return f"[a, b, ...], each a {each}".replace("a integer", "an integer")
+        entries = "a, b, ..." if arguments[-1] is Ellipsis else ", ".join("abcd"[: len(arguments)])
+        return f"[{entries}], each a {each}".replace("a integer", "an integer")
     kind = {
         int: "an integer",
         float: "a number",

@@ -24,6 +24,7 @@ from torchrl_iql_recipes.experiment.schema import (
     Fraction,
     Natural,
     NotNegative,
+    Number,
     Part,
     Positive,
     SettingsError,
@@ -49,8 +50,13 @@ __all__ = [
     "argument",
     "check_continued",
     "command_to_resume",
+    "differences",
     "networks_of",
 ]
+
+
+Bound = Number | tuple[Number, ...]
+ActionRange = tuple[Bound, Bound] | None
 
 
 class Data(Part):
@@ -71,6 +77,11 @@ class Data(Part):
         exclude=True,
         description="the environment that a data set names may run code that nobody has registered here, and "
         "the settings of a run or a checkpoint may name code; counts where it is given, and is not recorded",
+    )
+    action_space: ActionRange = Field(
+        None,
+        description="the lowest and the highest, [low,high], each a number or one per dimension; null: what "
+        "the data declare, for files that do not that of env, or [-1,1]",
     )
     maze: Literal["umaze", "medium", "large"] | None = Field(
         None,
@@ -454,6 +465,12 @@ def check_continued(
             f"{argument('checkpoint', last)} {given.replace(', ', ' ')} begins a new one from it"
         )
     raise SettingsError(f"{folder} holds a run with {theirs}, not {given}: {remedy}")
+
+
+def differences(known: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    """Return what of some values is other than it is known, as it is given on the command line."""
+    before, after = _flat(known), _flat(values)
+    return [f"{key}={written(its)}" for key, its in after.items() if before.get(key) != its]
 
 
 def networks_of(algorithm: str) -> set[str]:

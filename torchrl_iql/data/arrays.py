@@ -22,6 +22,7 @@ step less; so does this module.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ from tensordict import NestedKey
 
 from torchrl_iql.spaces import flags, numbers, require_finite, written
 
-__all__ = ["action_box", "array_episodes", "observation_box"]
+__all__ = ["action_box", "array_episodes", "observation_box", "require_rows"]
 
 JUMP = 1e-6
 """A larger distance between a next observation and the following one is a jump, official code."""
@@ -59,8 +60,30 @@ def action_box(actions: Any) -> Space:
 
 def _row_shape(values: Any, key: str) -> tuple[int, ...]:
     if len(values.shape) < 2:
-        raise ValueError(f"{key} has shape {list(values.shape)}, expected [n, size]")
+        remedy = f": of one column, give {key}[:, None]" if len(values.shape) == 1 else ""
+        raise ValueError(f"{key} has shape {list(values.shape)}, expected [n, size]{remedy}")
     return values.shape[1:]
+
+
+def require_rows(arrays: Mapping[str, Any]) -> None:
+    """Refuse arrays, or dictionaries of them, of which one has another number of rows than most.
+
+    Raises:
+        ValueError: it names that array and its shape.
+    """
+    leaves = {}
+    for key, values in arrays.items():
+        if isinstance(values, Mapping):
+            leaves |= {f"{key}/{name}": its for name, its in values.items()}
+        elif values is not None:
+            leaves[key] = values
+    rows = {key: its.shape[0] if its.shape else None for key, its in leaves.items()}
+    ((most, _),) = Counter(rows.values()).most_common(1)
+    for key, its in rows.items():
+        if its != most or its is None:
+            raise ValueError(
+                f"{key} has shape {list(leaves[key].shape)}, expected {most} rows, as the others have"
+            )
 
 
 def array_episodes(
@@ -94,14 +117,11 @@ def array_episodes(
             are truncated.
     """
     observations = numbers(observations, "observations")
-    rows = {"actions": actions, "rewards": rewards, "terminals": terminals, "timeouts": timeouts}
-    rows |= {f"infos/{written(name)}": values for name, values in (infos or {}).items()}
-    for key, values in rows.items():
-        if values is not None and values.shape[:1] != observations.shape[:1]:
-            found, expected = list(values.shape), list(observations.shape)
-            raise ValueError(
-                f"{key} has shape {found}, expected the rows of observations {expected}"
-            )
+    rows = {"observations": observations, "actions": actions, "rewards": rewards}
+    rows |= {"terminals": terminals, "timeouts": timeouts}
+    require_rows(
+        rows | {f"infos/{written(name)}": values for name, values in (infos or {}).items()}
+    )
 
     terminals = flags(terminals, "terminals")
     recorded = np.zeros_like(terminals) if timeouts is None else flags(timeouts, "timeouts")

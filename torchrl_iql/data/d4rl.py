@@ -91,8 +91,7 @@ def d4rl_source(
     with _opened(path) as file:
         missing = [key for key in REQUIRED if not isinstance(file.get(key), h5py.Dataset)]
         if missing:
-            found = ", ".join(map(str, list(file)[:10])) or "nothing"
-            raise ValueError(f"has no array {', '.join(missing)}; found {found}")
+            raise ValueError(_missing(file, missing))
         if columns is not None:
             _require_read(file, columns)
         transitions = cast(h5py.Dataset, file["rewards"]).shape[:1]
@@ -113,6 +112,20 @@ def d4rl_source(
         made_with=time_limit,
         episodes=partial(d4rl_episodes, path, time_limit),
     )
+
+
+def _missing(file: h5py.File, missing: Collection[str]) -> str:
+    found = ", ".join(map(str, list(file)[:10])) or "nothing"
+    groups = [
+        f"{key} is a group of {', '.join(group)}"
+        for key, group in file.items()
+        if key in missing and isinstance(group, h5py.Group)
+    ]
+    told = "".join(
+        f"; {each}: read it by h5py and give a dictionary of arrays to OfflineDataset.from_arrays"
+        for each in groups
+    )
+    return f"has no array {', '.join(missing)}; found {found}{told}"
 
 
 def _require_read(file: h5py.File, columns: Collection[str]) -> None:

@@ -20,7 +20,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorStorage
 
-from torchrl_iql.data.arrays import array_episodes
+from torchrl_iql.data.arrays import array_episodes, require_rows
 from torchrl_iql.data.episodes import (
     EpisodeRule,
     episode_data,
@@ -42,6 +42,7 @@ from torchrl_iql.data.rewards import (
 from torchrl_iql.data.tensordicts import transition_arrays
 from torchrl_iql.environments import Env, observing, require_reference_scores, spaces_of, spec_of
 from torchrl_iql.spaces import (
+    ActionBounds,
     ActionsOutside,
     action_rows,
     array,
@@ -232,6 +233,8 @@ class OfflineDataset:
             if reward_rule in OF_WHOLE_EPISODES:
                 _require_whole(stopped, len(parts), f"reward rule {reward_rule!r}")
             transform = REWARD_RULES[reward_rule](returns, rows["next", "reward"])
+            if reward_rule == "unit_rms":
+                _warn_of_dominant(name, rows["next", "reward"], transform.scale)
             rows["next", "reward"] = transform(rows["next", "reward"]).float()
             changed = f"reward rule {reward_rule!r}: rewards"
             require_finite(rows["next", "reward"].numpy(), changed)
@@ -317,7 +320,7 @@ class OfflineDataset:
         next_observations: ArrayLike | Tensor | Mapping[str, ArrayLike | Tensor] | None = None,
         infos: Mapping[str, ArrayLike | Tensor] | None = None,
         observation_space: Space | None = None,
-        action_space: Space | None = None,
+        action_space: ActionBounds | None = None,
         env_spec: Env | None = None,
         reference_scores: tuple[float, float] | None = None,
         reward_rule: RewardRule = "none",
@@ -342,7 +345,8 @@ class OfflineDataset:
             observation_space: by default that of the environment, if one is given, else a ``Box``
                 without bounds, of bytes for uint8. Of a compound one, observations may also be the
                 vectors that it is flattened to.
-            action_space: by default that of the environment, else, for floats, ``Box(-1, 1)``.
+            action_space: a space, or ``(low, high)``, each a number or one per dimension; by default
+                that of the environment, else, for floats, ``(-1, 1)``.
             env_spec: the environment to evaluate in, or its id. Without ``timeouts`` and
                 ``next_observations``, its time limit ends episodes.
             reference_scores: the returns that score 0 and 1 when normalized.
@@ -385,13 +389,18 @@ class OfflineDataset:
                 for key, values in given.items()
                 if values is not None or key not in ("timeouts", "next_observations")
             }
+            told: dict[NestedKey, np.ndarray] = {}
+            for group, theirs in (("infos", infos or {}), ("columns", columns)):
+                if not isinstance(theirs, Mapping):
+                    raise TypeError(
+                        f"{group} is a {type(theirs).__name__}, expected {{name: array [n, ...]}}"
+                    )
+                found = {key: array(its, f"{group}/{key}") for key, its in theirs.items()}
+                require_rows(arrays | {f"{group}/{key}": its for key, its in found.items()})
+                told |= found
             spec, spaces = flattened(
                 arrays, observation_space, action_space, spec_of(env_spec), observation_keys
             )
-            told: dict[NestedKey, np.ndarray] = {
-                key: array(values, f"infos/{key}")
-                for key, values in {**(infos or {}), **columns}.items()
-            }
             episodes = array_episodes(
                 **arrays,
                 infos=told,
@@ -418,7 +427,7 @@ class OfflineDataset:
         transitions: TensorDictBase,
         *,
         observation_space: Space | None = None,
-        action_space: Space | None = None,
+        action_space: ActionBounds | None = None,
         env_spec: Env | None = None,
         reference_scores: tuple[float, float] | None = None,
         reward_rule: RewardRule = "none",
@@ -552,7 +561,9 @@ class OfflineDataset:
         if not 0 < share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {share!r}")
         with errors_at(self.name):
-            _require_whole(self.recording.stopped, len(self.episode_lengths), "the best episodes")
+            _require_whole(
+                self.recording.stopped, len(self.episode_lengths), "the best episodes", remedy=""
+            )
         number = max(1, round(share * len(self.episode_returns)))
         order = self.episode_returns.argsort(descending=True, stable=True)
         chosen = order[:number].sort().values
@@ -703,8 +714,8 @@ def _refuse(outside: Sequence[ActionsOutside], others: int) -> None:
     number, among = (sum(getattr(each, key) for each in outside) for key in ("outside", "actions"))
     raise ValueError(
         f"{outside[0]}; so are {number} of {among + others} actions, {number / (among + others):.2%}. "
-        "[-1, 1] is what a file and arrays of floats have by default: give action_space=, or the "
-        "environment that has it, whose bounds the policy then keeps"
+        "The policy keeps the bounds of the action space: give action_space=, by default what the data "
+        "declare, the environment's, or [-1, 1] without either, or the environment that has it"
     )
 
 
@@ -752,13 +763,33 @@ def _looks_shuffled(transitions: TensorDictBase, pairs: int = 1000) -> bool:
     return bool(near > 0.8 * far)
 
 
-def _require_whole(stopped: int, episodes: int, what: str) -> None:
+SINGLE = "; or give a rule of single transitions, as 'unit_rms' or 'none'"
+
+
+def _require_whole(stopped: int, episodes: int, what: str, remedy: str = SINGLE) -> None:
     if 2 * stopped > episodes:
         raise ValueError(
             f"{what}: a statistic of whole episodes, but {stopped} of {episodes} end without a terminal "
             "or a recorded time-out; give timeouts where episodes were cut (truncations, ('next', "
-            "'truncated')), rows in the order of time, or a rule of single transitions, as 'unit_rms' or "
-            "'none'"
+            f"'truncated')), and rows in the order of time{remedy}"
+        )
+
+
+DOMINANT = 0.99
+"""The share of the sum of squares at which a single reward decides about the scale of the others."""
+
+
+def _warn_of_dominant(name: str, raw: Tensor, scale: float) -> None:
+    """Warn if one reward makes the scale of ``"unit_rms"``, beside which the others vanish."""
+    scaled = raw.abs().flatten() * scale
+    others = scaled.count_nonzero() - 1
+    if others >= 10 and scaled.max().square() > DOMINANT * scaled.square().sum():
+        where = int(scaled.argmax())
+        warnings.warn(
+            f"{name}: reward rule 'unit_rms' scales by a single reward, {raw.flatten()[where]:g} of "
+            f"transition {where}; the {others} others that are not 0 become {scaled.median():.2g} or so. Is "
+            "it one?",
+            stacklevel=_stacklevel(),
         )
 
 

@@ -21,7 +21,7 @@ from torchrl_iql.data.ogbench import is_ogbench, ogbench_source
 from torchrl_iql.data.rewards import RewardRule, RewardTransform
 from torchrl_iql.data.source import Source
 from torchrl_iql.environments import Env, observing, spec_of
-from torchrl_iql.spaces import selected
+from torchrl_iql.spaces import ActionBounds, actions_within, selected
 
 __all__ = ["load"]
 
@@ -35,7 +35,9 @@ def load(
     reward: RewardRule = "none",
     episodes: EpisodeRule = "as_stored",
     env: Env | None = None,
+    with_env: bool = True,
     trust_env: bool = False,
+    action_space: ActionBounds | None = None,
     observation_keys: Sequence[str] | None = None,
     columns: Sequence[str] = (),
     download: bool = True,
@@ -66,8 +68,12 @@ def load(
             D4RL's files, its time limit ends the episodes of D4RL files
             that do not tell where they end, and its task gives the rewards of OGBench's files.
             Reference scores are the first that a source names.
+        with_env: whether the environment that a Minari data set names is looked up. Without, it may be one
+            that is not installed here, or not trusted.
         trust_env: whether the environment that a Minari data set names may be made by code that only the
             data set names, see :func:`~torchrl_iql.environments.registered`. Beside ``env`` it is not used.
+        action_space: the space of the actions, or ``(low, high)``, each a number or one per dimension,
+            instead of what a source declares, of a D4RL file that of the environment, or [-1, 1].
         observation_keys: the entries of compound observations that are observed, in the data and in the
             environment; all by default.
         columns: infos, of D4RL's files also arrays, that become further columns of the transitions, see
@@ -90,8 +96,11 @@ def load(
         raise ValueError("there is no source to load")
     require_names(columns)
     sources = [
-        _open(name, env_spec, trust_env, download, observation_keys, columns) for name in names
+        _open(name, env_spec, with_env, trust_env, download, observation_keys, columns)
+        for name in names
     ]
+    if action_space is not None:
+        sources = [_with_actions(each, action_space) for each in sources]
     if observation_keys is not None and env_spec is not None:
         env_spec = observing(env_spec, observation_keys)
     _require_equal_spaces(sources)
@@ -109,7 +118,9 @@ def load(
     made_with = [each.made_with for each in sources]
     paths = [each.path for each in sources]
     recorded = sum(each.transitions for each in sources)
-    rules = reward, episodes, made_with, observation_keys and list(observation_keys), list(columns)
+    told = None if action_space is None else str(sources[0].action_space)
+    chosen = observation_keys and list(observation_keys), list(columns), told
+    rules = reward, episodes, made_with, *chosen
     entry = entry_path(paths, *rules) if cache else None
     if entry and (arrays := read(entry)) is not None:
         scale, shift, stopped = arrays["numbers"].tolist()
@@ -136,6 +147,7 @@ def load(
 def _open(
     source: str | Path,
     env_spec: EnvSpec | None,
+    with_env: bool,
     trust_env: bool,
     download: bool,
     observation_keys: Sequence[str] | None,
@@ -152,10 +164,18 @@ def _open(
             download=download,
             observation_keys=observation_keys,
             trust_env=trust_env,
+            with_env=with_env,
         )
     with errors_at(found.name):
         selected(found.observation_space, observation_keys)
     return found
+
+
+def _with_actions(source: Source, action_space: ActionBounds) -> Source:
+    with errors_at(source.name):
+        return replace(
+            source, action_space=actions_within(action_space, source.action_space.shape or ())
+        )
 
 
 def _require_equal_spaces(sources: Sequence[Source]) -> None:

@@ -37,6 +37,7 @@ def minari_source(
     download: bool,
     observation_keys: Sequence[str] | None = None,
     trust_env: bool = False,
+    with_env: bool = True,
 ) -> Source:
     """Find a Minari data set.
 
@@ -46,6 +47,7 @@ def minari_source(
         download: whether to download an id that is not there locally.
         observation_keys: the entries of its observations that are read; all by default.
         trust_env: whether its environment may be made by code that only the data set names.
+        with_env: whether that of the data set is looked up at all.
 
     Raises:
         FileNotFoundError: if there is no such data set, or its download failed.
@@ -63,7 +65,7 @@ def minari_source(
         ) from error
     with errors_at(str(source)):
         space = selected(dataset.observation_space, observation_keys)
-        if env_spec is None:
+        if env_spec is None and with_env:
             # Minari has no public name for this specification, only for the environment made from it.
             env_spec = stored_env(dataset._eval_env_spec or dataset.env_spec, trust_env=trust_env)
         if observation_keys is not None and env_spec is not None:
@@ -91,7 +93,7 @@ def opened(folder: Path, *, trust_env: bool = False) -> MinariDataset:
     if missing and "env_spec" in known and not trust_env:
         raise ValueError(
             f"metadata.json has no {' and no '.join(missing)}, which only the environment that it names "
-            "could tell: if you trust who made it, trust_env=True"
+            "could tell: give trust_env if you trust who made it"
         )
     return MinariDataset(folder)
 

@@ -69,8 +69,11 @@ class Minibatches:
             raise ValueError(f"transitions must be [n], n >= 1, got {list(transitions.shape)}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
-        if not len(seeds) or not all(isinstance(seed, Integral) and seed >= 0 for seed in seeds):
-            raise ValueError(f"seeds must be one or more integers of at least 0, got {seeds!r}")
+        several = hasattr(seeds, "__len__") and len(seeds) > 0
+        if not several or not all(isinstance(seed, Integral) and seed >= 0 for seed in seeds):
+            raise ValueError(
+                f"seeds must be a list of one or more integers of at least 0, got {seeds!r}"
+            )
         self.batch_size = batch_size
         self.seeds = tuple(int(seed) for seed in seeds)
         self.device = torch.device(device)

@@ -14,7 +14,14 @@ from tensordict import TensorDictBase
 from torchrl_iql.data.arrays import action_box, observation_box
 from torchrl_iql.data.tensordicts import categories
 from torchrl_iql.environments import observing, spaces_of
-from torchrl_iql.spaces import array, observation_dtype, observation_rows, selected
+from torchrl_iql.spaces import (
+    ActionBounds,
+    actions_within,
+    array,
+    observation_dtype,
+    observation_rows,
+    selected,
+)
 
 __all__ = ["chosen", "flattened", "given_arrays", "shown"]
 
@@ -39,7 +46,7 @@ def shown(
 def flattened(
     arrays: dict[str, Any],
     observation_space: Space | None,
-    action_space: Space | None,
+    action_space: ActionBounds | None,
     env_spec: EnvSpec | None,
     observation_keys: Sequence[str] | None,
 ) -> tuple[EnvSpec | None, tuple[Space, Space]]:
@@ -67,6 +74,7 @@ def flattened(
         observation_space = observation_box(observations)
     if action_space is None:
         action_space = action_box(arrays["actions"])
+    action_space = actions_within(action_space, arrays["actions"].shape[1:])
     arrays["actions"] = categories(action_space, arrays["actions"], "actions")
     if observation_keys is not None and (isinstance(observations, Mapping) or env_spec is None):
         observation_space = selected(observation_space, observation_keys)
@@ -76,7 +84,7 @@ def flattened(
             values = chosen(values, observation_keys, key)
             dtype = observation_dtype(observation_space)
             length = len(array(arrays["rewards"], "rewards"))
-            values = observation_rows(observation_space, values, length, dtype)
+            values = observation_rows(observation_space, values, length, dtype, key)
         elif isinstance(observation_space, Dict):
             _require_columns(observation_space, values, key)
         arrays[key] = values

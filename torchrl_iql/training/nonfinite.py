@@ -201,8 +201,8 @@ def _error(
     return NonFiniteError(
         f"step {number} of learner {learner}: {', '.join(found)}. Its batch{shown} has magnitudes up to: "
         f"{largest}. If one of these is NaN or large, mend or scale it (rewards by the reward rule "
-        "'unit_rms', observations by normalisation); else lower learning_rate or set max_grad_norm; "
-        "on_nonfinite='skip' leaves such steps out",
+        "'unit_rms', observations by normalisation); else lower the learning rate, or limit the norm of "
+        "gradients (max_grad_norm of TrainStep); 'skip' for on_nonfinite leaves such steps out",
         number,
         learner,
         kept,

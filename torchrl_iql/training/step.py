@@ -297,6 +297,11 @@ class TrainStep:
         Returns:
             the scalars of the losses before the last of these steps; for several losses ``[R]``.
         """
+        if not isinstance(minibatches, Minibatches):
+            raise TypeError(
+                f"minibatches is a {type(minibatches).__name__}, expected those of "
+                "OfflineDataset.minibatches(...); step(batch) takes what a replay buffer samples"
+            )
         if len(minibatches.seeds) != len(self.losses):
             raise ValueError(
                 f"minibatches are for {len(minibatches.seeds)} learners, but there are "
