@@ -628,7 +628,9 @@ def test_minibatches_for_another_number_of_learners_are_refused() -> None:
         step.run(Minibatches(data, 4, seeds=[0, 1]), 1)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         step.run(Minibatches(data, 4, seeds=[0]), 0)
-    with pytest.raises(TypeError, match=r"minibatches is a TensorDict, expected .*step\(batch\) takes"):
+    with pytest.raises(
+        TypeError, match=r"minibatches is a TensorDict, expected .*step\(batch\) takes"
+    ):
         step.run(data, 1)  # pyright: ignore
 
 
