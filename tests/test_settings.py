@@ -205,7 +205,7 @@ def test_every_family_of_a_task_is_one_that_an_algorithm_may_name() -> None:
         content = yaml.safe_load((CONFIG / "algorithm" / f"{name}.yaml").read_text())
         assert content["families"].keys() <= known
         parts: list[type[Part]] = [schema, *(p for p in PARTS.values() if not p.group)]
-        for settings in content["families"].values():
+        for settings in (content.get("all", {}), *content["families"].values()):
             for key, value in settings.items():
                 (part,) = (each for each in parts if key in each.model_fields)
                 part.check(key, value, several=True)

@@ -6,6 +6,7 @@ from torchrl_iql import environments as environments  # tells gymnasium of AntMa
 from torchrl_iql import lazy
 
 __all__ = [
+    "AWACLoss",
     "DiscreteIQLLoss",
     "Evaluation",
     "Evaluator",
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
     from torchrl_iql.data import OfflineDataset
     from torchrl_iql.data import load as load_dataset
     from torchrl_iql.evaluation import Evaluation, Evaluator
-    from torchrl_iql.objectives import DiscreteIQLLoss, IQLLoss
+    from torchrl_iql.objectives import AWACLoss, DiscreteIQLLoss, IQLLoss
     from torchrl_iql.training import TrainStep
 else:
     __getattr__, __dir__ = lazy.attach(
         __name__,
         {
+            "AWACLoss": "objectives",
             "DiscreteIQLLoss": "objectives",
             "Evaluation": "evaluation",
             "Evaluator": "evaluation",

@@ -34,6 +34,7 @@ __all__ = [
     "deterministic_policy",
     "discrete_qvalue_network",
     "gaussian_policy",
+    "heteroscedastic_policy",
     "qvalue_ensemble",
     "qvalue_network",
     "squashed_policy",
@@ -41,9 +42,10 @@ __all__ = [
 ]
 
 Statistics = tuple[Tensor, Tensor]
-PolicyKind = Literal["gaussian", "squashed", "deterministic", "categorical"]
+PolicyKind = Literal["gaussian", "squashed", "heteroscedastic", "deterministic", "categorical"]
 HIDDEN_SIZES = (256, 256)
 LOG_STD_BOUNDS = (-5.0, 2.0)
+SAC_LOG_STD_BOUNDS = (-20.0, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +201,30 @@ def squashed_policy(
     )
 
 
+def heteroscedastic_policy(
+    observation: int | TensorSpec,
+    action: int | TensorSpec,
+    *,
+    hidden_sizes: Sequence[int] = HIDDEN_SIZES,
+    dropout: float = 0.0,
+    observation_statistics: Statistics | None = None,
+) -> ProbabilisticActor:
+    """Make SAC's policy: a Gaussian squashed by tanh into the action bounds, its deviation one of the state.
+
+    The log standard deviation is clipped to [-20, 2]. Arguments and returns as :func:`gaussian_policy`.
+    """
+    low, high = _bounds(action)
+    torso = Torso(
+        _size(observation),
+        2 * len(low),
+        hidden_sizes,
+        dropout=dropout,
+        statistics=observation_statistics,
+    )
+    bounds = {"low": low, "high": high, "tanh_loc": False}
+    return _continuous_actor(_LocAndScale(torso), action, TanhNormal, bounds)
+
+
 def deterministic_policy(
     observation: int | TensorSpec,
     action: int | TensorSpec,
@@ -314,6 +340,7 @@ def discrete_qvalue_network(
 _POLICIES: dict[str, Callable[..., TensorDictModule]] = {
     "gaussian": gaussian_policy,
     "squashed": squashed_policy,
+    "heteroscedastic": heteroscedastic_policy,
     "deterministic": deterministic_policy,
     "categorical": categorical_policy,
 }
@@ -458,6 +485,18 @@ class GaussianParameters(nn.Module):
         mean = self.squash(output)
         std = log_std.clamp(*LOG_STD_BOUNDS).exp() * self.unit
         return mean, _per_batch(std).expand_as(mean)
+
+
+class _LocAndScale(nn.Module):
+    """Mean and standard deviation, both from the state."""
+
+    def __init__(self, torso: nn.Module) -> None:
+        super().__init__()
+        self.torso = torso
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        loc, log_std = self.torso(observation).chunk(2, dim=-1)
+        return loc, log_std.clamp(*SAC_LOG_STD_BOUNDS).exp()
 
 
 def _continuous_actor(

@@ -510,10 +510,11 @@ class Experiment(Door):
             )
 
     def _node(self, part: type[Part]) -> dict[str, Any]:
-        """Give each setting the algorithm's value in the family, else the task's, else the default."""
+        """Give each setting the algorithm's value in the family, else for all, the task's, or the default."""
         return {
             name: f"${{oc.select:algorithm.families.${{task.family}}.{name},"
-            f"${{oc.select:task.{name},{_literal(default)}}}}}"
+            f"${{oc.select:algorithm.all.{name},"
+            f"${{oc.select:task.{name},{_literal(default)}}}}}}}"
             for name, default in part.defaults().items()
         }
 
@@ -676,8 +677,8 @@ def _by_task(algorithm: str) -> set[str]:
     found: set[str] = set()
     for path in (CONFIG / "task").rglob("*.yaml"):
         found |= set(map(str, OmegaConf.load(path))) - {"defaults", "family"}
-    families: Any = OmegaConf.load(CONFIG / "algorithm" / f"{algorithm}.yaml").families
-    return found.union(*families.values())
+    own: Any = OmegaConf.load(CONFIG / "algorithm" / f"{algorithm}.yaml")
+    return found.union(own.get("all", {}), *own.families.values())
 
 
 def _check_name(override: Override) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium import Space
 from gymnasium.spaces import Box, Discrete, flatdim
 from tensordict.nn import TensorDictModule
+from torch import Tensor
 
 from torchrl_iql import OfflineDataset, checkpoint
 from torchrl_iql.models import Architecture, Statistics
@@ -31,6 +34,29 @@ class Networks:
         self.architecture = architecture
         self.discrete = architecture.discrete
         self._statistics = statistics
+
+    def require(self, algorithm: str, policies: Collection[str]) -> None:
+        """Refuse what an algorithm can not train.
+
+        Args:
+            algorithm: its title.
+            policies: the kinds that it can.
+
+        Raises:
+            SettingsError: the policy is of another kind, or actions are discrete.
+        """
+        if self.discrete:
+            raise SettingsError(f"{algorithm} is for continuous actions, and these are discrete")
+        if self.architecture.policy not in policies:
+            raise SettingsError(
+                f"policy={self.architecture.policy}: {algorithm} needs policy={' or '.join(policies)}"
+            )
+
+    def action_bounds(self) -> tuple[Tensor, Tensor]:
+        """Return the lowest and the highest action, ``[A]`` each, of continuous ones."""
+        assert self.architecture.action_bounds is not None
+        low, high = self.architecture.action_bounds
+        return torch.tensor(low), torch.tensor(high)
 
     def policy(self) -> TensorDictModule:
         return self.architecture.policy_network(self._statistics)

@@ -118,8 +118,10 @@ class Data(Part):
 class Networks(Part):
     """What is trained."""
 
-    policy: Literal["gaussian", "squashed", "deterministic"] = Field(
-        "gaussian", description="of continuous actions; discrete ones have a categorical"
+    policy: Literal["gaussian", "squashed", "heteroscedastic", "deterministic"] = Field(
+        "gaussian",
+        description="of continuous actions: heteroscedastic is SAC's, the others have one deviation in all "
+        "states; discrete ones have a categorical",
     )
     action_bounds: Literal["space", "data"] = Field(
         "space", description="data: the policy keeps within the actions that the data hold"

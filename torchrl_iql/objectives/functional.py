@@ -1,10 +1,10 @@
 """Implicit Q-Learning as pure functions: the equations of the paper, one function each.
 
 "Offline Reinforcement Learning with Implicit Q-Learning", Kostrikov, Nair, Levine, 2021
-(https://arxiv.org/abs/2110.06169). Tensors in, tensors out, one value per transition: ``[*B]`` is
-any batch shape and ``[N, *B]`` adds the N networks of the Q ensemble. Nothing here reduces over the
-batch, knows of keys or networks, or synchronises with the device, so the functions can be compiled,
-captured, and batched over independent learners.
+(https://arxiv.org/abs/2110.06169); and, of the same parts, AWAC. Tensors in, tensors out, one value per
+transition: ``[*B]`` is any batch shape and ``[N, *B]`` adds the N networks of the Q ensemble. Nothing here
+reduces over the batch, knows of keys or networks, or synchronises with the device, so the functions can be
+compiled, captured, and batched over independent learners.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from torch import Tensor
 
 __all__ = [
     "DISTANCES",
+    "AWACOutputs",
     "Distance",
     "Outputs",
     "actor_loss",
     "advantage_weight",
+    "awac_losses",
+    "conservative_gap",
     "expectile_loss",
     "losses",
     "min_q",
@@ -90,6 +93,79 @@ def losses(
         "loss_value": value_loss(target_q, v, expectile),
         **{name: value.detach() for name, value in watched.items()},
     }
+
+
+class AWACOutputs(NamedTuple):
+    """The network outputs that AWAC's losses of a batch ``[*B]`` are made of.
+
+    Attributes:
+        log_prob: log pi(a | s) at the actions of the data, ``[*B]``.
+        q: the Q networks there, ``[N, *B]``.
+        policy_q: the Q networks at an action of the policy, ``[N, *B]``, without gradients.
+        td_target: r + gamma (1 - terminated) min_i Q_i(s', a') of the target networks at an action of the
+            policy, ``[*B]``, without gradients.
+    """
+
+    log_prob: Tensor
+    q: Tensor
+    policy_q: Tensor
+    td_target: Tensor
+
+
+def awac_losses(
+    outputs: AWACOutputs,
+    *,
+    temperature: float | Tensor,
+    weight_clip: float,
+    distance: Distance,
+) -> dict[str, Tensor]:
+    """Compute AWAC: the weighted regression of IQL with A = min_i Q_i(s, a) - min_i Q_i(s, a~), a~ of pi.
+
+    Args:
+        outputs: of the networks.
+        temperature: of :func:`advantage_weight`, one over the paper's lambda.
+        weight_clip: of :func:`advantage_weight`.
+        distance: of :func:`qvalue_loss`.
+
+    Returns:
+        one value per transition, ``[*B]``, of ``loss_actor`` and ``loss_qvalue``; and what
+        :func:`losses` returns to be watched, where ``value`` is min_i Q_i(s, a~).
+    """
+    log_prob, q, policy_q, target = outputs
+    value = min_q(policy_q).detach()
+    advantage = min_q(q).detach() - value
+    weight = advantage_weight(advantage, temperature, weight_clip)
+    watched = {
+        "td_error": (q - target).square().amax(dim=0),
+        "advantage": advantage,
+        "value": value,
+        "qvalue": q.mean(dim=0),
+        "clip_fraction": (weight >= weight_clip).to(weight.dtype),
+        "entropy": -log_prob,
+    }
+    return {
+        "loss_actor": actor_loss(log_prob, weight),
+        "loss_qvalue": qvalue_loss(q, target, distance),
+        **{name: value.detach() for name, value in watched.items()},
+    }
+
+
+def conservative_gap(
+    q: Tensor, log_density: Tensor, data_q: Tensor, temperature: float = 1.0
+) -> Tensor:
+    r"""Compute CQL's :math:`\log \sum_a e^{Q(s, a)} - Q(s, a_D)` from drawn actions.
+
+    Args:
+        q: the Q networks at K drawn actions of each state, ``[N, K, *B]``.
+        log_density: of each draw, ``[K, *B]``, by which the sum is estimated.
+        data_q: the Q networks at the actions of the data, ``[N, *B]``.
+        temperature: of the exponential.
+
+    Returns:
+        ``[N, *B]``; log K above an estimate of the integral, a constant.
+    """
+    scaled = (q - log_density.detach()) / temperature
+    return temperature * scaled.logsumexp(dim=1) - data_q
 
 
 def min_q(q: Tensor) -> Tensor:

@@ -1,55 +1,41 @@
 """Implicit Q-Learning as TorchRL LossModules.
 
-The equations are in :mod:`torchrl_iql.objectives.functional`. This module reads the batch, evaluates
-each network once, calls the equations and reduces.
+The equations are in :mod:`torchrl_iql.objectives.functional`. This module evaluates each network once and
+calls them; :mod:`torchrl_iql.objectives.base` reads the batch and reduces.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from tensordict import (
-    TensorDict,
-    TensorDictBase,
-    TensorDictParams,
-    is_tensor_collection,
-)
-from tensordict.nn import (
-    CompositeDistribution,
-    ProbabilisticTensorDictSequential,
-    TensorDictModule,
-    TensorDictModuleBase,
-    dispatch,
-)
-from tensordict.nn.distributions import Delta as TensorDictDelta
+from tensordict import TensorDictBase, TensorDictParams
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from tensordict.utils import NestedKey
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.data.tensor_specs import TensorSpec
 from torchrl.data.utils import _find_action_space
-from torchrl.modules import Actor, Delta, TanhDelta
-from torchrl.objectives.common import LossModule
-from torchrl.objectives.utils import (
-    ValueEstimators,
-    _vmap_func,
-    default_value_kwargs,
-    dispatch_value_estimator,
-)
-from torchrl.objectives.value import TD1Estimator, TDLambdaEstimator, ValueEstimatorBase
 
 from torchrl_iql.objectives import functional as iql
+from torchrl_iql.objectives.base import (
+    AdvantageWeightedLoss,
+    Reduction,
+    ScalarOutputMode,
+    at_least_float32,
+    check_log_prob,
+    check_number,
+    check_shape,
+    inputs_of,
+    output_of,
+    run,
+    squeeze_last,
+)
 
 __all__ = ["DiscreteIQLLoss", "IQLLoss"]
 
-Reduction = Literal["none", "mean", "sum"]
-ScalarOutputMode = Literal["exclude", "non_tensor"]
 
-
-class IQLLoss(LossModule):
+class IQLLoss(AdvantageWeightedLoss[iql.Outputs]):
     r"""Implicit Q-Learning for continuous, composite or any other actions that Q(s, a) takes as input.
 
     Kostrikov, Nair, Levine, "Offline Reinforcement Learning with Implicit Q-Learning", 2021
@@ -150,51 +136,10 @@ class IQLLoss(LossModule):
         ... )
     """
 
-    @dataclass
-    class _AcceptedKeys:
-        """The entries that :meth:`set_keys` can rename.
-
-        Attributes:
-            value: V(s), written by the value network.
-            action: the action of the data.
-            log_prob: accepted for TorchRL's sake; the batch receives no log-probability.
-            priority: the squared TD error, written to the batch.
-            priority_weight: the importance weight of each transition, read if present.
-            state_action_value: Q(s, a), written by the Q network.
-            reward: the reward, under ``"next"``.
-            done: the end of an episode, under ``"next"``.
-            terminated: the end of an episode by the environment's own rules, under ``"next"``.
-        """
-
-        value: NestedKey = "state_value"
-        action: NestedKey = "action"
-        log_prob: NestedKey = "_log_prob"
-        priority: NestedKey = "td_error"
-        priority_weight: NestedKey = "priority_weight"
-        state_action_value: NestedKey = "state_action_value"
-        reward: NestedKey = "reward"
-        done: NestedKey = "done"
-        terminated: NestedKey = "terminated"
-
-    default_keys = _AcceptedKeys
-    default_value_estimator = ValueEstimators.TD0
-    SUPPORTED_VALUE_ESTIMATORS = (
-        ValueEstimators.TD0,
-        ValueEstimators.TD1,
-        ValueEstimators.TDLambda,
-    )
     out_keys = ["loss_actor", "loss_qvalue", "loss_value", "entropy"]  # pyright: ignore
     _schedulable_buffers = frozenset({"expectile", "temperature"})
 
-    tensor_keys: _AcceptedKeys
     expectile: Tensor
-    temperature: Tensor
-    actor_network: TensorDictModule
-    actor_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
-    qvalue_network: TensorDictModule
-    qvalue_network_params: TensorDictParams
-    target_qvalue_network_params: TensorDictParams
     value_network: TensorDictModule
     value_network_params: TensorDictParams
     target_value_network_params: TensorDictParams
@@ -217,91 +162,27 @@ class IQLLoss(LossModule):
         deactivate_vmap: bool = False,
         scalar_output_mode: ScalarOutputMode | None = None,
     ) -> None:
-        if gamma is not None:
-            raise TypeError(
-                f"gamma={gamma!r} is not an argument of the loss: call make_value_estimator(gamma=...)"
-            )
-        if priority_key is not None:
-            raise RuntimeError(
-                f"priority_key={priority_key!r} is not an argument of the loss: call "
-                "set_keys(priority=...)"
-            )
-        for name, network in (("actor_network", actor_network), ("value_network", value_network)):
-            _check_network(name, network)
-        _check_choice("loss_function", loss_function, iql.DISTANCES)
-        _check_choice("reduction", reduction, (None, *get_args(Reduction)))
-        _check_choice(
-            "scalar_output_mode",
-            scalar_output_mode,
-            (None, *get_args(ScalarOutputMode)),
+        check_number("expectile", expectile, 0 < expectile <= 1, "(0, 1]")
+        super().__init__(
+            {
+                "actor_network": actor_network,
+                "value_network": value_network,
+                "qvalue_network": qvalue_network,
+            },
+            num_qvalue_nets=num_qvalue_nets,
+            loss_function=loss_function,
+            temperature=temperature,
+            weight_clip=weight_clip,
+            coefficients={"expectile": expectile},
+            gamma=gamma,
+            priority_key=priority_key,
+            separate_losses=separate_losses,
+            reduction=reduction,
+            deactivate_vmap=deactivate_vmap,
+            scalar_output_mode=scalar_output_mode,
         )
-        _check_number("temperature", temperature, 0 <= temperature < math.inf, "[0, inf)")
-        _check_number("expectile", expectile, 0 < expectile <= 1, "(0, 1]")
-        _check_number("weight_clip", weight_clip, weight_clip > 0, "(0, inf]")
-        qvalue_network = _check_qvalue_networks(qvalue_network, num_qvalue_nets)
-
-        self._in_keys: list[NestedKey] = []
-        self._out_keys = None
-        super().__init__()
-        self.deactivate_vmap = deactivate_vmap
-        self.delay_qvalue = True
-        self.num_qvalue_nets = num_qvalue_nets
-        self.loss_function: iql.Distance = loss_function
-        self.weight_clip = weight_clip
-        self.reduction = reduction or "mean"
-        self.scalar_output_mode = scalar_output_mode or "exclude"
-
-        # Shared parameters: with separate_losses the networks converted later hold detached copies.
-        self.convert_to_functional(actor_network, "actor_network")
-        shared = list(actor_network.parameters()) if separate_losses else None
-        self.convert_to_functional(value_network, "value_network", compare_against=shared)
-        if shared is not None:
-            shared += value_network.parameters()
-        self.convert_to_functional(
-            qvalue_network,  # pyright: ignore
-            "qvalue_network",
-            expand_dim=num_qvalue_nets if num_qvalue_nets > 1 else None,
-            create_target_params=True,
-            compare_against=shared,
-        )
-        if isinstance(qvalue_network, nn.Module):
-            if num_qvalue_nets > 1:
-                self._draw_ensemble(qvalue_network)
-        elif shared is not None:
-            with self.qvalue_network_params.unlock_() as params:
-                for name, parameter in qvalue_network[0].named_parameters():
-                    if any(parameter is other for other in shared):
-                        key = tuple(name.split("."))
-                        params.set(key, params.get(key).data)
-
-        for name, number in (("expectile", expectile), ("temperature", temperature)):
-            buffer = _coefficient(number, self._default_device)
-            self.register_buffer(name, buffer, persistent=False)
-        self.make_value_estimator(device=self._default_device)
-        self.register_load_state_dict_pre_hook(_adapt_state_dict)
-
-        self._deterministic = _is_deterministic(actor_network)
-        if self.reduction == "none" and scalar_output_mode is None:
-            warnings.warn(
-                "With reduction='none' the scalars of the output (entropy and diagnostics) have no "
-                "place among the losses and are excluded. Pass scalar_output_mode='exclude' to "
-                "silence this warning or 'non_tensor' to keep them as non-tensor data.",
-                category=UserWarning,
-                stacklevel=2,
-            )
-        self._writes_scalars = self.reduction != "none" or scalar_output_mode == "non_tensor"
-        if self._deterministic or not self._writes_scalars:
-            self.out_keys = self.out_keys[:3]  # pyright: ignore
-        # Found out now rather than in the first call, which torch.compile would trace twice.
-        self._set_in_keys()
-        _ = self.vmap_randomness
 
     # --- The algorithm -----------------------------------------------------------------------------
-
-    @dispatch()
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Compute the three losses and the diagnostics, each network evaluated once per input."""
-        return self.losses(tensordict, self.evaluate(tensordict))
 
     def evaluate(self, tensordict: TensorDictBase) -> iql.Outputs:
         """Compute all that :meth:`losses` needs of the networks."""
@@ -314,33 +195,18 @@ class IQLLoss(LossModule):
             td_target=self.td_target(tensordict, self._next_v(tensordict)),
         )
 
-    def losses(self, tensordict: TensorDictBase, outputs: iql.Outputs) -> TensorDictBase:
-        """Return what :meth:`forward` does, and the batch's priority, from given network outputs."""
-        self._check_outputs(outputs)
-        values = iql.losses(
+    def equations(self, outputs: iql.Outputs) -> dict[str, Tensor]:
+        """Compute equations 5, 6 and 7 of the paper, ``[*B]`` each, and what is worth watching."""
+        check_shape("V(s)", outputs.v, outputs.target_q.shape[1:])
+        check_log_prob(outputs.log_prob, outputs.v.shape)
+        check_shape("Q(s, a)", outputs.q[0], outputs.td_target.shape)
+        return iql.losses(
             outputs,
             expectile=self.expectile,
             temperature=self.temperature.to(outputs.v.dtype),
             weight_clip=self.weight_clip,
             distance=self.loss_function,
         )
-        td_error = values.pop("td_error")
-        if not tensordict.is_locked:
-            tensordict.set(self.tensor_keys.priority, td_error)
-        names = [name for name in values if name.startswith("loss_")]
-        losses = {name: self._reduce(tensordict, values.pop(name)) for name in names}
-        out = TensorDict(losses, batch_size=losses["loss_actor"].shape)
-        if self._deterministic:
-            del values["entropy"]
-        if self._writes_scalars:
-            for name, value in values.items():
-                scalar = self._reduce_loss(value, tensordict, reduction="mean")
-                if self.reduction == "none":
-                    out.set_non_tensor(name, scalar)
-                else:
-                    out.set(name, scalar)
-        self._release(tensordict, out)
-        return out
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
         """Compute the advantage-weighted regression of the policy (equation 7).
@@ -350,8 +216,8 @@ class IQLLoss(LossModule):
         """
         target_q, v = self._target_q(tensordict), self._v(tensordict)
         log_prob = self.log_likelihood(tensordict)
-        _check_shape("V(s)", v, target_q.shape[1:])
-        _check_log_prob(log_prob, v.shape)
+        check_shape("V(s)", v, target_q.shape[1:])
+        check_log_prob(log_prob, v.shape)
         advantage = iql.min_q(target_q) - v
         temperature = self.temperature.to(v.dtype)
         weight = iql.advantage_weight(advantage, temperature, self.weight_clip)
@@ -366,7 +232,7 @@ class IQLLoss(LossModule):
             the loss, and an empty dictionary.
         """
         target_q, v = self._target_q(tensordict), self._v(tensordict)
-        _check_shape("V(s)", v, target_q.shape[1:])
+        check_shape("V(s)", v, target_q.shape[1:])
         loss = self._reduce(tensordict, iql.value_loss(target_q, v, self.expectile))
         self._release(tensordict)
         return loss, {}
@@ -379,279 +245,25 @@ class IQLLoss(LossModule):
         """
         q = self._q(tensordict)
         target = self.td_target(tensordict, self._next_v(tensordict))
-        _check_shape("Q(s, a)", q[0], target.shape)
+        check_shape("Q(s, a)", q[0], target.shape)
         loss = self._reduce(tensordict, iql.qvalue_loss(q, target, self.loss_function))
         self._release(tensordict)
         return loss, {"td_error": (q - target).square().detach()}
 
-    @staticmethod
-    def _check_outputs(outputs: iql.Outputs) -> None:
-        _check_shape("V(s)", outputs.v, outputs.target_q.shape[1:])
-        _check_log_prob(outputs.log_prob, outputs.v.shape)
-        _check_shape("Q(s, a)", outputs.q[0], outputs.td_target.shape)
-
-    # --- The networks, evaluated --------------------------------------------------------------------
-
-    def log_likelihood(self, td: TensorDictBase) -> Tensor:
-        """Return log pi(a | s) at the data's actions, ``[*B]``; if deterministic -|a - pi(s)|^2."""
-        name, network = "actor_network", self.actor_network
-        with self.actor_network_params.to_module(network, preserve_module_state=False):
-            if self._deterministic:
-                predicted = _run(td, network, name).get(self.tensor_keys.action)
-                action = self._get(td, self.tensor_keys.action)
-                _check_shape("action of the policy", predicted, action.shape)
-                return -(at_least_float32(predicted) - action).square().sum(dim=-1)
-            dist = _run(td, network, name, network.get_dist)
-        if isinstance(dist, CompositeDistribution):
-            log_prob = dist.log_prob(td.copy())
-        else:
-            action = self._get(td, self.tensor_keys.action)
-            if action.dtype is torch.bool:  # OneHot's own dtype, of which there is no argmax
-                action = action.to(torch.uint8)
-            if not dist.event_shape and action.shape == (*dist.batch_shape, 1):
-                action = action.squeeze(-1)
-            log_prob = dist.log_prob(action)
-        if is_tensor_collection(log_prob):
-            log_prob = log_prob.sum(dim="feature", reduce=True)  # pyright: ignore
-        return at_least_float32(log_prob)
-
     def _v(self, td: TensorDictBase, prefix: str | None = None) -> Tensor:
         """Compute V(s), or V(s') with the prefix ``"next"``, ``[*B]``."""
         with self.value_network_params.to_module(self.value_network, preserve_module_state=False):
-            outputs = _run(td, self.value_network, "value_network", prefix=prefix)
-        value = _get_output(outputs, self.tensor_keys.value, self.value_network)
-        return at_least_float32(_squeeze_last(value, self.tensor_keys.value))
+            outputs = run(td, self.value_network, "value_network", prefix=prefix)
+        value = output_of(outputs, self.tensor_keys.value, self.value_network)
+        return at_least_float32(squeeze_last(value, self.tensor_keys.value))
 
     @torch.no_grad()
     def _next_v(self, td: TensorDictBase) -> Tensor:
         return self._v(td, prefix="next")
 
-    def _q(self, td: TensorDictBase) -> Tensor:
-        """Compute Q_i(s, a) at the actions of the data, ``[N, *B]``."""
-        return self._q_ensemble(td, self.qvalue_network_params)
-
-    @torch.no_grad()
-    def _target_q(self, td: TensorDictBase) -> Tensor:
-        return self._q_ensemble(td, self.target_qvalue_network_params)
-
-    def _q_ensemble(self, td: TensorDictBase, params: TensorDictParams) -> Tensor:
-        if self.num_qvalue_nets == 1:
-            params = params.unsqueeze(0)
-        name, network = "qvalue_network", self.qvalue_network
-        key = self.tensor_keys.state_action_value
-        if takes_stacked_parameters(network) and network.out_keys == [key]:
-
-            def stacked(inputs: TensorDictBase) -> Tensor:
-                return network.module(*(inputs[key] for key in network.in_keys))
-
-            with params.to_module(network, preserve_module_state=False):
-                q = _run(td, network, name, stacked)
-        else:
-            outputs = _run(td, network, name, lambda inputs: self._mapped(inputs, params))
-            q = _get_output(outputs, key, network)
-        return at_least_float32(self.at_action(td, q))
-
-    def _mapped(self, inputs: TensorDictBase, params: TensorDictBase) -> TensorDictBase:
-        """Evaluate the Q networks one by one, or as one through :func:`torch.vmap`.
-
-        Raises:
-            RuntimeError: they can be evaluated one by one, but not as one.
-        """
-
-        def evaluate(inputs: TensorDictBase, *, one_by_one: bool) -> Any:
-            mapped = _vmap_func(
-                self.qvalue_network,
-                (None, 0),
-                randomness=self.vmap_randomness,
-                pseudo_vmap=one_by_one,
-            )
-            return mapped(inputs, params)  # pyright: ignore
-
-        if self.deactivate_vmap or torch.compiler.is_compiling():
-            return evaluate(inputs, one_by_one=self.deactivate_vmap)
-        try:
-            return evaluate(inputs.copy(), one_by_one=False)
-        except Exception as error:
-            try:
-                with torch.no_grad():
-                    evaluate(inputs, one_by_one=True)
-            except Exception:
-                raise error from None
-            raise RuntimeError(
-                "torch.vmap can not evaluate qvalue_network for all Q networks at once, though each "
-                f"can be evaluated alone: build the loss with deactivate_vmap=True ({error})"
-            ) from error
-
-    def at_action(self, td: TensorDictBase, q: Tensor) -> Tensor:
-        """Select the values of the data's actions, ``[N, *B]``, from what the Q networks put out."""
-        return _squeeze_last(q, self.tensor_keys.state_action_value)
-
-    @torch.no_grad()
-    def td_target(self, td: TensorDictBase, next_v: Tensor) -> Tensor:
-        """Compute the value estimator's target, ``[*B]``, from V(s'), ``[*B]``."""
-        keys = self.tensor_keys
-        next_v = next_v.unsqueeze(-1)
-        _check_shape(("next", keys.reward), self._get(td, ("next", keys.reward)), next_v.shape)
-        reads_done = isinstance(self.value_estimator, (TD1Estimator, TDLambdaEstimator))
-        told = td.get(("next", keys.terminated), default=None) is not None
-        if reads_done or not told:
-            terminated = self._flag(td, ("next", keys.done), next_v.shape)
-        if told:
-            terminated = self._flag(td, ("next", keys.terminated), next_v.shape)
-        target = self.value_estimator.value_estimate(
-            td.copy(),  # average_rewards writes into it
-            next_value=next_v.masked_fill(terminated, 0.0),
-        )
-        return target.squeeze(-1).to(next_v.dtype)
-
-    # --- Reading and writing the batch ---------------------------------------------------------------
-
-    def _reduce(self, td: TensorDictBase, loss: Tensor) -> Tensor:
-        weights = None
-        if self.use_prioritized_weights in (True, "auto"):
-            weights = td.get(self.tensor_keys.priority_weight, default=None)
-        if weights is not None:
-            weights = self._expand_loss_mask(weights, loss)
-        return self._reduce_loss(loss, td, weights=weights)
-
-    @classmethod
-    def _flag(cls, td: TensorDictBase, key: NestedKey, shape: tuple[int, ...]) -> Tensor:
-        flag = cls._get(td, key)
-        _check_shape(key, flag, shape)
-        if flag.dtype is not torch.bool:
-            raise ValueError(
-                f"{key!r} has dtype {flag.dtype}, expected torch.bool: give it as .bool()"
-            )
-        return flag
-
-    @staticmethod
-    def _get(td: TensorDictBase, key: NestedKey) -> Tensor:
-        value = td.get(key, default=None)
-        if value is None:
-            raise KeyError(_missing(td, [key], "the loss"))
-        return value
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """The entries that :meth:`forward` reads, in a fixed order."""
-        if not self._in_keys:
-            self._set_in_keys()
-        return self._in_keys
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
-
-    def _set_in_keys(self) -> None:
-        keys = self.tensor_keys
-        in_keys: list[NestedKey] = [
-            *_inputs(self.actor_network),
-            *self.qvalue_network.in_keys,
-            *self.value_network.in_keys,
-            keys.action,
-            *(_nested("next", key) for key in self.value_network.in_keys),
-            *(_nested("next", key) for key in (keys.reward, keys.done, keys.terminated)),
-        ]
-        self._in_keys = list(dict.fromkeys(in_keys))
-
-    # --- What a LossModule is made of ----------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Not available: a loss may span devices, so nothing may rely on this."""
-        raise RuntimeError("A loss has no device of its own; ask its parameters instead.")
-
-    def make_value_estimator(
-        self, value_type: ValueEstimators | str | Any = None, **hyperparams
-    ) -> IQLLoss:
-        """Choose how the target of Q is estimated; TD(0) with ``gamma=0.99`` if never called.
-
-        Args:
-            value_type: ``TD0``, ``TD1`` or ``TDLambda`` of :class:`~torchrl.objectives.ValueEstimators`,
-                their name, or a value estimator (class or instance) of one's own.
-            **hyperparams: what the estimator takes, for example ``gamma`` in [0, 1].
-
-        Returns:
-            the loss itself.
-        """
-        gamma = hyperparams.get("gamma")
-        if gamma is not None:
-            _check_number("gamma", gamma, 0 <= gamma <= 1, "[0, 1]")
-        if value_type is None:
-            value_type = self.default_value_estimator
-        if isinstance(value_type, ValueEstimatorBase) or (
-            isinstance(value_type, type) and issubclass(value_type, ValueEstimatorBase)
-        ):
-            super().make_value_estimator(value_type, **hyperparams)  # pyright: ignore
-            self.value_estimator.set_keys(**self._estimator_keys())
-            return self
-        dispatch_value_estimator(
-            self,
-            value_type,
-            supported=self.SUPPORTED_VALUE_ESTIMATORS,
-            tensor_keys=self._estimator_keys(),
-            **hyperparams,
-        )
-        defaults = default_value_kwargs(self.value_type)  # pyright: ignore
-        coefficients = {**defaults, **hyperparams}
-        for name in ("gamma", "lmbda"):
-            if name in coefficients:
-                buffer = _coefficient(
-                    coefficients[name], getattr(self.value_estimator, name).device
-                )
-                setattr(self.value_estimator, name, buffer)
-        return self
-
-    def _estimator_keys(self) -> dict[str, NestedKey]:
-        keys = {name: getattr(self.tensor_keys, name) for name in ("reward", "done", "terminated")}
-        # The estimator checks this name, though V(s') is evaluated here; V may be renamed after it.
-        if self.tensor_keys.value in self.value_network.out_keys:
-            keys["value"] = self.tensor_keys.value
-        return keys
-
-    def _forward_value_estimator_keys(self, **kwargs) -> None:
-        self.value_estimator.set_keys(**self._estimator_keys())
-        self._set_in_keys()
-
-    def train(self, mode: bool = True) -> IQLLoss:
-        """Set the training mode of the loss and of its networks (dropout, for example)."""
-        super().train(mode)
-        for network in (self.actor_network, self.qvalue_network, self.value_network):
-            network.train(mode)
-        return self
-
-    def _apply(self, fn: Callable) -> IQLLoss:
-        """Cast and move the networks, but only move the coefficients."""
-        owners = ((self, "expectile"), (self, "temperature"))
-        owners += tuple((self.value_estimator, name) for name in ("gamma", "lmbda"))
-        kept = [(owner, name, getattr(owner, name, None)) for owner, name in owners]
-        super()._apply(fn)
-        for owner, name, buffer in kept:
-            if buffer is not None:
-                setattr(owner, name, buffer.to(getattr(owner, name).device))
-        return self
-
-    def _make_vmap(self) -> None:
-        """Make nothing: each call maps the ensemble anew, so that the loss can be pickled."""
-
-    def _release(self, *tensordicts: TensorDictBase) -> None:
-        # Weak references cannot be rebuilt under torch.compile.
-        names = ("actor_network", "qvalue_network", "value_network")
-        params = [f"{prefix}{n}_params" for n in names for prefix in ("", "target_")]
-        self._clear_weakrefs(*tensordicts, *params)
-
-    @torch.no_grad()
-    def _draw_ensemble(self, given: nn.Module) -> None:
-        """Give network 0 the given parameters, the others fresh ones of the same kind."""
-        for key, stacked in self.qvalue_network_params.items(True, True):
-            if not isinstance(stacked, nn.Parameter):
-                continue  # a buffer, or a parameter shared with another network
-            name = key if isinstance(key, str) else ".".join(key)
-            parameter = given.get_parameter(name)
-            stacked.data[0] = parameter
-            for other in stacked.data[1:]:
-                other.copy_(_drawn_like(parameter, is_bias=name.endswith("bias")))
-        self.target_qvalue_network_params.data.update_(self.qvalue_network_params.data)
+    def _read_of_networks(self) -> tuple[list[NestedKey], list[NestedKey]]:
+        of_policy, of_value = inputs_of(self.actor_network), self.value_network.in_keys
+        return [*of_policy, *self.qvalue_network.in_keys, *of_value], list(of_value)
 
 
 class DiscreteIQLLoss(IQLLoss):
@@ -718,7 +330,7 @@ class DiscreteIQLLoss(IQLLoss):
     def at_action(self, td: TensorDictBase, q: Tensor) -> Tensor:
         action = self._get(td, self.tensor_keys.action)
         if self.action_space == "one_hot":
-            _check_shape(self.tensor_keys.action, action, q.shape[1:])
+            check_shape(self.tensor_keys.action, action, q.shape[1:])
             return (q * action.to(q.dtype)).sum(dim=-1)
         if action.is_floating_point() or action.dtype is torch.bool:
             raise ValueError(
@@ -727,190 +339,5 @@ class DiscreteIQLLoss(IQLLoss):
             )
         if action.ndim == q.ndim - 2:
             action = action.unsqueeze(-1)
-        _check_shape(self.tensor_keys.action, action, (*q.shape[1:-1], 1))
+        check_shape(self.tensor_keys.action, action, (*q.shape[1:-1], 1))
         return q.gather(-1, action.long().expand(len(q), *action.shape)).squeeze(-1)
-
-
-# --- Checks and helpers -----------------------------------------------------------------------------
-
-
-def _check_choice(name: str, value: object, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-
-
-def _check_number(name: str, value: float, within: bool, interval: str) -> None:
-    if not within:  # NaN is within nothing
-        raise ValueError(f"{name} must be in {interval}, got {value!r}")
-
-
-def _check_network(name: str, network: object) -> None:
-    if not isinstance(network, TensorDictModuleBase):
-        raise TypeError(f"{name} must be a TensorDictModule, got {network!r}")
-
-
-def _check_qvalue_networks(
-    networks: TensorDictModule | list[TensorDictModule], number: int
-) -> TensorDictModule | list[TensorDictModule]:
-    if number < 1:
-        raise ValueError(f"num_qvalue_nets must be at least 1, got {number!r}")
-    for network in networks if isinstance(networks, (list, tuple)) else [networks]:
-        _check_network("qvalue_network", network)
-    if isinstance(networks, (list, tuple)):
-        if len(networks) != number:
-            raise ValueError(
-                f"qvalue_network has {len(networks)} networks, but num_qvalue_nets={number}"
-            )
-        return networks if number > 1 else networks[0]
-    if number > 1 and any(map(nn.parameter.is_lazy, networks.parameters())):
-        raise ValueError(
-            "qvalue_network has lazy parameters: run it once on a batch before it can be "
-            f"expanded to num_qvalue_nets={number} networks, or pass a list of networks"
-        )
-    return networks
-
-
-def takes_stacked_parameters(network: nn.Module) -> bool:
-    """Return whether a network of :mod:`torchrl_iql.models` evaluates an ensemble in one call."""
-    return getattr(getattr(network, "module", None), "takes_stacked_parameters", False)
-
-
-def _is_deterministic(actor_network: TensorDictModule) -> bool:
-    if isinstance(actor_network, Actor) or not hasattr(actor_network, "get_dist"):
-        return True
-    distributions = [getattr(m, "distribution_class", None) for m in actor_network.modules()]
-    return any(d in (Delta, TanhDelta, TensorDictDelta) for d in distributions)
-
-
-def _check_shape(
-    what: NestedKey, tensor: Tensor, expected: tuple[int, ...], remedy: str = ""
-) -> None:
-    if tensor.shape == torch.Size(expected):
-        return
-    if (*tensor.shape, 1) == tuple(expected):
-        remedy = ": give it as .unsqueeze(-1)"
-    raise ValueError(
-        f"{what!r} has shape {tuple(tensor.shape)}, expected {tuple(expected)}{remedy}"
-    )
-
-
-def _check_log_prob(log_prob: Tensor, expected: tuple[int, ...]) -> None:
-    remedy = ": a policy of several dimensions needs torch.distributions.Independent"
-    _check_shape("log-probability of the action", log_prob, expected, remedy)
-
-
-def _coefficient(number: float | Tensor, device: torch.device | None) -> Tensor:
-    """Make a scalar in float64: 0-dim, it does not promote the losses, and 0.7 stays 0.7."""
-    return torch.as_tensor(number, dtype=torch.float64).to(device)
-
-
-def _missing(td: TensorDictBase, keys: list[NestedKey], reader: str) -> str:
-    entries = f"the entry {keys[0]!r}" if len(keys) == 1 else f"one of the entries {keys}"
-    return f"{reader} needs {entries}, and the batch holds {list(td.keys(True, True))}"
-
-
-def _nested(prefix: str | None, key: NestedKey) -> NestedKey:
-    if prefix is None:
-        return key
-    return (prefix, key) if isinstance(key, str) else (prefix, *key)
-
-
-def _inputs(module: TensorDictModule) -> list[NestedKey]:
-    """Return the ``in_keys``, less those where a composite policy writes its own parameters."""
-    written = {key[0] for key in module.out_keys if isinstance(key, tuple)}
-    return [key for key in module.in_keys if key not in written]
-
-
-def _read(
-    td: TensorDictBase, module: TensorDictModule, prefix: str | None = None
-) -> TensorDictBase:
-    """Make a TensorDict with the inputs of ``module``: what it writes stays out of the batch."""
-    if prefix is None:
-        return td.select(*_inputs(module), strict=False)
-    inputs = td.get(prefix, default=td.empty()).select(*_inputs(module), strict=False)
-    begins = td.get("is_init", default=None) if "is_init" in module.in_keys else None
-    if begins is not None:
-        # No environment marks a next state, yet a recurrent network has to begin there anew as well.
-        inputs.set("is_init", begins)
-    return inputs
-
-
-def _run(
-    td: TensorDictBase,
-    module: TensorDictModule,
-    name: str,
-    call: Callable[[TensorDictBase], Any] | None = None,
-    *,
-    prefix: str | None = None,
-) -> Any:
-    """Evaluate a network, and explain a failure that comes from its inputs.
-
-    Which of them it can do without, as recurrent networks can without a state, only the network knows.
-    """
-    inputs, call = _read(td, module, prefix), call or module
-    if torch.compiler.is_compiling():
-        return call(inputs)
-    try:
-        return call(inputs)
-    except KeyError as error:
-        missing = [_nested(prefix, key) for key in _inputs(module) if key not in inputs.keys(True)]
-        if not missing:
-            raise
-        raise KeyError(_missing(td, missing, name)) from error
-    except RuntimeError as error:
-        if "dtype" not in str(error) and "scalar type" not in str(error):
-            raise
-        found = {key: value.dtype for key, value in inputs.items(True, True)}
-        raise RuntimeError(
-            f"{error}\nThe network was given {found}: cast the data to the dtype of the network's "
-            "parameters once, when it is loaded"
-        ) from error
-
-
-def _get_output(outputs: TensorDictBase, key: NestedKey, module: TensorDictModule) -> Tensor:
-    value = outputs.get(key, default=None)
-    if value is None:
-        raise KeyError(
-            f"a network writes {module.out_keys}, but the loss reads {key!r}: rename it with "
-            "set_keys(...) or in the network's out_keys"
-        )
-    return value
-
-
-def _squeeze_last(value: Tensor, key: NestedKey) -> Tensor:
-    if value.shape[-1:] != (1,):
-        raise ValueError(
-            f"a network writes {key!r} of shape {tuple(value.shape)}, expected a last dimension of 1"
-        )
-    return value.squeeze(-1)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _drawn_like(parameter: Tensor, is_bias: bool) -> Tensor:
-    """Draw a parameter of the kind of the given one: a rotated matrix, or a bias of its range."""
-    if is_bias:
-        return torch.empty_like(parameter).uniform_(-1, 1) * parameter.abs().max()
-    if parameter.ndim < 2:
-        return parameter  # the scale of a normalisation layer
-    matrix = parameter.flatten(1).to(torch.float32)
-    gaussian = torch.randn(matrix.shape[1], matrix.shape[1], device=matrix.device)
-    rotation, r = torch.linalg.qr(gaussian)
-    return (matrix @ (rotation * r.diagonal().sign())).view_as(parameter)
-
-
-def _adapt_state_dict(module: IQLLoss, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Accept TorchRL's state dicts: without a value estimator, or one Q network with a leading dim."""
-    for key, own in module.state_dict().items():
-        full_key = prefix + key
-        if key.startswith("_value_estimator."):
-            state_dict.setdefault(full_key, own)
-        elif (
-            module.num_qvalue_nets == 1
-            and key.removeprefix("target_").startswith("qvalue_network_params.")
-            and full_key in state_dict
-            and state_dict[full_key].shape == (1, *own.shape)
-        ):
-            state_dict[full_key] = state_dict[full_key].squeeze(0)

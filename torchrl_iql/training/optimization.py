@@ -13,7 +13,7 @@ from torch.nn import Module
 from torchrl import objectives
 from torchrl.objectives.common import LossModule
 
-from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss
+from torchrl_iql.objectives import AWACLoss, CQLLoss, DiscreteIQLLoss, IQLLoss
 from torchrl_iql.training.adam import BETAS, EPSILON, Rates
 
 __all__ = ["Optimization", "Schedule", "cosine_decay", "network_of", "target_networks", "warm_up"]
@@ -24,6 +24,7 @@ Schedule = Callable[[int], float]
 T = TypeVar("T")
 
 DESCENDED: dict[type, tuple[str, ...]] = {
+    AWACLoss: ("loss_actor", "loss_qvalue"),
     IQLLoss: ("loss_actor", "loss_qvalue", "loss_value"),
     DiscreteIQLLoss: ("loss_actor", "loss_qvalue", "loss_value"),
     objectives.IQLLoss: ("loss_actor", "loss_qvalue", "loss_value"),
@@ -34,6 +35,7 @@ DESCENDED: dict[type, tuple[str, ...]] = {
     objectives.TD3BCLoss: ("loss_actor", "loss_qvalue"),
     # Not loss_actor_bc, by which its recipe replaces loss_actor in the first steps.
     objectives.CQLLoss: ("loss_actor", "loss_qvalue", "loss_cql", "loss_alpha"),
+    CQLLoss: ("loss_actor", "loss_qvalue", "loss_cql", "loss_alpha"),
     objectives.DTLoss: ("loss",),
 }
 """What is descended of the losses that are known; which entries these are, no rule tells."""

@@ -26,7 +26,8 @@ from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS, LossModule
 
 from torchrl_iql.models import GaussianParameters, Torso
 from torchrl_iql.objectives import functional as iql
-from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss, at_least_float32
+from torchrl_iql.objectives.base import at_least_float32
+from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss
 from torchrl_iql.training.adam import Rates, adam_
 from torchrl_iql.training.execution import STEPS_AT_ONCE, compiled_graph
 from torchrl_iql.training.native import Layers, Learner, Networks, columns
