@@ -31,7 +31,7 @@ from minari.dataset.minari_storage import MinariStorage
 from minari.storage import get_dataset_path
 from tqdm import tqdm
 
-from torchrl_iql.checkpoint import load_tensors
+from torchrl_iql.checkpoint import load_architecture, load_tensors
 from torchrl_iql.data.minari import opened
 from torchrl_iql.environments import REFERENCE_SCORES, spec_of
 from torchrl_iql_recipes.behaviors.mazes import AntWalks, PointWalks, share_arrived
@@ -384,7 +384,13 @@ def requested(settings: Collection) -> list[tuple[str, Behavior, int]]:
         if settings.policy == "random":
             who = RandomRollouts(spec)
         else:
-            who = CheckpointRollouts(spec, Path(settings.policy))
+            path = Path(settings.policy)
+            if load_architecture(path).policy == "decision_transformer":
+                raise ValueError(
+                    f"policy={path}: a Decision Transformer acts by its rewards and earlier steps, expected "
+                    "a policy that acts by the observation"
+                )
+            who = CheckpointRollouts(spec, path)
         behaviors: dict[str, Behavior] = {id: who}
     else:
         given = [settings.data] if isinstance(settings.data, str) else settings.data

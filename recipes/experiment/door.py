@@ -510,10 +510,13 @@ class Experiment(Door):
             )
 
     def _node(self, part: type[Part]) -> dict[str, Any]:
-        """Give each setting the algorithm's value in the family, else the task's, else the default."""
+        """Give each setting the algorithm's value in the family, else the task's, else a default.
+
+        That is the algorithm's in any family, if it has one, else that of the part.
+        """
         return {
             name: f"${{oc.select:algorithm.families.${{task.family}}.{name},"
-            f"${{oc.select:task.{name},{_literal(default)}}}}}"
+            f"${{oc.select:task.{name},${{oc.select:algorithm.otherwise.{name},{_literal(default)}}}}}}}"
             for name, default in part.defaults().items()
         }
 
@@ -676,8 +679,8 @@ def _by_task(algorithm: str) -> set[str]:
     found: set[str] = set()
     for path in (CONFIG / "task").rglob("*.yaml"):
         found |= set(map(str, OmegaConf.load(path))) - {"defaults", "family"}
-    families: Any = OmegaConf.load(CONFIG / "algorithm" / f"{algorithm}.yaml").families
-    return found.union(*families.values())
+    its: Any = OmegaConf.load(CONFIG / "algorithm" / f"{algorithm}.yaml")
+    return found.union(its.get("otherwise", {}), *its.families.values())
 
 
 def _check_name(override: Override) -> None:

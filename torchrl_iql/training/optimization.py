@@ -13,6 +13,7 @@ from torch.nn import Module
 from torchrl import objectives
 from torchrl.objectives.common import LossModule
 
+from torchrl_iql.objectives.dt import DTLoss
 from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss
 from torchrl_iql.training.adam import BETAS, EPSILON, Rates
 
@@ -35,6 +36,7 @@ DESCENDED: dict[type, tuple[str, ...]] = {
     # Not loss_actor_bc, by which its recipe replaces loss_actor in the first steps.
     objectives.CQLLoss: ("loss_actor", "loss_qvalue", "loss_cql", "loss_alpha"),
     objectives.DTLoss: ("loss",),
+    DTLoss: ("loss_actor",),
 }
 """What is descended of the losses that are known; which entries these are, no rule tells."""
 
