@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -17,11 +19,18 @@ from torch import Tensor
 from torchrl import objectives
 from torchrl.modules import DTActor
 
-from torchrl_iql import Evaluator, OfflineDataset, TrainStep, models
+from episodes import record, write
+from runs import rows
+from torchrl_iql import Evaluator, OfflineDataset, TrainStep, checkpoint, load_policy, models
 from torchrl_iql.data import Minibatches
 from torchrl_iql.decision_transformer import ReturnConditioned
 from torchrl_iql.objectives import DTLoss
 from torchrl_iql.training import warm_up
+from torchrl_iql_recipes.behaviors import collection
+from torchrl_iql_recipes.behaviors.settings import Collection
+from torchrl_iql_recipes.experiment import offline
+from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
+from torchrl_iql_recipes.experiment.schema import SettingsError
 
 K, D, A = 4, 3, 2
 LENGTHS = (5, 1, 3, 9, 2)
@@ -30,7 +39,12 @@ LENGTHS = (5, 1, 3, 9, 2)
 def policy(seed: int = 0, **options: Any) -> ReturnConditioned:
     """Make one whose outputs depend on all of its inputs: GPT-2's initial weights are small."""
     torch.manual_seed(seed)
-    sizes: dict[str, Any] = {"context": K, "episode_length": 12, "hidden_sizes": (16, 16), "heads": 2}
+    sizes: dict[str, Any] = {
+        "context": K,
+        "episode_length": 12,
+        "hidden_sizes": (16, 16),
+        "heads": 2,
+    }
     its = models.decision_transformer(D, A, **{**sizes, "target_return": 2.0, **options})
     for parameter in its.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -347,10 +361,13 @@ def test_in_an_environment_it_sees_its_last_steps_and_the_return_that_is_left() 
         while not over:
             steps.append((observation, np.zeros(A, np.float32), [left], len(steps)))
             last = steps[-K:]
-            columns = [torch.tensor(np.array(each, np.float32))[None] for each in zip(*last)]
+            columns = [
+                torch.tensor(np.array([step[c] for step in last], np.float32))[None]
+                for c in range(3)
+            ]
             time = torch.tensor([[step[3] for step in last]])
             with torch.no_grad():
-                action = its.module(*columns[:3], time)[0, -1].numpy()
+                action = its.module(*columns, time)[0, -1].numpy()
             steps[-1] = (observation, action, [left], len(steps) - 1)
             observation, reward, _, over, _ = env.step(action)
             left -= reward
@@ -398,3 +415,121 @@ def test_evaluations_tell_rewards_to_policies_that_read_them() -> None:
     with Evaluator(spec, episodes=1) as evaluate:
         evaluate(module)
     assert torch.cat(told).tolist() == [[t / 2] for t in range(6)]
+
+
+# --- The algorithm -------------------------------------------------------------------------------------
+
+PAID = "dt/paid-v0"
+
+
+class Paid(gymnasium.Env):
+    """Pays the action, ten times; what is observed is noise."""
+
+    observation_space = Box(-np.inf, np.inf, (2,))
+    action_space = Box(-1, 1, (1,))
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.t = 0
+        return self._observation(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.t += 1
+        return self._observation(), float(action[0]), False, self.t == 10, {}
+
+    def _observation(self) -> np.ndarray:
+        return self.np_random.normal(size=2).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def paid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Store episodes of actions around a mean of their own, with returns from -8 to 8."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
+        gymnasium.register("test/Paid-v0", "test_decision_transformer:Paid")
+        env, rng = gymnasium.make("test/Paid-v0"), np.random.default_rng(0)
+        means = np.linspace(-0.8, 0.8, 200)
+
+        def around(mean: float) -> Any:
+            return lambda _: np.clip(mean + rng.normal(0, 0.1, 1), -1, 1).astype(np.float32)
+
+        episodes = [record(env, seed, around(mean)) for seed, mean in enumerate(means)]
+        write(*episodes, dataset_id=PAID, env=env)
+        yield PAID
+        del gymnasium.registry["test/Paid-v0"]
+
+
+SMALL = ["hidden_sizes=[16,16]", "context=5", "warm_up_steps=10", "batch_size=32", "dropout=0"]
+SMALL += ["compute.execution=eager", "compute.threads=1", "normalize_observation=false"]
+
+
+def small(dataset: str, *overrides: str) -> Any:
+    return OFFLINE.settings(["algorithm=dt", f"dataset={dataset}", *SMALL, *overrides])
+
+
+def test_a_larger_return_to_aim_at_is_a_larger_return(paid: str, tmp_path: Path) -> None:
+    """In the range of the data; the best of them without a setting; and from where it began."""
+    settings = small(
+        paid, "learning_rate=3e-3", "steps=500", "eval_interval=500", "eval_episodes=4"
+    )
+    scores = offline.run(settings, tmp_path)["replicas"][0]
+    losses = [float(row["loss_actor"]) for row in rows(tmp_path) if row["loss_actor"]]
+    assert losses[-1] < 0.03  # the variance of the actions is 0.22, that of the noise 0.01
+    architecture = checkpoint.load_architecture(tmp_path / "last.ckpt")
+    torch.manual_seed(0)
+    start, its = architecture.policy_network(), load_policy(tmp_path / "last.ckpt")
+    best = architecture.policy_options["target_return"]
+    assert best == pytest.approx(8, abs=1)
+    with Evaluator("test/Paid-v0", episodes=4) as evaluate:
+        assert abs(evaluate(start).returns - best).min() > 4
+        assert scores["return"] == pytest.approx(best, abs=1)
+        for target in (-7, -3, 0, 3, 7):
+            its.target_return = float(target)
+            assert evaluate(its).returns == pytest.approx(target, abs=1)
+
+
+def test_the_return_that_is_aimed_at_is_a_setting_in_the_units_of_the_environment(
+    paid: str, tmp_path: Path
+) -> None:
+    settings = small(paid, "target_return=-2.5", "reward=minus_one", "steps=1", "eval_episodes=0")
+    offline.run(settings, tmp_path)
+    assert load_policy(tmp_path / "last.ckpt").target_return == -2.5
+    known = checkpoint.load_architecture(tmp_path / "last.ckpt").policy_options
+    assert (known["context"], known["episode_length"]) == (5, 10)
+    assert known["return_scale"] == pytest.approx(8, abs=1)  # not 18, after the rule
+    with pytest.raises(SettingsError, match=r"target_return: the checkpoint has networks of its"):
+        OFFLINE.settings([f"checkpoint={tmp_path}/last.ckpt", "target_return=5"])
+    with pytest.raises(SettingsError, match=r"algorithm=dt: it learns from whole episodes, and is"):
+        ONLINE.settings([f"checkpoint={tmp_path}/last.ckpt"])
+    asked = Collection.of(
+        {"env": "test/Paid-v0", "policy": f"{tmp_path}/last.ckpt", "id": "dt/more-v0"}
+    )
+    with pytest.raises(ValueError, match="a Decision Transformer acts by its rewards and earlier"):
+        collection.requested(asked)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("policy=squashed", "policy=squashed: without effect"),
+        ("hidden_sizes=[8,16]", r"hidden_sizes=\[8, 16\]: expected the width of the transformer"),
+    ],
+)
+def test_networks_that_it_can_not_have_are_refused(
+    given: str, message: str, paid: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        offline.run(small(paid, given, "steps=1", "eval_episodes=0"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_it_can_not_learn_from_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        SettingsError, match="algorithm=dt: the actions of CartPole-v1 are discrete"
+    ):
+        small(PAID).algorithm.data(OfflineDataset.empty("CartPole-v1"))
+    with pytest.raises(SettingsError, match="n_steps=3: DT has no rewards to sum"):
+        small(PAID, "n_steps=3")
+    for more in (["dataset=null", "env=test/Paid-v0"], []):
+        with pytest.raises(SettingsError, match=r"algorithm=dt: .* and is for offline\.py"):
+            ONLINE.settings(["algorithm=dt", *more])

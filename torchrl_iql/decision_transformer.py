@@ -142,15 +142,18 @@ class ReturnConditioned(TensorDictModuleBase):
     def __init__(self, actor: TimedDTActor, window: int, target_return: float) -> None:
         super().__init__()
         self.in_keys = ["observation", "context", "reward", "is_init"]
-        self.out_keys = ["action", ("next", "context")]
+        self.out_keys = ["action", ("next", "context")]  # pyright: ignore
         self.module = actor
         self.window = window
         self.target_return = target_return
 
     def on_windows(self) -> TensorDictModule:
         """Return what is trained on windows of the data: the same parameters, by the same names."""
-        inputs = ["observation", "action", "return_to_go", "time"]
-        return TensorDictModule(self.module, in_keys=inputs, out_keys=["action"])
+        return TensorDictModule(
+            self.module,
+            in_keys=["observation", "action", "return_to_go", "time"],
+            out_keys=["action"],
+        )
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         observation = tensordict["observation"]
@@ -177,7 +180,7 @@ class ReturnConditioned(TensorDictModuleBase):
         return tensordict.set("action", action).set(("next", "context"), context)
 
     def _empty(self, observation: Tensor) -> TensorDict:
-        layer, (*batch, _) = self.module.action_layer, observation.shape
+        layer, batch = self.module.action_layer, observation.shape[:-1]
         zeros = layer.weight.new_zeros(*batch, self.window, layer.out_features)
         return TensorDict(
             {

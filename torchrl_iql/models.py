@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.data import Bounded, Categorical, OneHot, TensorSpec
 from torchrl.modules import (
@@ -44,9 +44,7 @@ __all__ = [
 ]
 
 Statistics = tuple[Tensor, Tensor]
-PolicyKind = Literal[
-    "gaussian", "squashed", "deterministic", "categorical", "decision_transformer"
-]
+PolicyKind = Literal["gaussian", "squashed", "deterministic", "categorical", "decision_transformer"]
 HIDDEN_SIZES = (256, 256)
 LOG_STD_BOUNDS = (-5.0, 2.0)
 
@@ -88,7 +86,7 @@ class Architecture:
     def discrete(self) -> bool:
         return self.policy == "categorical"
 
-    def policy_network(self, statistics: Statistics | None = None) -> TensorDictModule:
+    def policy_network(self, statistics: Statistics | None = None) -> TensorDictModuleBase:
         """Make a policy, freshly initialised.
 
         Args:
@@ -110,7 +108,7 @@ class Architecture:
 
     def build(
         self, statistics: Statistics | None = None
-    ) -> tuple[TensorDictModule, TensorDictModule, TensorDictModule]:
+    ) -> tuple[TensorDictModuleBase, TensorDictModule, TensorDictModule]:
         """Make the networks of IQL, in the order of its losses' arguments.
 
         Args:
@@ -372,7 +370,7 @@ def discrete_qvalue_network(
     return TensorDictModule(torso, in_keys=["observation"], out_keys=["state_action_value"])
 
 
-_POLICIES: dict[str, Callable[..., TensorDictModule]] = {
+_POLICIES: dict[str, Callable[..., TensorDictModuleBase]] = {
     "gaussian": gaussian_policy,
     "squashed": squashed_policy,
     "deterministic": deterministic_policy,

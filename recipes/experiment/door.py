@@ -351,12 +351,12 @@ class Door:
         """Describe every setting with its default, its meaning and its range."""
         parsed = _parsed(overrides)
         lines = [(description or "").strip()]
-        by_task = self._by_task(parsed)
+        by_task, otherwise = self._by_task(parsed), self._otherwise(parsed)
         for part in self.parts_of(parsed):
             lines += ["", f"{part.__name__}: {(part.__doc__ or '').splitlines()[0]}"]
             for given, name in part.names().items():
                 field = part.model_fields[name]
-                default = written(field.get_default()) or "''"
+                default = written(otherwise.get(given, field.get_default())) or "''"
                 default += ", or by task" if given in by_task else ""
                 default += f", or by config/{part.group}" if part.group else ""
                 several = ", or several" if name in part.axes() else ""
@@ -380,6 +380,9 @@ class Door:
 
     def _by_task(self, overrides: Sequence[Override]) -> set[str]:
         return set()
+
+    def _otherwise(self, overrides: Sequence[Override]) -> Mapping[str, Any]:
+        return {}
 
 
 class Experiment(Door):
@@ -522,6 +525,9 @@ class Experiment(Door):
 
     def _by_task(self, overrides: Sequence[Override]) -> set[str]:
         return _by_task(self._algorithm(overrides))
+
+    def _otherwise(self, overrides: Sequence[Override]) -> Mapping[str, Any]:
+        return _of_algorithm(self._algorithm(overrides)).get("otherwise", {})
 
 
 OFFLINE = Experiment(
@@ -679,8 +685,11 @@ def _by_task(algorithm: str) -> set[str]:
     found: set[str] = set()
     for path in (CONFIG / "task").rglob("*.yaml"):
         found |= set(map(str, OmegaConf.load(path))) - {"defaults", "family"}
-    its: Any = OmegaConf.load(CONFIG / "algorithm" / f"{algorithm}.yaml")
-    return found.union(its.get("otherwise", {}), *its.families.values())
+    return found.union(*_of_algorithm(algorithm).families.values())
+
+
+def _of_algorithm(name: str) -> Any:
+    return OmegaConf.load(CONFIG / "algorithm" / f"{name}.yaml")
 
 
 def _check_name(override: Override) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium import Space
 from gymnasium.spaces import Box, Discrete, flatdim
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 
 from torchrl_iql import OfflineDataset, checkpoint
 from torchrl_iql.models import Architecture, Statistics
@@ -32,7 +32,7 @@ class Networks:
         self.discrete = architecture.discrete
         self._statistics = statistics
 
-    def policy(self) -> TensorDictModule:
+    def policy(self) -> TensorDictModuleBase:
         return self.architecture.policy_network(self._statistics)
 
     def qvalues(self, number: int) -> list[TensorDictModule]:

@@ -106,8 +106,8 @@ class Minibatches:
 
         Returns:
             transitions on the device, and indices into them, ``[BLOCK, R, B]`` int64, of windows
-            ``[BLOCK, R, B, K]``. The transitions are the same tensors at the same addresses every time; streamed, the next
-            call for another block overwrites them.
+            ``[BLOCK, R, B, K]``. The transitions are the same tensors at the same addresses every
+            time; streamed, the next call for another block overwrites them.
 
         Raises:
             Exception: whatever went wrong in the thread that gathered this block.
