@@ -105,14 +105,14 @@ class TimedDTActor(DTActor):
         """
         its = self.transformer
         when = self.embed_time(time.clamp_max(self.embed_time.num_embeddings - 1))
-        tokens = torch.stack(
-            [
-                its.embed_return(return_to_go / self.return_scale) + when,
-                its.embed_state(self.normalize(observation.to(when.dtype))) + when,
-                its.embed_action(self.scale_action(action)) + when,
-            ],
-            dim=-2,
-        )
+        returns = (return_to_go / self.return_scale).to(when.dtype)
+        observations = self.normalize(observation.to(when.dtype))
+        embedded = [
+            its.embed_return(returns),
+            its.embed_state(observations),
+            its.embed_action(self.scale_action(action)),
+        ]
+        tokens = torch.stack([each + when for each in embedded], dim=-2)
         sequences = its.embed_ln(tokens).reshape(-1, 3 * time.shape[-1], tokens.shape[-1])
         hidden = its.transformer(inputs_embeds=sequences).last_hidden_state
         return self.squash(self.action_layer(hidden[:, 1::3].reshape(when.shape)))
@@ -160,37 +160,46 @@ class ReturnConditioned(TensorDictModuleBase):
         context = tensordict.get("context", default=None)
         if context is None:
             context = self._empty(observation)
-            begins = torch.ones_like(context["step"], dtype=torch.bool)
-            left = context["return_to_go"][..., 0, :]
+            step, left = context["step"], self.target_return
         else:
             begins = tensordict.get("is_init", default=torch.zeros_like(context["step"])).bool()
             left = self._present(context["return_to_go"], context["step"]) - tensordict["reward"]
-        step = torch.where(begins, 0, context["step"] + 1)
-        values = {
-            "observation": observation,
-            "action": torch.zeros_like(context["action"][..., 0, :]),
-            "return_to_go": torch.where(begins, self.target_return, left),
+            left = left.masked_fill(begins, self.target_return)
+            step = (context["step"] + 1).masked_fill(begins, 0)
+        window = {
+            key: self._moved_on(context[key], step)
+            for key in ("observation", "action", "return_to_go")
         }
-        window = {key: self._with(context[key], value, step) for key, value in values.items()}
-        place = torch.arange(self.window, device=step.device)
-        time = (step - self.window + 1).clamp_min(0) + place
+        window["observation"] = self._put(window["observation"], observation, step)
+        window["return_to_go"] = self._put(window["return_to_go"], left, step)
+        first = (step - self.window + 1).clamp_min(0)
+        time = first + torch.arange(self.window, device=step.device)
         action = self._present(self.module(*window.values(), time), step)
         window["action"] = self._put(window["action"], action, step)
-        context = TensorDict({**window, "step": step}, observation.shape[:-1])
-        return tensordict.set("action", action).set(("next", "context"), context)
+        tensordict["action"] = action
+        tensordict["next", "context"] = TensorDict({**window, "step": step}, observation.shape[:-1])
+        return tensordict
 
     def _empty(self, observation: Tensor) -> TensorDict:
         layer, batch = self.module.action_layer, observation.shape[:-1]
-        zeros = layer.weight.new_zeros(*batch, self.window, layer.out_features)
+        actions = layer.weight.new_zeros(*batch, self.window, layer.out_features)
         return TensorDict(
             {
                 "observation": observation.new_zeros(*batch, self.window, observation.shape[-1]),
-                "action": zeros,
-                "return_to_go": zeros[..., :1],
+                "action": actions,
+                "return_to_go": actions[..., :1],
                 "step": torch.zeros(*batch, 1, dtype=torch.int64, device=observation.device),
             },
             batch,
         )
+
+    def _moved_on(self, rows: Tensor, step: Tensor) -> Tensor:
+        """Return a window with room for a step: of a full one, the earliest makes it.
+
+        What lies there and behind is of an episode before: attention is causal, and does not see it.
+        """
+        full = (step >= self.window).unsqueeze(-1)
+        return torch.where(full, rows.roll(-1, dims=-2), rows)
 
     def _place(self, step: Tensor) -> Tensor:
         return step.clamp_max(self.window - 1).unsqueeze(-1)
@@ -199,17 +208,11 @@ class ReturnConditioned(TensorDictModuleBase):
         """Return what a window holds of a step, ``[*B, F]`` of ``[*B, K, F]``."""
         return rows.take_along_dim(self._place(step), dim=-2).squeeze(-2)
 
-    def _put(self, rows: Tensor, value: Tensor, step: Tensor) -> Tensor:
+    def _put(self, rows: Tensor, value: Tensor | float, step: Tensor) -> Tensor:
+        """Return a window with another value of a step, ``[*B, F]``, or one for all."""
         here = torch.arange(self.window, device=step.device).unsqueeze(-1) == self._place(step)
-        return torch.where(here, value.unsqueeze(-2), rows)
-
-    def _with(self, rows: Tensor, value: Tensor, step: Tensor) -> Tensor:
-        """Return a window with the step that comes; of a full one, the earliest makes room.
-
-        What lies behind it is of an episode before: attention is causal, and does not see it.
-        """
-        full = (step >= self.window).unsqueeze(-1)
-        return self._put(torch.where(full, rows.roll(-1, dims=-2), rows), value, step)
+        value = value.unsqueeze(-2) if isinstance(value, Tensor) else value
+        return torch.where(here, value, rows)
 
 
 @contextmanager

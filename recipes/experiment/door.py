@@ -685,11 +685,11 @@ def _by_task(algorithm: str) -> set[str]:
     found: set[str] = set()
     for path in (CONFIG / "task").rglob("*.yaml"):
         found |= set(map(str, OmegaConf.load(path))) - {"defaults", "family"}
-    return found.union(*_of_algorithm(algorithm).families.values())
+    return found.union(*_of_algorithm(algorithm)["families"].values())
 
 
 def _of_algorithm(name: str) -> Any:
-    return OmegaConf.load(CONFIG / "algorithm" / f"{name}.yaml")
+    return OmegaConf.to_container(OmegaConf.load(CONFIG / "algorithm" / f"{name}.yaml"))
 
 
 def _check_name(override: Override) -> None:
