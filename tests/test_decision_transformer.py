@@ -504,8 +504,8 @@ def test_the_return_that_is_aimed_at_is_a_setting_in_the_units_of_the_environmen
     asked = Collection.of(
         {"env": "test/Paid-v0", "policy": f"{tmp_path}/last.ckpt", "id": "dt/more-v0"}
     )
-    with pytest.raises(ValueError, match="a Decision Transformer acts by its rewards and earlier"):
-        collection.requested(asked)
+    with pytest.raises(SettingsError, match="a Decision Transformer acts by its rewards and"):
+        collection.run(asked, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -365,12 +365,22 @@ def run(settings: Collection, path: Path) -> None:
     """
     try:
         requests = requested(settings)
+        if settings.policy not in (None, "random"):
+            _require_of_observations(Path(settings.policy))
     except (OSError, ValueError) as error:
         raise SettingsError(str(error)) from None
     for id, who, transitions in requests:
         began = time.monotonic()
         path = build(id, who, transitions, seed=settings.seed, workers=settings.workers)
         print(f"{id}: {summary(path, who)}, {time.monotonic() - began:.0f} s")
+
+
+def _require_of_observations(policy: Path) -> None:
+    if load_architecture(policy).policy == "decision_transformer":
+        raise ValueError(
+            f"policy={policy}: a Decision Transformer acts by its rewards and earlier steps, expected a "
+            "policy that acts by the observation alone"
+        )
 
 
 def requested(settings: Collection) -> list[tuple[str, Behavior, int]]:
@@ -384,13 +394,7 @@ def requested(settings: Collection) -> list[tuple[str, Behavior, int]]:
         if settings.policy == "random":
             who = RandomRollouts(spec)
         else:
-            path = Path(settings.policy)
-            if load_architecture(path).policy == "decision_transformer":
-                raise ValueError(
-                    f"policy={path}: a Decision Transformer acts by its rewards and earlier steps, expected "
-                    "a policy that acts by the observation"
-                )
-            who = CheckpointRollouts(spec, path)
+            who = CheckpointRollouts(spec, Path(settings.policy))
         behaviors: dict[str, Behavior] = {id: who}
     else:
         given = [settings.data] if isinstance(settings.data, str) else settings.data

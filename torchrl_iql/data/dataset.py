@@ -644,6 +644,7 @@ class OfflineDataset:
             ...     actions=np.zeros((4, 1)),
             ...     rewards=np.ones(4),
             ...     terminals=[False, False, True, True],
+            ...     next_observations=np.arange(4.0)[:, None] + 1,
             ... )
             >>> source, indices = dataset.windows(3).minibatches(256)(block=0)
             >>> batch = source[indices[0, 0]]
