@@ -49,7 +49,8 @@ def same(one: Path, other: Path) -> bool:
 
 def step_of(settings: Settings) -> tuple[TrainStep, Any]:
     dataset = settings.algorithm.data(build.dataset_for(settings.data))
-    architecture = architecture_for(settings.networks, dataset)
+    described = architecture_for(settings.networks, dataset)
+    architecture = settings.algorithm.architecture(described, dataset)
     step = build.step_for(settings.learners, architecture, dataset, settings.compute, 60)
     return step, dataset.minibatches(32, seeds=[each.seed for each in settings.learners])
 

@@ -21,6 +21,7 @@ import torch
 from gymnasium.spaces import Box
 from tensordict import TensorDict
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torchrl.objectives import BCLoss, SoftUpdate
 
 from episodes import record, write
@@ -28,6 +29,7 @@ from online_envs import diary
 from runs import rows
 from torchrl_iql import IQLLoss, OfflineDataset, TrainStep, checkpoint, load_dataset
 from torchrl_iql.models import Architecture
+from torchrl_iql.objectives import DTLoss
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment import build, offline, online, plots
@@ -60,6 +62,7 @@ OF_ALGORITHM: dict[str, dict[str, Any]] = {
     "onestep": {**OF_IQL, "num_qvalue_nets": 1},
     "bc": {},
     "percent_bc": {"share": 0.5},
+    "dt": {"context": 3, "warm_up_steps": 4, "weight_decay": 0.5, "max_grad_norm": 0.02},
 }
 OF_COLLECTION = {"env_steps": 20, "updates_per_frame": 1.0, "exploration": 1.0}
 OF_COLLECTION |= {"offline_share": None, "anneal_steps": None, "collector.frames_per_batch": 10}
@@ -86,6 +89,10 @@ CHANGED: dict[str, Any] = {
     "weight_clip": 0.8,
     "num_qvalue_nets": 3,
     "share": 0.2,
+    "context": 5,
+    "warm_up_steps": 0,
+    "weight_decay": 3.0,
+    "max_grad_norm": 0.1,
     "env_steps": 10,
     "updates_per_frame": 0.5,
     "exploration": 0.5,
@@ -102,6 +109,8 @@ ELSEWHERE = {
     "observation_keys": "test_recipe.py::test_what_is_observed_and_kept_is_as_asked",
     "action_space": "test_recipe.py::test_the_bounds_of_actions_are_as_asked",
     "columns": "test_recipe.py::test_what_is_observed_and_kept_is_as_asked",
+    "target_return": "test_decision_transformer.py::test_the_return_that_is_aimed_at_is_a_setting_in_the_"
+    "units_of_the_environment",
     "checkpoint": "here: a way in",
     "log_interval": "test_what_is_watched_is_as_asked",
     "on_nonfinite": "test_nonfinite.py::test_an_offline_run_ends_with_one_line_and_goes_on_without_the_step",
@@ -124,7 +133,7 @@ ELSEWHERE = {
 """Every other setting, and the test that shows what it does."""
 
 NETWORKS = {"policy", "action_bounds", "hidden_sizes", "dropout", "normalize_observation"}
-NETWORKS |= {"num_qvalue_nets"}
+NETWORKS |= {"num_qvalue_nets", "context"}
 OFFLINE_ONLY = {"n_steps", "steps", "decay_steps"}
 EXTENDS = {"steps", "decay_steps", "env_steps"}
 
@@ -190,6 +199,8 @@ class Plain:
         self.dataset = load_dataset(values["dataset"], **rules)
         if "share" in values:
             self.dataset = self.dataset.best_episodes(values["share"])
+        if "context" in values:
+            self.dataset = self.dataset.windows(values["context"])
         if values["n_steps"] > 1:
             self.dataset = self.dataset.n_step(values["n_steps"], values["discount"])
         self.architecture = start.architecture if start else self._architecture()
@@ -197,8 +208,11 @@ class Plain:
         statistics = self.dataset.observation_statistics()
         make = self.architecture
         policy = make.policy_network(statistics)
-        if "num_qvalue_nets" not in values:
-            self.loss: Any = BCLoss(policy)
+        if "context" in values:
+            self.loss: Any = DTLoss(policy.on_windows())  # pyright: ignore
+            self.target = None
+        elif "num_qvalue_nets" not in values:
+            self.loss = BCLoss(policy)
             self.target = None
         else:
             n = values["num_qvalue_nets"]
@@ -214,7 +228,8 @@ class Plain:
         actor = [parameter for name, parameter in named if name.startswith("actor")]
         others = [parameter for name, parameter in named if not name.startswith("actor")]
         groups = [{"params": its} for its in (actor, others) if its]
-        self.optimizer = torch.optim.Adam(groups, lr=values["learning_rate"])
+        decay = values.get("weight_decay", 0.0)
+        self.optimizer = torch.optim.AdamW(groups, lr=values["learning_rate"], weight_decay=decay)
 
     def _architecture(self) -> Architecture:
         values, actions = self.values, self.dataset.transitions["action"]
@@ -223,11 +238,18 @@ class Plain:
             "data": (actions.amin(0).tolist(), actions.amax(0).tolist()),
         }
         names = ("policy", "hidden_sizes", "dropout", "normalize_observation")
+        own = {name: values[name] for name in names}
+        if "context" in values:
+            options = {"context": values["context"], "episode_length": 7, "target_return": 28.0}
+            own |= {
+                "policy": "decision_transformer",
+                "policy_options": {**options, "return_scale": 28},
+            }
         return Architecture(
             observation_size=3,
             action_size=1,
             action_bounds=bounds[values["action_bounds"]],
-            **{name: values[name] for name in names},
+            **own,
         )
 
     def set(self, values: Mapping[str, Any]) -> None:
@@ -240,6 +262,8 @@ class Plain:
         losses = self.loss(batch)
         self.optimizer.zero_grad()
         sum(losses[key] for key in losses.keys() if key.startswith("loss_")).backward()
+        if "max_grad_norm" in self.values:
+            clip_grad_norm_(self.loss.parameters(), self.values["max_grad_norm"])
         self.optimizer.step()
         if self.target is not None:
             self.target.step()
@@ -250,13 +274,22 @@ class Plain:
         seeds = np.random.SeedSequence(values["seeds"], spawn_key=(0,))
         size = 100, values["batch_size"]
         indices = torch.from_numpy(np.random.default_rng(seeds).integers(len(data), size=size))
+        indices = self._with_those_that_follow(indices)
         length = values["steps"] if values["decay_steps"] is None else values["decay_steps"]
+        rise = values.get("warm_up_steps") or 1
         torch.manual_seed(values["seeds"])
         for t in range(values["steps"]):
             factor = 0.5 * (1 + math.cos(math.pi * min(t / length, 1))) if length else 1.0
+            factor *= min((t + 1) / rise, 1)
             self.optimizer.param_groups[0]["lr"] = values["learning_rate"] * factor
             self.step(data[indices[t]])
         return self
+
+    def _with_those_that_follow(self, indices: Tensor) -> Tensor:
+        if "context" not in self.values:
+            return indices
+        each = [indices + k for k in range(self.values["context"])]
+        return torch.stack(each, -1).clamp(max=len(self.dataset.transitions) - 1)
 
     def online(self, changed: Mapping[str, Any]) -> Plain:
         """Go on in the environment under changed settings, with the same moments."""
@@ -332,7 +365,8 @@ def test_every_setting_is_here() -> None:
     assert not CHANGED.keys() & ELSEWHERE.keys()
     assert OF_ALGORITHM.keys() == algorithms().keys()
     for name, schema in algorithms().items():
-        assert {*OF_ALGORITHM[name], "learning_rate", "decay_steps"} == names_of(schema)
+        own = names_of(schema) - ELSEWHERE.keys()
+        assert {*OF_ALGORITHM[name], "learning_rate", "decay_steps"} == own
     for shown in ELSEWHERE.values():
         file, _, test = shown.rpartition("::")
         if shown.endswith(".py"):
@@ -516,6 +550,10 @@ def test_a_checkpoint_gives_what_the_command_line_does_not(
     if "discount" not in its:
         del change["n_steps"]
     check_given(OFFLINE, [f"checkpoint={path}"], change)
+    if algorithms()[algorithm].is_offline:
+        with pytest.raises(SettingsError, match=f"algorithm={algorithm}: .* is for offline"):
+            ONLINE.settings([f"checkpoint={path}"])
+        return
     change = {name: value for name, value in change.items() if name not in OFFLINE_ONLY}
     check_given(
         ONLINE, [f"checkpoint={path}"], {**change, **{n: CHANGED[n] for n in OF_COLLECTION}}
@@ -523,7 +561,7 @@ def test_a_checkpoint_gives_what_the_command_line_does_not(
 
 
 def test_the_networks_of_a_checkpoint_are_not_changed(finished: dict[str, Path]) -> None:
-    names = sorted(NETWORKS)
+    names = sorted(NETWORKS & {*BASE, *OF_ALGORITHM["iql"]})
     overrides = [f"checkpoint={finished['iql']}/last.ckpt"]
     change = given({name: CHANGED[name] for name in names})
     message = (

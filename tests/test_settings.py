@@ -205,7 +205,7 @@ def test_every_family_of_a_task_is_one_that_an_algorithm_may_name() -> None:
         content = yaml.safe_load((CONFIG / "algorithm" / f"{name}.yaml").read_text())
         assert content["families"].keys() <= known
         parts: list[type[Part]] = [schema, *(p for p in PARTS.values() if not p.group)]
-        for settings in (content.get("all", {}), *content["families"].values()):
+        for settings in [content.get("otherwise", {}), *content["families"].values()]:
             for key, value in settings.items():
                 (part,) = (each for each in parts if key in each.model_fields)
                 part.check(key, value, several=True)
@@ -249,13 +249,42 @@ def test_a_logger_that_is_not_installed_is_refused_with_what_to_do(
     assert [path.name for path in tmp_path.iterdir()] == [logger]
 
 
+def test_an_algorithm_whose_package_is_not_installed_is_refused_with_what_to_do(
+    tmp_path: Path,
+) -> None:
+    done = started(tmp_path, "offline.py", "algorithm=dt", without=["transformers"])
+    assert done.returncode == 1
+    assert done.stderr == (
+        "offline.py: algorithm=dt: the package transformers is not installed; "
+        "pip install 'torchrl-iql[dt]', or give another algorithm\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+    helped = started(tmp_path, "offline.py", "--help", "algorithm=dt", without=["transformers"])
+    assert "target_return  (a number or null; default: null)" in helped.stdout
+
+
+def test_an_algorithm_has_settings_of_its_own_where_neither_family_nor_task_has_any() -> None:
+    for task in ("own", "locomotion/hopper-medium", "ogbench/antmaze-large-navigate"):
+        settings = OFFLINE.settings(["algorithm=dt", f"task={task}"])
+        assert settings.networks.hidden_sizes == (128, 128, 128)
+        assert (settings.networks.dropout, settings.training.batch_size) == (0.1, 64)
+    stitch = OFFLINE.settings(["algorithm=dt", "task=pointmaze/stitch"])
+    assert stitch.training.steps == 20_000  # the task's
+    helped = OFFLINE.help("", ["algorithm=dt"]).splitlines()
+    for name, default in {"hidden_sizes": "[128,128,128]", "batch_size": "64"}.items():
+        (line,) = (each for each in helped if each.startswith(f"  {name}  ("))
+        assert f"; default: {default}" in line
+    given = OFFLINE.settings(["algorithm=dt", "hidden_sizes=[8,8]"])
+    assert given.networks.hidden_sizes == (8, 8)
+
+
 @pytest.mark.parametrize("script", ["offline.py", "online.py"])
 def test_help_needs_no_pytorch(script: str, tmp_path: Path) -> None:
     began = time.monotonic()
     done = started(tmp_path, script, "--help", "algorithm=percent_bc")
     assert done.returncode == 0, done.stderr
     assert "share  (a number above 0 and at most 1; default: 0.1)" in done.stdout
-    assert "algorithm=bc | iql | onestep | percent_bc" in done.stdout
+    assert "algorithm=bc | dt | iql | onestep | percent_bc" in done.stdout
     assert time.monotonic() - began < 30
     assert list(tmp_path.iterdir()) == []
 

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModuleBase
 from torchrl.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -92,11 +92,13 @@ def save(
         ) from error
 
 
-def load_policy(path: str | Path, device: torch.device | str = "cpu") -> TensorDictModule:
+def load_policy(path: str | Path, device: torch.device | str = "cpu") -> TensorDictModuleBase:
     """Load the policy of a checkpoint, in evaluation mode.
 
     It reads ``"observation"`` ``[*B, D]``, normalises it if it was trained so, and writes ``"action"``.
-    Wrap calls in ``torchrl.envs.set_exploration_type("DETERMINISTIC")`` for the mean action.
+    Wrap calls in ``torchrl.envs.set_exploration_type("DETERMINISTIC")`` for the mean action. A Decision
+    Transformer goes on with an episode by more than that:
+    :class:`~torchrl_iql.decision_transformer.ReturnConditioned`.
 
     Args:
         path: a file written by :func:`save`, from anybody: no code in it can run.

@@ -173,7 +173,8 @@ class Evaluator:
                 (categories from 0) or ``[E, n]`` (one-hot) for a ``Discrete(n)``. It acts on the device
                 of its parameters, in eval mode, without gradients and without exploration. A recurrent
                 one reads ``"is_init"``, bool ``[E, 1]``, and what it wrote under ``"next"`` one step
-                before.
+                before; one that is told its rewards reads ``"reward"``, ``[E, 1]``, of the step before,
+                0 at first.
             keep_trajectories: whether to return the observations of every episode.
 
         Returns:
@@ -191,6 +192,7 @@ class Evaluator:
         resets = [env.reset(seed=self.seed + i)[0] for i, env in enumerate(self.envs)]
         dtype = observation_dtype(self.envs[0].observation_space)
         observations = np.stack(resets).astype(dtype)
+        rewards = np.zeros((episodes, 1), np.float32)
         trajectories = [[observation] for observation in observations.copy()]
 
         with (
@@ -202,11 +204,12 @@ class Evaluator:
             remembering = _Remembering(policy)
             while running.any():
                 self._require_observed(observations, running)
-                actions = self._actions(remembering, observations, running)
+                actions = self._actions(remembering, observations, rewards, running)
                 for i in np.flatnonzero(running):
                     observations[i], reward, terminated, truncated, info = self.envs[i].step(
                         actions[i]
                     )
+                    rewards[i] = reward
                     returns[i] += float(reward)
                     lengths[i] += 1
                     running[i] = not (terminated or truncated)
@@ -254,12 +257,18 @@ class Evaluator:
             )
 
     def _actions(
-        self, policy: TensorDictModuleBase, observations: np.ndarray, running: np.ndarray
+        self,
+        policy: TensorDictModuleBase,
+        observations: np.ndarray,
+        rewards: np.ndarray,
+        running: np.ndarray,
     ) -> np.ndarray:
         """Return checked actions, ``[E, A]``, or ``[E]`` if discrete."""
         device = next((parameter.device for parameter in policy.parameters()), None)
+        known = {"observation": observations, "reward": rewards}
         batch = TensorDict(
-            {"observation": torch.tensor(observations, device=device)}, [len(observations)]
+            {key: torch.tensor(its, device=device) for key, its in known.items()},
+            [len(observations)],
         )
         actions = policy(batch)["action"].cpu().numpy()
         played, taken = (env.action_space for env in (self.envs[0].unwrapped, self.envs[0]))
@@ -294,7 +303,7 @@ class _Remembering(TensorDictModuleBase):
 
     def __init__(self, policy: TensorDictModuleBase) -> None:
         super().__init__()
-        self.in_keys, self.out_keys = ["observation"], ["action"]
+        self.in_keys, self.out_keys = ["observation", "reward"], ["action"]
         self.policy = policy
         self.state: TensorDictBase | None = None
 
@@ -312,7 +321,7 @@ class _Remembering(TensorDictModuleBase):
             if missing := [key for key in keys if key not in tensordict.keys(True)]:
                 raise ValueError(
                     f"The policy reads {missing}, which nothing provides: it is given 'observation', "
-                    "'is_init', and from the second step on what it wrote under 'next'."
+                    "'reward', 'is_init', and from the second step on what it wrote under 'next'."
                 ) from error
             raise
         self.state = written.get("next", default=tensordict.empty()).select(*keys, strict=False)

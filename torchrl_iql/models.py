@@ -10,12 +10,12 @@ it goes, so training, evaluation, checkpoints and online use cannot disagree.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.data import Bounded, Categorical, OneHot, TensorSpec
 from torchrl.modules import (
@@ -28,9 +28,12 @@ from torchrl.modules import (
 )
 from torchrl.modules.distributions import OneHotCategorical
 
+from torchrl_iql.decision_transformer import ReturnConditioned, TimedDTActor
+
 __all__ = [
     "Architecture",
     "categorical_policy",
+    "decision_transformer",
     "deterministic_policy",
     "discrete_qvalue_network",
     "gaussian_policy",
@@ -42,7 +45,14 @@ __all__ = [
 ]
 
 Statistics = tuple[Tensor, Tensor]
-PolicyKind = Literal["gaussian", "squashed", "heteroscedastic", "deterministic", "categorical"]
+PolicyKind = Literal[
+    "gaussian",
+    "squashed",
+    "heteroscedastic",
+    "deterministic",
+    "categorical",
+    "decision_transformer",
+]
 HIDDEN_SIZES = (256, 256)
 LOG_STD_BOUNDS = (-5.0, 2.0)
 SAC_LOG_STD_BOUNDS = (-20.0, 2.0)
@@ -57,11 +67,12 @@ class Architecture:
         action_size: the number of action dimensions, or of discrete actions.
         action_bounds: the lowest and the highest action, one number per dimension each; None for
             discrete actions, and for -1 and 1.
-        policy: ``"gaussian"``, ``"squashed"``, ``"deterministic"``, or ``"categorical"`` for discrete
-            actions.
+        policy: ``"gaussian"``, ``"squashed"``, ``"deterministic"``, ``"decision_transformer"``, or
+            ``"categorical"`` for discrete actions.
         hidden_sizes: units of each hidden layer, in every network.
         dropout: of the policy.
         normalize_observation: whether the networks hold observation statistics.
+        policy_options: further arguments of the function that makes the policy.
 
     Raises:
         ValueError: if ``policy`` is not one of those.
@@ -74,6 +85,7 @@ class Architecture:
     hidden_sizes: Sequence[int] = HIDDEN_SIZES
     dropout: float = 0.0
     normalize_observation: bool = False
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(PolicyKind):
@@ -83,7 +95,7 @@ class Architecture:
     def discrete(self) -> bool:
         return self.policy == "categorical"
 
-    def policy_network(self, statistics: Statistics | None = None) -> TensorDictModule:
+    def policy_network(self, statistics: Statistics | None = None) -> TensorDictModuleBase:
         """Make a policy, freshly initialised.
 
         Args:
@@ -91,9 +103,8 @@ class Architecture:
                 ``normalize_observation``; without them the network waits for those of a checkpoint.
         """
         make = _POLICIES[self.policy]
-        return make(
-            self.observation_size, self._action, dropout=self.dropout, **self._common(statistics)
-        )
+        options = {"dropout": self.dropout, **self.policy_options, **self._common(statistics)}
+        return make(self.observation_size, self._action, **options)
 
     def qvalue_network(self, statistics: Statistics | None = None) -> TensorDictModule:
         """Make Q(s, a), or for discrete actions Q(s, .); ``statistics`` as for the policy."""
@@ -106,7 +117,7 @@ class Architecture:
 
     def build(
         self, statistics: Statistics | None = None
-    ) -> tuple[TensorDictModule, TensorDictModule, TensorDictModule]:
+    ) -> tuple[TensorDictModuleBase, TensorDictModule, TensorDictModule]:
         """Make the networks of IQL, in the order of its losses' arguments.
 
         Args:
@@ -284,6 +295,61 @@ def categorical_policy(
     )
 
 
+def decision_transformer(
+    observation: int | TensorSpec,
+    action: int | TensorSpec,
+    *,
+    context: int,
+    episode_length: int,
+    target_return: float,
+    return_scale: float = 1.0,
+    hidden_sizes: Sequence[int] = (128, 128, 128),
+    heads: int = 1,
+    dropout: float = 0.1,
+    observation_statistics: Statistics | None = None,
+) -> ReturnConditioned:
+    """Make a Decision Transformer, in the sizes of its paper; actions are bounded by tanh.
+
+    Args:
+        observation: D, or a spec of shape ``[*B, D]``.
+        action: the number of action dimensions A, bounded by -1 and 1, or a bounded spec.
+        context: the number of steps that it sees.
+        episode_length: of the longest episode in steps, at least 1: later times look like its last one.
+        target_return: to aim at, a sum of rewards as the environment pays them.
+        return_scale: what returns are divided by.
+        hidden_sizes: the width, once for each layer.
+        heads: of each layer, a divisor of the width.
+        dropout: probability of dropping in training, of tokens, attention and residuals.
+        observation_statistics: mean and standard deviation of the observations, ``[D]`` each.
+
+    Returns:
+        a module that writes ``action``, ``[*B, A]``, and its context.
+
+    Raises:
+        ImportError: the package ``transformers`` is not installed.
+        ValueError: ``hidden_sizes`` differ.
+    """
+    if len(set(hidden_sizes)) != 1:
+        raise ValueError(f"hidden_sizes must all be the same width, got {list(hidden_sizes)}")
+    low, high = _bounds(action)
+    statistics = observation_statistics
+    actor = TimedDTActor(
+        _size(observation),
+        len(low),
+        window=context,
+        episode_length=episode_length,
+        return_scale=return_scale,
+        width=hidden_sizes[0],
+        layers=len(hidden_sizes),
+        heads=heads,
+        dropout=dropout,
+        normalize=nn.Identity() if statistics is None else _Normalize(*statistics),
+        scale_action=_Normalize((high + low) / 2, (high - low) / 2),
+        squash=_TanhTo(low, high),
+    )
+    return ReturnConditioned(actor, context, target_return)
+
+
 def value_network(
     observation: int | TensorSpec,
     *,
@@ -337,12 +403,13 @@ def discrete_qvalue_network(
     return TensorDictModule(torso, in_keys=["observation"], out_keys=["state_action_value"])
 
 
-_POLICIES: dict[str, Callable[..., TensorDictModule]] = {
+_POLICIES: dict[str, Callable[..., TensorDictModuleBase]] = {
     "gaussian": gaussian_policy,
     "squashed": squashed_policy,
     "heteroscedastic": heteroscedastic_policy,
     "deterministic": deterministic_policy,
     "categorical": categorical_policy,
+    "decision_transformer": decision_transformer,
 }
 
 

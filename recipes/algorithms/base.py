@@ -21,11 +21,30 @@ if TYPE_CHECKING:
     from torchrl.objectives import LossModule
 
     from torchrl_iql import OfflineDataset
+    from torchrl_iql.models import Architecture
     from torchrl_iql_recipes.experiment.networks import Networks
 
-__all__ = ["Algorithm", "Discount", "NumQvalueNets", "TargetRate", "Temperature", "WeightClip"]
+__all__ = [
+    "Algorithm",
+    "DecaySteps",
+    "Discount",
+    "LearningRate",
+    "NumQvalueNets",
+    "TargetRate",
+    "Temperature",
+    "WeightClip",
+]
 
 # What several algorithms are told, in the same words; the default is each one's own.
+LearningRate = Annotated[Positive, AXIS, Field(description="of Adam")]
+DecaySteps = Annotated[
+    Natural | None,
+    LATER,
+    Field(
+        description="gradient steps over which the policy's learning rate falls to 0, by half a cosine; "
+        "null: all of them, 0: it stays"
+    ),
+]
 Discount = Annotated[Rate, AXIS, Field(description="of rewards, per step")]
 TargetRate = Annotated[Rate, Field(description="of the target networks, per gradient step")]
 Temperature = Annotated[
@@ -47,17 +66,15 @@ class Algorithm(Part):
     Attributes:
         title: what results call it.
         of_networks: the settings that say what is in a checkpoint, and can not be changed with one.
+        is_offline: whether it learns from whole episodes, and not from what is collected step by step.
     """
 
     title: ClassVar[str]
     of_networks: ClassVar[tuple[str, ...]] = ()
+    is_offline: ClassVar[bool] = False
 
-    learning_rate: Annotated[Positive, AXIS] = Field(3e-4, description="of Adam")
-    decay_steps: Annotated[Natural | None, LATER] = Field(
-        None,
-        description="gradient steps over which the policy's learning rate falls to 0, by half a cosine; "
-        "null: all of them, 0: it stays",
-    )
+    learning_rate: LearningRate = 3e-4
+    decay_steps: DecaySteps = None
 
     def data(self, dataset: OfflineDataset) -> OfflineDataset:
         """Return what it learns from of a data set, before rewards are summed over ``n_steps``.
@@ -65,6 +82,15 @@ class Algorithm(Part):
         All learners of a run share it: an axis of several values is None here.
         """
         return dataset
+
+    def architecture(self, architecture: Architecture, dataset: OfflineDataset) -> Architecture:
+        """Return what its networks are like, given what the settings say of them.
+
+        Args:
+            architecture: of the settings, in the sizes of the data.
+            dataset: what it learns from.
+        """
+        return architecture
 
     def loss(self, networks: Networks) -> LossModule:
         """Make its loss on freshly initialised networks; the policy's is ``actor_network``."""

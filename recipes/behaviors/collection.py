@@ -31,7 +31,7 @@ from minari.dataset.minari_storage import MinariStorage
 from minari.storage import get_dataset_path
 from tqdm import tqdm
 
-from torchrl_iql.checkpoint import load_tensors
+from torchrl_iql.checkpoint import load_architecture, load_tensors
 from torchrl_iql.data.minari import opened
 from torchrl_iql.environments import REFERENCE_SCORES, spec_of
 from torchrl_iql_recipes.behaviors.mazes import AntWalks, PointWalks, share_arrived
@@ -365,12 +365,22 @@ def run(settings: Collection, path: Path) -> None:
     """
     try:
         requests = requested(settings)
+        if settings.policy not in (None, "random"):
+            _require_of_observations(Path(settings.policy))
     except (OSError, ValueError) as error:
         raise SettingsError(str(error)) from None
     for id, who, transitions in requests:
         began = time.monotonic()
         path = build(id, who, transitions, seed=settings.seed, workers=settings.workers)
         print(f"{id}: {summary(path, who)}, {time.monotonic() - began:.0f} s")
+
+
+def _require_of_observations(policy: Path) -> None:
+    if load_architecture(policy).policy == "decision_transformer":
+        raise ValueError(
+            f"policy={policy}: a Decision Transformer acts by its rewards and earlier steps, expected a "
+            "policy that acts by the observation alone"
+        )
 
 
 def requested(settings: Collection) -> list[tuple[str, Behavior, int]]:

@@ -15,7 +15,7 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import flatten
 from minari.data_collector import EpisodeBuffer
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from torchrl_iql import load_policy
@@ -103,7 +103,7 @@ class CheckpointRollouts:
             return {"checkpoint": hashlib.file_digest(file, "sha256").hexdigest()[:16]}
 
     @cached_property
-    def policy(self) -> TensorDictModule:
+    def policy(self) -> TensorDictModuleBase:
         return load_policy(self.checkpoint)
 
     def play(self, env: gymnasium.Env, rng: np.random.Generator, share: float) -> EpisodeBuffer:

@@ -351,12 +351,12 @@ class Door:
         """Describe every setting with its default, its meaning and its range."""
         parsed = _parsed(overrides)
         lines = [(description or "").strip()]
-        by_task = self._by_task(parsed)
+        by_task, otherwise = self._by_task(parsed), self._otherwise(parsed)
         for part in self.parts_of(parsed):
             lines += ["", f"{part.__name__}: {(part.__doc__ or '').splitlines()[0]}"]
             for given, name in part.names().items():
                 field = part.model_fields[name]
-                default = written(field.get_default()) or "''"
+                default = written(otherwise.get(given, field.get_default())) or "''"
                 default += ", or by task" if given in by_task else ""
                 default += f", or by config/{part.group}" if part.group else ""
                 several = ", or several" if name in part.axes() else ""
@@ -380,6 +380,9 @@ class Door:
 
     def _by_task(self, overrides: Sequence[Override]) -> set[str]:
         return set()
+
+    def _otherwise(self, overrides: Sequence[Override]) -> Mapping[str, Any]:
+        return {}
 
 
 class Experiment(Door):
@@ -510,16 +513,21 @@ class Experiment(Door):
             )
 
     def _node(self, part: type[Part]) -> dict[str, Any]:
-        """Give each setting the algorithm's value in the family, else for all, the task's, or the default."""
+        """Give each setting the algorithm's value in the family, else the task's, else a default.
+
+        That is the algorithm's in any family, if it has one, else that of the part.
+        """
         return {
             name: f"${{oc.select:algorithm.families.${{task.family}}.{name},"
-            f"${{oc.select:algorithm.all.{name},"
-            f"${{oc.select:task.{name},{_literal(default)}}}}}}}"
+            f"${{oc.select:task.{name},${{oc.select:algorithm.otherwise.{name},{_literal(default)}}}}}}}"
             for name, default in part.defaults().items()
         }
 
     def _by_task(self, overrides: Sequence[Override]) -> set[str]:
         return _by_task(self._algorithm(overrides))
+
+    def _otherwise(self, overrides: Sequence[Override]) -> Mapping[str, Any]:
+        return _of_algorithm(self._algorithm(overrides)).get("otherwise", {})
 
 
 OFFLINE = Experiment(
@@ -677,8 +685,11 @@ def _by_task(algorithm: str) -> set[str]:
     found: set[str] = set()
     for path in (CONFIG / "task").rglob("*.yaml"):
         found |= set(map(str, OmegaConf.load(path))) - {"defaults", "family"}
-    own: Any = OmegaConf.load(CONFIG / "algorithm" / f"{algorithm}.yaml")
-    return found.union(own.get("all", {}), *own.families.values())
+    return found.union(*_of_algorithm(algorithm)["families"].values())
+
+
+def _of_algorithm(name: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(CONFIG / "algorithm" / f"{name}.yaml"))
 
 
 def _check_name(override: Override) -> None:

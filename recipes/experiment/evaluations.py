@@ -13,7 +13,6 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from tensordict.nn import TensorDictModule
 from torch import Tensor
 
 from torchrl_iql import Evaluation, Evaluator
@@ -162,7 +161,7 @@ class _Player:
     def __init__(self, make: Callable[[], Evaluator], architecture: Architecture) -> None:
         self._make = make
         self._evaluator: Evaluator | None = None
-        self.policy: TensorDictModule = architecture.policy_network()  # as load_policy builds it
+        self.policy = architecture.policy_network()  # as load_policy builds it
 
     def __call__(self, weights: Weights, seed: int, keep_trajectories: bool) -> Evaluation:
         self.policy.load_state_dict(dict(weights))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from gymnasium import Space
 from gymnasium.spaces import Box, Discrete, flatdim
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor
 
 from torchrl_iql import OfflineDataset, checkpoint
@@ -58,7 +58,7 @@ class Networks:
         low, high = self.architecture.action_bounds
         return torch.tensor(low), torch.tensor(high)
 
-    def policy(self) -> TensorDictModule:
+    def policy(self) -> TensorDictModuleBase:
         return self.architecture.policy_network(self._statistics)
 
     def qvalues(self, number: int) -> list[TensorDictModule]:

@@ -47,7 +47,8 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
     start = settings.training.checkpoint and Path(settings.training.checkpoint)
     lasts = [path / learner.name / "last.ckpt" for learner in settings.learners]
     if start is None:
-        architecture = architecture_for(settings.networks, learned)
+        described = architecture_for(settings.networks, learned)
+        architecture = settings.algorithm.architecture(described, learned)
     else:
         known = lasts[0] if lasts[0].exists() else start
         architecture = architecture_of(known, learned, settings.networks)

@@ -10,6 +10,7 @@ import itertools
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
@@ -43,6 +44,7 @@ __all__ = [
     "Text",
     "allowed",
     "combinations",
+    "is_installed",
     "written",
 ]
 
@@ -245,6 +247,12 @@ def _interval(metadata: Sequence[Any]) -> str:
         *(f"at most {m.le:g}" for m in bounds if isinstance(m, Le)),
     ]
     return f" {' and '.join(words)}" if words else ""
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package is there, without importing it."""
+    # A folder of that name, as wandb leaves one, is found too, but has no origin.
+    return getattr(find_spec(package), "origin", None) is not None
 
 
 def combinations(values: Mapping[str, Any], axes: Sequence[str]) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -30,6 +29,7 @@ from torchrl_iql_recipes.experiment.schema import (
     SettingsError,
     Text,
     combinations,
+    is_installed,
     written,
 )
 from torchrl_iql_recipes.files import shown
@@ -242,8 +242,7 @@ class Logger(Part):
 
     @model_validator(mode="after")
     def _is_installed(self) -> Logger:
-        # A folder of that name, as wandb leaves one, is found too, but has no origin.
-        if self.backend and getattr(find_spec(self.backend), "origin", None) is None:
+        if self.backend and not is_installed(self.backend):
             raise ValueError(
                 f"logger={self.backend}: that package is not installed; "
                 f"pip install 'torchrl-iql[{self.backend}]', or give logger=csv"
@@ -322,6 +321,10 @@ class Settings:
         if training.steps == 0 and "env_steps" not in values:
             raise SettingsError(
                 "steps=0: expected an integer of at least 1, without an online phase"
+            )
+        if algorithms()[values["algorithm"]].is_offline and "env_steps" in values:
+            raise SettingsError(
+                f"algorithm={values['algorithm']}: it learns from whole episodes, and is for offline.py"
             )
         learners = _learners(values, training)
         _n_steps(parts["data"], learners)

@@ -94,7 +94,8 @@ class OfflineDataset:
             - ``("next", "terminated")`` and ``("next", "truncated")``: ``[n, 1]`` bool, and
               ``("next", "done")``, one or the other. An episode that ends with neither is marked
               truncated;
-            - the columns that were asked for, as they are stored, of floats in float32.
+            - the columns that were asked for, as they are stored, of floats in float32;
+            - with a ``window``, what :meth:`windows` adds.
         episode_lengths: transitions per episode, ``[E]`` int64, after the episode rule.
         episode_returns: sum of raw rewards per episode, ``[E]`` float64, after the episode rule.
         observation_space: space of the source, not flattened.
@@ -105,6 +106,8 @@ class OfflineDataset:
         reward_transform: the same in numbers, for rewards that are collected later.
         episode_rule: where episodes end: ``"as_stored"`` or ``"until_success"``.
         recording: what is known of where the transitions were taken from.
+        window: how many consecutive transitions minibatches hold of each that is drawn, see
+            :meth:`windows`; None for itself alone.
     """
 
     name: str
@@ -119,6 +122,7 @@ class OfflineDataset:
     reward_transform: RewardTransform = UNCHANGED
     episode_rule: EpisodeRule = "as_stored"
     recording: Recording = Recording()
+    window: int | None = None
 
     @classmethod
     def from_episodes(
@@ -614,6 +618,61 @@ class OfflineDataset:
         transitions["steps_to_next_obs"] = taken
         return replace(self, transitions=transitions)
 
+    def windows(self, length: int) -> OfflineDataset:
+        """Return the same transitions, of which minibatches are windows of consecutive ones.
+
+        A minibatch of B windows is a TensorDict ``[B, length]``. Each begins at a transition drawn
+        uniformly, and goes on into the next episode where its own ends: what belongs to it are the
+        entries whose ``"time"`` follows on that of the first. No transition is copied: the data are as
+        large as before, on every device. The transitions have, too,
+
+        - ``"time"``: ``[n]`` int64, the number of the step in its episode, from 0;
+        - ``"return_to_go"``: ``[n, 1]`` float32, the sum of the rewards from the step to the end of its
+          episode, as the environment paid them, before the reward rule.
+
+        Args:
+            length: of a window, at least 1.
+
+        Raises:
+            ValueError: if ``length`` is out of range, there are columns of these names, or most episodes
+                are fragments.
+
+        Example:
+            >>> dataset = OfflineDataset.from_arrays(
+            ...     "walks",
+            ...     observations=np.arange(4.0)[:, None],
+            ...     actions=np.zeros((4, 1)),
+            ...     rewards=np.ones(4),
+            ...     terminals=[False, False, True, True],
+            ...     next_observations=np.arange(4.0)[:, None] + 1,
+            ... )
+            >>> source, indices = dataset.windows(3).minibatches(256)(block=0)
+            >>> batch = source[indices[0, 0]]
+            >>> batch.shape
+            torch.Size([256, 3])
+            >>> batch["time"].unique(dim=0)
+            tensor([[0, 0, 0],
+                    [0, 1, 2],
+                    [1, 2, 0],
+                    [2, 0, 0]])
+        """
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length!r}")
+        if taken := {"time", "return_to_go"} & set(self.transitions.keys()):
+            raise ValueError(f"{self.name}: there are columns {sorted(taken)} already")
+        with errors_at(self.name):
+            _require_whole(
+                self.recording.stopped, len(self.episode_lengths), "returns to go", remedy=""
+            )
+        lengths, transform = self.episode_lengths, self.reward_transform
+        time = torch.arange(len(self.transitions)) - self.episode_starts.repeat_interleave(lengths)
+        left = lengths.repeat_interleave(lengths) - time
+        returns = self.returns_to_go().double() - transform.shift * left.unsqueeze(-1)
+        transitions = self.transitions.copy()
+        transitions["time"] = time
+        transitions["return_to_go"] = (returns / transform.scale).float()
+        return replace(self, transitions=transitions, window=length)
+
     def replay_buffer(
         self,
         batch_size: int,
@@ -650,7 +709,7 @@ class OfflineDataset:
         """Return uniform minibatches of the transitions for one learner per seed.
 
         Args:
-            batch_size: transitions in the minibatch of one learner.
+            batch_size: transitions, or windows, in the minibatch of one learner.
             seeds: one per learner, at least 0.
             device: where to train.
             streaming: whether the device holds some of the transitions at a time instead of all.
@@ -659,7 +718,12 @@ class OfflineDataset:
             the :class:`~torchrl_iql.data.Minibatches`, which also say what is drawn when.
         """
         return Minibatches(
-            self.transitions, batch_size, seeds=seeds, device=device, streaming=streaming
+            self.transitions,
+            batch_size,
+            seeds=seeds,
+            device=device,
+            streaming=streaming,
+            window=self.window,
         )
 
     def observation_statistics(self) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -36,6 +37,8 @@ class Minibatches:
         seeds: one per replica, at least 0. Equal seeds give equal minibatches.
         device: where to train. Resident on the ``"cpu"``, the memory of ``transitions`` is shared.
         streaming: whether to stream.
+        window: K, to draw windows: for each transition, it and those that follow, K in all, and where
+            there are none left the last one again.
 
     Attributes:
         batch_size: B.
@@ -64,6 +67,7 @@ class Minibatches:
         seeds: Sequence[int] = (0,),
         device: torch.device | str = "cpu",
         streaming: bool = False,
+        window: int | None = None,
     ) -> None:
         if transitions.ndim != 1 or not len(transitions):
             raise ValueError(f"transitions must be [n], n >= 1, got {list(transitions.shape)}")
@@ -74,16 +78,19 @@ class Minibatches:
             raise ValueError(
                 f"seeds must be a list of one or more integers of at least 0, got {seeds!r}"
             )
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1, got {window!r}")
         self.batch_size = batch_size
         self.seeds = tuple(int(seed) for seed in seeds)
         self.device = torch.device(device)
-        self._draw = partial(_draw, len(transitions), batch_size, self.seeds)
+        self._draw = partial(_draw, len(transitions), batch_size, window, self.seeds)
         self._block: int | None = None
         if streaming:
-            size = BLOCK * len(self.seeds) * batch_size
+            shape = BLOCK, len(self.seeds), batch_size, *([] if window is None else [window])
+            size = math.prod(shape)
             self._stream = _Stream(transitions, self._draw, size, self.device)
             self._source = self._stream.buffer
-            self._indices = torch.arange(size, device=self.device).view(BLOCK, -1, batch_size)
+            self._indices = torch.arange(size, device=self.device).view(shape)
         else:
             self._stream = None
             self._source = transitions.to(self.device)
@@ -98,9 +105,9 @@ class Minibatches:
             block: number of the block, from 0.
 
         Returns:
-            transitions on the device, and indices into them, ``[BLOCK, R, B]`` int64. The
-            transitions are the same tensors at the same addresses every time; streamed, the next
-            call for another block overwrites them.
+            transitions on the device, and indices into them, ``[BLOCK, R, B]`` int64, of windows
+            ``[BLOCK, R, B, K]``. The transitions are the same tensors at the same addresses every
+            time; streamed, the next call for another block overwrites them.
 
         Raises:
             Exception: whatever went wrong in the thread that gathered this block.
@@ -115,7 +122,7 @@ class Minibatches:
         return self._source, self._indices
 
     def rows(self, step: int) -> Tensor:
-        """Return which transitions the minibatches of a step are, ``[R, B]`` int64, on the CPU."""
+        """Return which transitions the minibatches of a step are, ``[R, B]`` or ``[R, B, K]``, on the CPU."""
         block, place = divmod(step, BLOCK)
         return self._draw(block)[place]
 
@@ -178,12 +185,17 @@ class _Stream:
         self._executor.shutdown(cancel_futures=True)
 
 
-def _draw(transitions: int, batch_size: int, seeds: Sequence[int], block: int) -> Tensor:
-    """Draw indices ``[BLOCK, R, B]``, int64, below ``transitions``."""
+def _draw(
+    transitions: int, batch_size: int, window: int | None, seeds: Sequence[int], block: int
+) -> Tensor:
+    """Draw indices ``[BLOCK, R, B]``, int64, below ``transitions``; of windows, ``[BLOCK, R, B, K]``."""
     sequences = [np.random.SeedSequence(seed, spawn_key=(block,)) for seed in seeds]
     shape = BLOCK, batch_size
     draws = [np.random.default_rng(each).integers(transitions, size=shape) for each in sequences]
-    return torch.from_numpy(np.stack(draws, axis=1))
+    drawn = torch.from_numpy(np.stack(draws, axis=1))
+    if window is None:
+        return drawn
+    return (drawn.unsqueeze(-1) + torch.arange(window)).clamp_max(transitions - 1)
 
 
 def _to_device(values: Tensor, device: torch.device) -> Tensor:

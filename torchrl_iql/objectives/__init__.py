@@ -1,7 +1,8 @@
-"""The losses: :mod:`functional` holds the equations, :mod:`iql` and :mod:`awac` the LossModules."""
+"""The losses: :mod:`functional` holds the equations, the other modules the LossModules that call them."""
 
 from torchrl_iql.objectives.awac import AWACLoss
 from torchrl_iql.objectives.cql import CQLLoss
+from torchrl_iql.objectives.dt import DTLoss
 from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss
 
-__all__ = ["AWACLoss", "CQLLoss", "DiscreteIQLLoss", "IQLLoss"]
+__all__ = ["AWACLoss", "CQLLoss", "DTLoss", "DiscreteIQLLoss", "IQLLoss"]

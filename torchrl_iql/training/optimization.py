@@ -13,7 +13,7 @@ from torch.nn import Module
 from torchrl import objectives
 from torchrl.objectives.common import LossModule
 
-from torchrl_iql.objectives import AWACLoss, CQLLoss, DiscreteIQLLoss, IQLLoss
+from torchrl_iql.objectives import AWACLoss, CQLLoss, DiscreteIQLLoss, DTLoss, IQLLoss
 from torchrl_iql.training.adam import BETAS, EPSILON, Rates
 
 __all__ = ["Optimization", "Schedule", "cosine_decay", "network_of", "target_networks", "warm_up"]
@@ -37,6 +37,7 @@ DESCENDED: dict[type, tuple[str, ...]] = {
     objectives.CQLLoss: ("loss_actor", "loss_qvalue", "loss_cql", "loss_alpha"),
     CQLLoss: ("loss_actor", "loss_qvalue", "loss_cql", "loss_alpha"),
     objectives.DTLoss: ("loss",),
+    DTLoss: ("loss_actor",),
 }
 """What is descended of the losses that are known; which entries these are, no rule tells."""
 
