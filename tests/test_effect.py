@@ -22,14 +22,14 @@ from gymnasium.spaces import Box
 from tensordict import TensorDict
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torchrl.objectives import BCLoss, SoftUpdate
+from torchrl.objectives import BCLoss, SoftUpdate, TD3BCLoss
 
 from episodes import record, write
 from online_envs import diary
 from runs import rows
-from torchrl_iql import IQLLoss, OfflineDataset, TrainStep, checkpoint, load_dataset
+from torchrl_iql import AWACLoss, IQLLoss, OfflineDataset, TrainStep, checkpoint, load_dataset
 from torchrl_iql.models import Architecture
-from torchrl_iql.objectives import DTLoss
+from torchrl_iql.objectives import CQLLoss, DTLoss
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment import build, offline, online, plots
@@ -63,7 +63,18 @@ OF_ALGORITHM: dict[str, dict[str, Any]] = {
     "bc": {},
     "percent_bc": {"share": 0.5},
     "dt": {"context": 3, "warm_up_steps": 4, "weight_decay": 0.5, "max_grad_norm": 0.02},
+    "awac": {**OF_IQL, "num_qvalue_nets": 2},
+    "td3bc": {
+        **{"discount": 0.9, "target_rate": 0.05, "alpha": 2.5},
+        **{"policy_noise": 0.2, "noise_clip": 0.5, "policy_interval": 2},
+    },
+    "cql": {
+        **{"discount": 0.9, "target_rate": 0.05, "alpha": 2.0, "policy_learning_rate": 0.02},
+        **{"gap": None, "num_random": 4, "max_q_backup": False},
+    },
 }
+POLICIES = {"td3bc": "deterministic", "cql": "heteroscedastic"}
+"""What some algorithms need."""
 OF_COLLECTION = {"env_steps": 20, "updates_per_frame": 1.0, "exploration": 1.0}
 OF_COLLECTION |= {"offline_share": None, "anneal_steps": None, "collector.frames_per_batch": 10}
 
@@ -93,6 +104,14 @@ CHANGED: dict[str, Any] = {
     "warm_up_steps": 0,
     "weight_decay": 3.0,
     "max_grad_norm": 0.1,
+    "alpha": 0.5,
+    "policy_noise": 0.8,
+    "noise_clip": 0.01,
+    "policy_interval": 3,
+    "policy_learning_rate": 0.005,
+    "gap": 0.5,
+    "num_random": 7,
+    "max_q_backup": True,
     "env_steps": 10,
     "updates_per_frame": 0.5,
     "exploration": 0.5,
@@ -133,7 +152,7 @@ ELSEWHERE = {
 """Every other setting, and the test that shows what it does."""
 
 NETWORKS = {"policy", "action_bounds", "hidden_sizes", "dropout", "normalize_observation"}
-NETWORKS |= {"num_qvalue_nets", "context"}
+NETWORKS |= {"gap", "num_qvalue_nets", "context"}
 OFFLINE_ONLY = {"n_steps", "steps", "decay_steps"}
 EXTENDS = {"steps", "decay_steps", "env_steps"}
 
@@ -164,9 +183,13 @@ def given(values: Mapping[str, Any]) -> list[str]:
 QUICK = ["compute.execution=eager", "compute.threads=1"]
 
 
+def base_of(algorithm: str) -> dict[str, Any]:
+    return {**BASE, "policy": POLICIES.get(algorithm, BASE["policy"])}
+
+
 def started(algorithm: str, **changed: Any) -> Settings:
     """Return the settings of a new offline run."""
-    values = {**BASE, **OF_ALGORITHM[algorithm], **changed}
+    values = {**base_of(algorithm), **OF_ALGORITHM[algorithm], **changed}
     return OFFLINE.settings([f"algorithm={algorithm}", "eval_episodes=0", *QUICK, *given(values)])
 
 
@@ -186,6 +209,31 @@ def check_given(door: Any, overrides: list[str], change: Mapping[str, Any]) -> N
 
 
 # --- The plain loop ------------------------------------------------------------------------------------
+
+
+BOUNDS = torch.tensor([-1.0]), torch.tensor([1.0])
+
+
+def awac(policy: Any, qvalues: Any, values: Mapping[str, Any]) -> Any:
+    given = {name: values[name] for name in ("temperature", "weight_clip", "num_qvalue_nets")}
+    return AWACLoss(policy, qvalues, bounds=BOUNDS, **given)
+
+
+def td3bc(policy: Any, qvalues: Any, values: Mapping[str, Any]) -> Any:
+    given = {name: values[name] for name in ("alpha", "policy_noise", "noise_clip")}
+    given |= {"bounds": BOUNDS, "delay_actor": True, "loss_function": "l2"}
+    return TD3BCLoss(policy, qvalues, num_qvalue_nets=2, **given)
+
+
+def cql(policy: Any, qvalues: Any, values: Mapping[str, Any]) -> Any:
+    given = {name: values[name] for name in ("num_random", "max_q_backup")}
+    if values["gap"] is not None:
+        given |= {"with_lagrange": True, "lagrange_thresh": values["gap"]}
+    own = {"bounds": BOUNDS, "min_q_weight": values["alpha"], "target_entropy": -1.0}
+    return CQLLoss(policy, qvalues, **own, **given)
+
+
+ACTOR_CRITICS = {"awac": awac, "td3bc": td3bc, "cql": cql}
 
 
 class Plain:
@@ -211,6 +259,13 @@ class Plain:
         if "context" in values:
             self.loss: Any = DTLoss(policy.on_windows())  # pyright: ignore
             self.target = None
+        elif algorithm in ACTOR_CRITICS:
+            networks = [
+                make.qvalue_network(statistics) for _ in range(values.get("num_qvalue_nets", 2))
+            ]
+            self.loss = ACTOR_CRITICS[algorithm](policy, networks, values)
+            self.loss.make_value_estimator(gamma=values["discount"])
+            self.target = SoftUpdate(self.loss, tau=values["target_rate"])
         elif "num_qvalue_nets" not in values:
             self.loss = BCLoss(policy)
             self.target = None
@@ -221,13 +276,17 @@ class Plain:
             self.set(values)
             self.target = SoftUpdate(self.loss, tau=values["target_rate"])
         if start is not None:
-            names = [name for name in self.loss.state_dict() if "_params." in name]
-            learned = {name: start.loss.state_dict()[name] for name in names}
+            learned = start.learned()
             self.loss.load_state_dict({**self.loss.state_dict(), **learned})
         named = list(self.loss.named_parameters())
         actor = [parameter for name, parameter in named if name.startswith("actor")]
         others = [parameter for name, parameter in named if not name.startswith("actor")]
         groups = [{"params": its} for its in (actor, others) if its]
+        if "policy_learning_rate" in values:
+            alone = [its for its in others if its is getattr(self.loss, "log_alpha", None)]
+            groups[1]["params"] = [its for its in others if its is not alone[0]]
+            groups.append({"params": alone, "lr": values["policy_learning_rate"]})
+        self.taken = 0
         decay = values.get("weight_decay", 0.0)
         self.optimizer = torch.optim.AdamW(groups, lr=values["learning_rate"], weight_decay=decay)
 
@@ -261,11 +320,19 @@ class Plain:
     def step(self, batch: TensorDict) -> None:
         losses = self.loss(batch)
         self.optimizer.zero_grad()
-        sum(losses[key] for key in losses.keys() if key.startswith("loss_")).backward()
+        entries = [
+            key for key in losses.keys() if key.startswith("loss_") and key != "loss_actor_bc"
+        ]
+        sum(losses[key] for key in entries).backward()
+        self.taken += 1
+        is_due = self.taken % self.values.get("policy_interval", 1) == 0
+        if not is_due:
+            for parameter in self.optimizer.param_groups[0]["params"]:
+                parameter.grad = None
         if "max_grad_norm" in self.values:
             clip_grad_norm_(self.loss.parameters(), self.values["max_grad_norm"])
         self.optimizer.step()
-        if self.target is not None:
+        if self.target is not None and is_due:
             self.target.step()
 
     def offline(self) -> Plain:
@@ -277,11 +344,12 @@ class Plain:
         indices = self._with_those_that_follow(indices)
         length = values["steps"] if values["decay_steps"] is None else values["decay_steps"]
         rise = values.get("warm_up_steps") or 1
+        rate = values.get("policy_learning_rate", values["learning_rate"])
         torch.manual_seed(values["seeds"])
         for t in range(values["steps"]):
             factor = 0.5 * (1 + math.cos(math.pi * min(t / length, 1))) if length else 1.0
             factor *= min((t + 1) / rise, 1)
-            self.optimizer.param_groups[0]["lr"] = values["learning_rate"] * factor
+            self.optimizer.param_groups[0]["lr"] = rate * factor
             self.step(data[indices[t]])
         return self
 
@@ -330,7 +398,9 @@ class Plain:
         return its
 
     def learned(self) -> dict[str, Tensor]:
-        return {k: v.clone() for k, v in self.loss.state_dict().items() if "_params." in k}
+        own = {name for name, _ in self.loss.named_parameters()}
+        state = self.loss.state_dict().items()
+        return {k: v.clone() for k, v in state if "_params." in k or k in own}
 
     def learned_by(self, folder: Path) -> dict[str, Tensor]:
         """Read what a run with the same networks has learned."""
@@ -389,7 +459,9 @@ def new() -> dict[str, Settings]:
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Plain]:
-    return {name: Plain(name, {**BASE, **own}).offline() for name, own in OF_ALGORITHM.items()}
+    return {
+        name: Plain(name, {**base_of(name), **own}).offline() for name, own in OF_ALGORITHM.items()
+    }
 
 
 @pytest.mark.parametrize(("algorithm", "name"), NEW)
@@ -413,7 +485,7 @@ def test_of_a_new_run(
 
 @pytest.mark.parametrize("algorithm", OF_ALGORITHM)
 def test_the_command_line_gives_a_new_run_its_settings(algorithm: str) -> None:
-    its = {**BASE, **OF_ALGORITHM[algorithm]}
+    its = {**base_of(algorithm), **OF_ALGORITHM[algorithm]}
     change = {name: CHANGED[name] for name in its if name != "n_steps" or "discount" in its}
     check_given(OFFLINE, [f"algorithm={algorithm}", *given(its)], change)
 
@@ -433,7 +505,7 @@ def finished(new: dict[str, Settings], tmp_path_factory: pytest.TempPathFactory)
 def test_of_a_run_that_goes_on(algorithm: str, finished: dict[str, Path]) -> None:
     folder = finished[algorithm]
     stored, file = OFFLINE.stored(folder), (folder / "config.yaml").read_text()
-    its = {**BASE, **OF_ALGORITHM[algorithm]}
+    its = {**base_of(algorithm), **OF_ALGORITHM[algorithm]}
     fixed = {name: CHANGED[name] for name in its if name not in EXTENDS}
     if "discount" not in its:
         del fixed["n_steps"]  # refused for another reason
@@ -544,7 +616,7 @@ def test_a_checkpoint_gives_what_the_command_line_does_not(
     algorithm: str, begun: dict[str, Settings], finished: dict[str, Path]
 ) -> None:
     path = finished[algorithm] / "last.ckpt"
-    its = {**BASE, **OF_ALGORITHM[algorithm], "checkpoint": str(path)}
+    its = {**base_of(algorithm), **OF_ALGORITHM[algorithm], "checkpoint": str(path)}
     assert {key: begun[algorithm].values[key] for key in its} == its
     change = {n: CHANGED[n] for a, n in KEPT if a == algorithm or (a == "iql" and n in BASE)}
     if "discount" not in its:

@@ -21,6 +21,7 @@ class CQL(Algorithm):
     """The defaults are the paper's for locomotion; its networks are in config/algorithm."""
 
     title: ClassVar[str] = "CQL"
+    of_networks: ClassVar[tuple[str, ...]] = ("gap",)
 
     discount: Discount = 0.99
     target_rate: TargetRate = 0.005
