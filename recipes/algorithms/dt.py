@@ -66,10 +66,10 @@ class DT(Algorithm):
         return dataset.windows(self.context)
 
     def architecture(self, architecture: Architecture, dataset: OfflineDataset) -> Architecture:
-        if architecture.policy == "squashed":
+        if architecture.policy not in ("gaussian", "deterministic"):
             raise SettingsError(
-                "policy=squashed: without effect, a Decision Transformer is deterministic; give "
-                "policy=deterministic"
+                f"policy={architecture.policy}: without effect, a Decision Transformer is deterministic; "
+                "give policy=deterministic"
             )
         sizes = list(architecture.hidden_sizes)
         if len(set(sizes)) != 1:
