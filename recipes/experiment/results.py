@@ -15,7 +15,17 @@ from torchrl_iql import Evaluation, OfflineDataset
 from torchrl_iql_recipes.experiment.settings import Learner, Settings
 from torchrl_iql_recipes.files import whole
 
-__all__ = ["VERSION", "outcome", "read", "report", "rules", "skipped", "summaries", "write"]
+__all__ = [
+    "VERSION",
+    "half_width",
+    "outcome",
+    "read",
+    "report",
+    "rules",
+    "skipped",
+    "summaries",
+    "write",
+]
 
 VERSION = 2
 """Of ``scores.json``. Without one: written before there were versions."""
@@ -130,10 +140,15 @@ def summaries(replicas: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> lis
     rows = []
     for settings, values in groups.items():
         seeds = len(values)
-        quantile = student_t.ppf(0.975, seeds - 1) if seeds > 1 else None
-        ci95 = None if quantile is None else float(quantile * stdev(values) / math.sqrt(seeds))
+        ci95 = half_width(values) if seeds > 1 else None
         rows.append({**dict(settings), "seeds": seeds, "score": mean(values), "ci95": ci95})
     return rows
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Return half the width of the 95% confidence interval of a mean, Student's t; of several values."""
+    quantile = student_t.ppf(0.975, len(values) - 1)
+    return float(quantile * stdev(values) / math.sqrt(len(values)))
 
 
 def report(scores: Mapping[str, Any]) -> list[str]:

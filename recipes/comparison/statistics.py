@@ -1,0 +1,181 @@
+"""What scores of several tasks and seeds say together, by rliable; and the pictures of it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from torchrl_iql_recipes.comparison.plan import Cell, Plan
+from torchrl_iql_recipes.experiment.plots import BLUE, DPI, SEEDS, SLATE
+
+__all__ = ["Aggregates", "aggregates", "curves", "draw_aggregates"]
+
+SAMPLES = 2000
+"""Of the bootstrap, stratified by task."""
+
+FEWEST = 3
+"""Seeds, without which there is no interval."""
+
+Scores = dict[str, np.ndarray]
+"""By algorithm, normalized scores ``[seeds, tasks]``."""
+
+
+class Aggregates:
+    """Algorithms over the tasks that all of them have finished.
+
+    Attributes:
+        tasks: these.
+        means: by algorithm the interquartile mean, and the ends of its 95% interval, NaN for too few seeds.
+        improvement: by algorithm how probable it is that the last one is better, with the interval.
+        thresholds: of the profiles, ``[T]``.
+        profiles: by algorithm the share of runs with at least so much, and the interval, ``[3, T]``.
+    """
+
+    def __init__(self, tasks: Sequence[str], scores: Scores) -> None:
+        from rliable import library, metrics
+
+        self.tasks = list(tasks)
+        *others, best = scores
+        pairs = {other: (scores[best], scores[other]) for other in others}
+        highest = max(float(its.max()) for its in scores.values())
+        self.thresholds = np.linspace(0, max(100.0, highest), 51)
+        with _own_chance():
+            means, intervals = library.get_interval_estimates(
+                scores, lambda its: np.array([metrics.aggregate_iqm(its)]), reps=SAMPLES
+            )
+            profiles, bands = library.create_performance_profile(
+                scores, self.thresholds, reps=SAMPLES // 10
+            )
+            better, ranges = library.get_interval_estimates(
+                pairs, metrics.probability_of_improvement, reps=SAMPLES
+            )
+        known = min(len(its) for its in scores.values()) >= FEWEST
+
+        def with_interval(value: Any, interval: np.ndarray) -> tuple[float, float, float]:
+            low, high = np.ravel(interval) if known else (np.nan, np.nan)
+            return float(np.ravel(value)[0]), float(low), float(high)
+
+        self.means = {name: with_interval(means[name], intervals[name]) for name in scores}
+        self.improvement = {name: with_interval(better[name], ranges[name]) for name in pairs}
+        self.profiles = {name: np.stack([profiles[name], *bands[name]]) for name in scores}
+
+
+@contextmanager
+def _own_chance() -> Iterator[None]:
+    """Draw the same samples every time: rliable draws from NumPy's global generator."""
+    before = np.random.get_state()
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+def aggregates(plan: Plan) -> Aggregates | None:
+    """Take together the tasks that every algorithm of the aggregates has, finished; None without any."""
+    names = [
+        name for name in plan.algorithms if any(_counts(plan, task, name) for task in plan.tasks)
+    ]
+    found: dict[str, dict[str, list[float]]] = {}
+    for task in plan.tasks:
+        its = {name: _counts(plan, task, name) for name in names}
+        if all(its.values()) and len({len(each) for each in its.values() if each}) == 1:
+            found[task] = {name: each for name, each in its.items() if each}
+    if not found:
+        return None
+    seeds = min(len(each) for its in found.values() for each in its.values())
+    scores = {name: np.array([its[name][:seeds] for its in found.values()]).T for name in names}
+    return Aggregates(list(found), scores)
+
+
+def _counts(plan: Plan, task: str, algorithm: str) -> list[float] | None:
+    cell = plan.cell(task, algorithm)
+    return None if cell is None or cell.is_beside else cell.scores()
+
+
+def draw_aggregates(its: Aggregates, titles: Mapping[str, str], png: Path) -> None:
+    """Draw interquartile means, the probability of improvement, and performance profiles."""
+    names = list(its.means)
+    figure = Figure(figsize=(11, 1.3 + 0.35 * len(names)), dpi=DPI, layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    best = names[-1]
+    for axes, values, title in (
+        (left, its.means, "interquartile mean of the normalized score"),
+        (middle, its.improvement, f"probability that {titles[best]} is better"),
+    ):
+        for row, (name, (value, low, high)) in enumerate(values.items()):
+            colour = BLUE if name == best else SLATE
+            axes.plot([low, high], [row, row], color=colour, linewidth=6, alpha=0.35)
+            axes.plot(value, row, "o", color=colour)
+        axes.set_yticks(range(len(values)), [titles[name] for name in values])
+        axes.set_title(title, fontsize=9)
+        axes.margins(y=0.2)
+    middle.axvline(0.5, color=SLATE, linestyle=":", linewidth=1)
+    middle.set_xlim(0, 1)
+    colours = [*SEEDS[1:], "#8d99ae", "#b56576"]
+    for name, colour in zip(names, [*colours[: len(names) - 1], BLUE], strict=False):
+        share, low, high = its.profiles[name]
+        right.plot(its.thresholds, share, color=colour, label=titles[name])
+        right.fill_between(its.thresholds, low, high, color=colour, alpha=0.12, linewidth=0)
+    right.set(xlabel="normalized score", ylim=(-0.02, 1.02))
+    right.set_title("share of runs with at least this score", fontsize=9)
+    right.legend(fontsize=7)
+    figure.savefig(png)
+
+
+def curves(plan: Plan, titles: Mapping[str, str], png: Path) -> None:
+    """Draw the scores on the way, a panel for each task: the mean over seeds, and their range."""
+    tasks = [
+        task for task in plan.tasks if any(_curve(plan.cell(task, a)) for a in plan.algorithms)
+    ]
+    if not tasks:
+        return
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(3.8 * columns, 2.8 * rows), dpi=DPI, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    others = [*SEEDS[1:], "#8d99ae", "#b56576", "#6d597a"]
+    names = [name for name in plan.algorithms if name != "iql"]
+    colours = {**dict(zip(names, others, strict=False)), "iql": BLUE}
+    for panel, task in zip(panels, tasks, strict=False):
+        for name in plan.algorithms:
+            cell = plan.cell(task, name)
+            if cell is None or not (found := _curve(cell)):
+                continue
+            steps = np.array(sorted(found))
+            values = [found[step] for step in steps]
+            style = ":" if cell.is_beside else "-"
+            label = titles[name] + ("*" if cell.is_beside else "")
+            panel.plot(steps, [np.mean(v) for v in values], style, color=colours[name], label=label)
+            low, high = [min(v) for v in values], [max(v) for v in values]
+            panel.fill_between(steps, low, high, color=colours[name], alpha=0.12, linewidth=0)
+        panel.set_title(task, fontsize=9)
+        panel.set(xlabel="gradient steps", ylabel="normalized score")
+        panel.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    for panel in panels[len(tasks) :]:
+        panel.axis("off")
+    panels[0].legend(fontsize=7)
+    figure.savefig(png)
+
+
+def _curve(cell: Cell | None) -> dict[int, list[float]]:
+    """Read the scores of each seed by step, of the steps that all of them have."""
+    if cell is None:
+        return {}
+    each: list[dict[int, float]] = []
+    for file in cell.metrics():
+        if not file.exists():
+            return {}
+        with file.open(newline="") as lines:
+            read: list[dict[str, Any]] = list(csv.DictReader(lines))
+        each.append(
+            {int(row["step"]): float(row["eval/score"]) for row in read if row.get("eval/score")}
+        )
+    steps = set.intersection(*(set(its) for its in each))
+    return {step: [its[step] for its in each] for step in steps}

@@ -1,0 +1,174 @@
+"""Algorithms beside each other on tasks, over seeds: the table, its statistics and its pictures.
+
+    python recipes/comparison/table.py
+    python recipes/comparison/table.py --plan my.yaml --folder runs/mine --jobs 8
+    python recipes/comparison/table.py --launcher joblib hydra.launcher.n_jobs=4
+
+What is compared is in ``table.yaml``. Each cell is one run of recipes/offline.py with one thread, several
+at a time; what is finished is kept, what was interrupted goes on: the same command goes on after anything.
+It leaves ``table.md``, ``table.csv``, ``curves.png`` and ``aggregates.png`` in the folder, made anew at each
+call from what is there. Statistics are rliable's, over the tasks that all algorithms of the aggregates have
+finished: interquartile mean, performance profiles, and the probability that the last algorithm is better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+from torchrl_iql_recipes.algorithms import algorithms
+from torchrl_iql_recipes.behaviors import collection
+from torchrl_iql_recipes.comparison import statistics
+from torchrl_iql_recipes.comparison.jobs import finish
+from torchrl_iql_recipes.comparison.plan import Cell, Plan
+from torchrl_iql_recipes.experiment.door import OFFLINE
+from torchrl_iql_recipes.experiment.results import half_width
+from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.files import shown, whole
+
+HERE = Path(__file__).parent
+
+
+def written(cell: Cell | None) -> str:
+    """Write mean, half the width of the 95% interval, and the number of seeds, of what is finished."""
+    scores = None if cell is None else cell.scores()
+    if cell is None or scores is None:
+        return "" if cell is None else "-"
+    interval = f" ± {half_width(scores):.1f}" if len(scores) >= statistics.FEWEST else ""
+    mark = "\\*" if cell.is_beside else ""
+    return f"{mean(scores):.1f}{interval} ({len(scores)}){mark}"
+
+
+def table(plan: Plan, its: statistics.Aggregates | None) -> list[str]:
+    """Write the lines of the table, and below what its signs mean."""
+    names = plan.algorithms
+    titles = [algorithms()[name].title for name in names]
+    lines = [f"| task | steps | {' | '.join(titles)} |", f"| --- | ---: |{' ---: |' * len(names)}"]
+    for task in plan.tasks:
+        cells = [plan.cell(task, name) for name in names]
+        steps = {cell.steps for cell in cells if cell is not None and not cell.is_beside}
+        head = f"| `{task}` | {', '.join(f'{each:,}' for each in sorted(steps))} "
+        lines.append(f"{head}| {' | '.join(map(written, cells))} |")
+        known = [cell.published if cell is not None else None for cell in cells]
+        if any(each is not None for each in known):
+            figures = ("" if each is None else f"*{each:.1f}*" for each in known)
+            lines.append(f"| *published, D4RL's data* | *1,000,000* | {' | '.join(figures)} |")
+    if its is not None:
+        figures = [_with_interval(its.means.get(name)) for name in names]
+        lines.append(f"| interquartile mean of {len(its.tasks)} tasks | | {' | '.join(figures)} |")
+        chances = [_with_interval(its.improvement.get(name), digits=2) for name in names]
+        last = algorithms()[list(its.means)[-1]].title
+        lines.append(f"| probability that {last} is better | | {' | '.join(chances)} |")
+    beside = sorted({(c.algorithm, c.steps) for c in plan.cells if c.is_beside})
+    notes = [
+        "Normalized score of the last step: mean over seeds, half the width of its 95% interval "
+        f"(Student's t, from {statistics.FEWEST} seeds on), number of seeds. Below, 95% intervals of a "
+        "bootstrap stratified by task.",
+        *(
+            f"\\* {algorithms()[name].title}: {steps:,} steps, outside of the aggregates."
+            for name, steps in beside
+        ),
+        f"Made by `python recipes/comparison/table.py --plan {shown(plan.file)}`, "
+        f"{datetime.date.today().isoformat()}.",
+    ]
+    return [*lines, "", *notes]
+
+
+def _with_interval(value: tuple[float, float, float] | None, digits: int = 1) -> str:
+    if value is None:
+        return ""
+    middle, low, high = value
+    interval = f" ({low:.{digits}f} to {high:.{digits}f})" if low == low else ""
+    return f"{middle:.{digits}f}{interval}"
+
+
+def write_csv(plan: Plan, path: Path) -> None:
+    """Write a line for each seed of what is finished."""
+    with whole(path) as new, new.open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["task", "algorithm", "seed", "steps", "score"])
+        for cell in plan.cells:
+            for seed, score in zip(cell.seeds, cell.scores() or [], strict=False):
+                lines.writerow([cell.task, cell.algorithm, seed, cell.steps, score])
+
+
+def launch(args: argparse.Namespace, number: int) -> None:
+    """Finish all cells by a launcher of Hydra, each as a job of its own."""
+    command = [
+        *(sys.executable, str(HERE / "job.py"), "-m", f"hydra/launcher={args.launcher}"),
+        *(f"plan='{args.plan.resolve()}'", f"folder='{args.folder.resolve()}'"),
+        *(f"cell=range({number})", f"hydra.sweep.dir='{args.folder.resolve() / 'launcher'}'"),
+        *args.options,
+    ]
+    done = subprocess.run(command, check=False)
+    if done.returncode != 0:
+        sys.exit(f"table.py: the launcher ended with {done.returncode}; the same command goes on")
+
+
+def prepare(plan: Plan) -> None:
+    """Check what every run is to be started with, and make the data that are not there.
+
+    Raises:
+        SettingsError: a run can not have its settings.
+    """
+    sources = {}
+    for cell in plan.cells:
+        given = OFFLINE.settings(cell.job.settings).data.dataset
+        sources |= dict.fromkeys([given] if isinstance(given, str) else given or ())
+    for source in sources:
+        collection.ensure(source)
+
+
+def report(plan: Plan, folder: Path) -> list[str]:
+    """Write table and pictures of what is finished; return the lines of the table."""
+    titles = {name: algorithms()[name].title for name in plan.algorithms}
+    its = statistics.aggregates(plan)
+    lines = table(plan, its)
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole(folder / "table.md") as new:
+        new.write_text("\n".join(lines) + "\n")
+    write_csv(plan, folder / "table.csv")
+    statistics.curves(plan, titles, folder / "curves.png")
+    if its is not None:
+        statistics.draw_aggregates(its, titles, folder / "aggregates.png")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--plan", type=Path, default=HERE / "table.yaml")
+    parser.add_argument("--folder", type=Path, default=Path("runs/table"), help="of all runs")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="runs at a time; 0 makes the table only"
+    )
+    parser.add_argument(
+        "--launcher", help="of Hydra, instead of --jobs: joblib, submitit_slurm, ray, ..."
+    )
+    parser.add_argument("options", nargs="*", help="of the launcher, as hydra.launcher.n_jobs=4")
+    args = parser.parse_args()
+    try:
+        plan = Plan.load(args.plan, args.folder)
+        if args.launcher or args.jobs:
+            prepare(plan)
+        if args.launcher:
+            launch(args, len(plan.cells))
+        elif args.jobs:
+            finish([cell.job for cell in plan.cells], args.jobs)
+    except (SettingsError, ValueError, RuntimeError) as error:
+        sys.exit(f"table.py: {error}")
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on.", file=sys.stderr)
+        sys.exit(130)
+    print("\n".join(report(plan, args.folder)))
+    print(f"Table, CSV and pictures: {shown(args.folder)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The comparison of algorithms: real runs, their table, and statistics against NumPy's."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import trim_mean
+
+from torchrl_iql_recipes.comparison import statistics, table
+from torchrl_iql_recipes.comparison.plan import Plan
+from torchrl_iql_recipes.experiment.schema import SettingsError
+
+SETTINGS = ["hidden_sizes=[8,8]", "batch_size=32", "compute.execution=eager", "temperature=3"]
+
+
+def plan_of(folder: Path, dataset: str, text: str = "") -> Path:
+    quick = [*SETTINGS, f"dataset={dataset}"]
+    bc = [each for each in quick if "temperature" not in each]
+    file = folder / "plan.yaml"
+    file.write_text(
+        text
+        or f"""
+algorithms: [bc, iql]
+seeds: [0, 1, 2]
+steps: 20
+evaluations: 2
+episodes: 2
+beside:
+  percent_bc: {{steps: 10, seeds: [0], settings: {json.dumps(bc)}}}
+  bc: {{settings: {json.dumps(bc)}}}
+tasks:
+  mini/pointmaze-medium: {{published: {{iql: 71.2}}, settings: {json.dumps(quick)}}}
+"""
+    )
+    return file
+
+
+def started(
+    folder: Path, plan: Path, *arguments: str, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(Path(table.__file__)), "--plan", str(plan)]
+    command += ["--folder", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "by", [["--jobs", "1"], ["--launcher", "joblib", "hydra.launcher.n_jobs=2"]]
+)
+def test_the_table_is_that_of_the_runs(by: list[str], maze_id: str, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, maze_id)
+    done = started(tmp_path / "runs", plan, *by)
+    assert done.returncode == 0, done.stderr
+    of = tmp_path / "runs/mini-pointmaze-medium"
+    scores = {
+        name: [
+            each["score"]
+            for each in json.loads((of / name / "scores.json").read_text())["replicas"]
+        ]
+        for name in ("bc", "iql", "percent_bc")
+    }
+    with (tmp_path / "runs/table.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    read = {name: [float(r["score"]) for r in lines if r["algorithm"] == name] for name in scores}
+    assert read == scores
+    told = (tmp_path / "runs/table.md").read_text()
+    assert f"| {np.mean(scores['iql']):.1f} ± " in told
+    assert f"{scores['percent_bc'][0]:.1f} (1)\\*" in told
+    assert "*71.2*" in told
+    for picture in ("curves.png", "aggregates.png"):
+        assert (tmp_path / "runs" / picture).stat().st_size > 1000
+
+    again = started(tmp_path / "runs", plan, *by)
+    assert again.returncode == 0, again.stderr
+    assert (of / "iql/log.txt").read_text().count("Results:") == 1  # what is finished is kept
+
+
+def test_what_is_not_finished_is_left_open(maze_id: str, tmp_path: Path) -> None:
+    plan = Plan.load(plan_of(tmp_path, maze_id), tmp_path / "runs")
+    lines = table.report(plan, tmp_path / "runs")
+    assert lines[2] == "| `mini/pointmaze-medium` | 20 | - | - | - |"
+    assert statistics.aggregates(plan) is None
+    assert not (tmp_path / "runs/aggregates.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tasks: {mini/nowhere: {}}", "there is no task mini/nowhere"),
+        (
+            "tasks: {mini/hopper-medium: {}}\nalgorithms: [sac]",
+            "there is no algorithm sac, expected",
+        ),
+        (
+            "tasks: {mini/hopper-medium: {}}\nalgorithms: [bc]",
+            "mini/hopper-medium has no seeds and no",
+        ),
+        (
+            "tasks: {mini/hopper-medium: {step: 3}}",
+            r"mini/hopper-medium has \['step'\], expected some",
+        ),
+        ("algorithm: [bc]", r"the plan has \['algorithm'\], expected some of"),
+        ("tasks: {", "while parsing a flow node"),
+        ("tasks: {}", "there is nothing to compare"),
+        ("- 1", r"the plan has \[1\]"),
+    ],
+)
+def test_a_plan_that_can_not_be_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Plan.load(plan_of(tmp_path, "", text), tmp_path)
+
+
+def test_settings_that_a_run_can_not_have_are_refused_before_any_begins(tmp_path: Path) -> None:
+    text = "tasks: {mini/hopper-medium: {seeds: [0], steps: 5, algorithms: [bc], settings: [expectil=1]}}"
+    with pytest.raises(SettingsError, match="there is no setting expectil"):
+        table.prepare(Plan.load(plan_of(tmp_path, "", text), tmp_path))
+
+
+def test_statistics_are_numpys() -> None:
+    rng = np.random.default_rng(0)
+    scores = {
+        "bc": rng.normal(40, 10, (4, 3)),
+        "awac": rng.normal(50, 10, (4, 3)),
+        "iql": rng.normal(60, 10, (4, 3)),
+    }
+    its = statistics.Aggregates(["a", "b", "c"], scores)
+    for name, values in scores.items():
+        mean, low, high = its.means[name]
+        assert mean == pytest.approx(trim_mean(values, 0.25, axis=None))
+        assert low < mean < high
+        share = (values.ravel()[:, None] >= its.thresholds).mean(0)
+        np.testing.assert_allclose(its.profiles[name][0], share, atol=0.1)
+    for name in ("bc", "awac"):
+        ours, theirs = scores["iql"], scores[name]
+        above = [(ours[:, None, k] > theirs[None, :, k]).mean() for k in range(3)]
+        assert its.improvement[name][0] == pytest.approx(np.mean(above))
+    few = statistics.Aggregates(["a"], {name: values[:2, :1] for name, values in scores.items()})
+    assert np.isnan(few.means["iql"][1:]).all()  # no interval of two seeds
