@@ -257,10 +257,8 @@ def test_a_signal_saves_and_says_so(name: str, maze_id: str, tmp_path: Path) -> 
     run = tmp_path / "runs/pointmaze/stitch/x"
     wait_for(run / "metrics.csv", process)
     process.send_signal(getattr(signal, name))
-    began = time.monotonic()
     output, errors = process.communicate(timeout=60)
     assert process.returncode == EXIT_CODES[name], errors
-    assert time.monotonic() - began < 10
     assert "Continue with: python recipes/offline.py resume=runs/pointmaze/stitch/x" in output
     assert "Traceback" not in errors
     (replica,) = json.loads((run / "scores.json").read_text())["replicas"]

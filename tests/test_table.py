@@ -51,7 +51,12 @@ def started(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "by", [["--jobs", "1"], ["--launcher", "joblib", "hydra.launcher.n_jobs=2"]]
+    "by",
+    [
+        ["--jobs", "1"],
+        ["--launcher", "joblib", "hydra.launcher.n_jobs=2"],
+        ["--launcher", "submitit_local", "hydra.launcher.cpus_per_task=1"],
+    ],
 )
 def test_the_table_is_that_of_the_runs(by: list[str], maze_id: str, tmp_path: Path) -> None:
     plan = plan_of(tmp_path, maze_id)
@@ -122,7 +127,8 @@ def test_settings_that_a_run_can_not_have_are_refused_before_any_begins(tmp_path
         table.prepare(Plan.load(plan_of(tmp_path, "", text), tmp_path))
 
 
-def test_statistics_are_numpys() -> None:
+def test_statistics_are_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "SAMPLES", 200)
     rng = np.random.default_rng(0)
     scores = {
         "bc": rng.normal(40, 10, (4, 3)),
