@@ -284,7 +284,7 @@ def test_help_needs_no_pytorch(script: str, tmp_path: Path) -> None:
     done = started(tmp_path, script, "--help", "algorithm=percent_bc")
     assert done.returncode == 0, done.stderr
     assert "share  (a number above 0 and at most 1; default: 0.1)" in done.stdout
-    assert "algorithm=bc | dt | iql | onestep | percent_bc" in done.stdout
+    assert "algorithm=awac | bc | cql | dt | iql | onestep | percent_bc | td3bc" in done.stdout
     assert time.monotonic() - began < 30
     assert list(tmp_path.iterdir()) == []
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.stats import trim_mean
 
-from torchrl_iql_recipes.comparison import statistics, table
+from torchrl_iql_recipes.comparison import aggregates, table
 from torchrl_iql_recipes.comparison.plan import Plan
 from torchrl_iql_recipes.experiment.schema import SettingsError
 
@@ -90,7 +90,7 @@ def test_what_is_not_finished_is_left_open(maze_id: str, tmp_path: Path) -> None
     plan = Plan.load(plan_of(tmp_path, maze_id), tmp_path / "runs")
     lines = table.report(plan, tmp_path / "runs")
     assert lines[2] == "| `mini/pointmaze-medium` | 20 | - | - | - |"
-    assert statistics.aggregates(plan) is None
+    assert aggregates.of(plan) is None
     assert not (tmp_path / "runs/aggregates.png").exists()
 
 
@@ -128,14 +128,14 @@ def test_settings_that_a_run_can_not_have_are_refused_before_any_begins(tmp_path
 
 
 def test_statistics_are_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "SAMPLES", 200)
+    monkeypatch.setattr(aggregates, "SAMPLES", 200)
     rng = np.random.default_rng(0)
     scores = {
         "bc": rng.normal(40, 10, (4, 3)),
         "awac": rng.normal(50, 10, (4, 3)),
         "iql": rng.normal(60, 10, (4, 3)),
     }
-    its = statistics.Aggregates(["a", "b", "c"], scores)
+    its = aggregates.Aggregates(["a", "b", "c"], scores)
     for name, values in scores.items():
         mean, low, high = its.means[name]
         assert mean == pytest.approx(trim_mean(values, 0.25, axis=None))
@@ -146,5 +146,5 @@ def test_statistics_are_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
         ours, theirs = scores["iql"], scores[name]
         above = [(ours[:, None, k] > theirs[None, :, k]).mean() for k in range(3)]
         assert its.improvement[name][0] == pytest.approx(np.mean(above))
-    few = statistics.Aggregates(["a"], {name: values[:2, :1] for name, values in scores.items()})
+    few = aggregates.Aggregates(["a"], {name: values[:2, :1] for name, values in scores.items()})
     assert np.isnan(few.means["iql"][1:]).all()  # no interval of two seeds

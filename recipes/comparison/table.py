@@ -23,7 +23,7 @@ from statistics import mean
 
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.behaviors import collection
-from torchrl_iql_recipes.comparison import statistics
+from torchrl_iql_recipes.comparison import aggregates
 from torchrl_iql_recipes.comparison.jobs import finish
 from torchrl_iql_recipes.comparison.plan import Cell, Plan
 from torchrl_iql_recipes.experiment.door import OFFLINE
@@ -39,12 +39,12 @@ def written(cell: Cell | None) -> str:
     scores = None if cell is None else cell.scores()
     if cell is None or scores is None:
         return "" if cell is None else "-"
-    interval = f" ± {half_width(scores):.1f}" if len(scores) >= statistics.FEWEST else ""
+    interval = f" ± {half_width(scores):.1f}" if len(scores) >= aggregates.FEWEST else ""
     mark = "\\*" if cell.is_beside else ""
     return f"{mean(scores):.1f}{interval} ({len(scores)}){mark}"
 
 
-def table(plan: Plan, its: statistics.Aggregates | None) -> list[str]:
+def table(plan: Plan, its: aggregates.Aggregates | None) -> list[str]:
     """Write the lines of the table, and below what its signs mean."""
     names = plan.algorithms
     titles = [algorithms()[name].title for name in names]
@@ -67,7 +67,7 @@ def table(plan: Plan, its: statistics.Aggregates | None) -> list[str]:
     beside = sorted({(c.algorithm, c.steps) for c in plan.cells if c.is_beside})
     notes = [
         "Normalized score of the last step: mean over seeds, half the width of its 95% interval "
-        f"(Student's t, from {statistics.FEWEST} seeds on), number of seeds. Below, 95% intervals of a "
+        f"(Student's t, from {aggregates.FEWEST} seeds on), number of seeds. Below, 95% intervals of a "
         "bootstrap stratified by task.",
         *(
             f"\\* {algorithms()[name].title}: {steps:,} steps, outside of the aggregates."
@@ -127,15 +127,15 @@ def prepare(plan: Plan) -> None:
 def report(plan: Plan, folder: Path) -> list[str]:
     """Write table and pictures of what is finished; return the lines of the table."""
     titles = {name: algorithms()[name].title for name in plan.algorithms}
-    its = statistics.aggregates(plan)
+    its = aggregates.of(plan)
     lines = table(plan, its)
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / "table.md") as new:
         new.write_text("\n".join(lines) + "\n")
     write_csv(plan, folder / "table.csv")
-    statistics.curves(plan, titles, folder / "curves.png")
+    aggregates.curves(plan, titles, folder / "curves.png")
     if its is not None:
-        statistics.draw_aggregates(its, titles, folder / "aggregates.png")
+        aggregates.draw_aggregates(its, titles, folder / "aggregates.png")
     return lines
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torchrl_iql_recipes.comparison.plan import Cell, Plan
 from torchrl_iql_recipes.experiment.plots import BLUE, DPI, SEEDS, SLATE
 
-__all__ = ["Aggregates", "aggregates", "curves", "draw_aggregates"]
+__all__ = ["Aggregates", "curves", "draw_aggregates", "of"]
 
 SAMPLES = 2000
 """Of the bootstrap, stratified by task."""
@@ -77,7 +77,7 @@ def _own_chance() -> Iterator[None]:
         np.random.set_state(before)
 
 
-def aggregates(plan: Plan) -> Aggregates | None:
+def of(plan: Plan) -> Aggregates | None:
     """Take together the tasks that every algorithm of the aggregates has, finished; None without any."""
     names = [
         name for name in plan.algorithms if any(_counts(plan, task, name) for task in plan.tasks)
