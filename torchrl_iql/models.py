@@ -67,8 +67,8 @@ class Architecture:
         action_size: the number of action dimensions, or of discrete actions.
         action_bounds: the lowest and the highest action, one number per dimension each; None for
             discrete actions, and for -1 and 1.
-        policy: ``"gaussian"``, ``"squashed"``, ``"deterministic"``, ``"decision_transformer"``, or
-            ``"categorical"`` for discrete actions.
+        policy: ``"gaussian"``, ``"squashed"``, ``"heteroscedastic"``, ``"deterministic"``,
+            ``"decision_transformer"``, or ``"categorical"`` for discrete actions.
         hidden_sizes: units of each hidden layer, in every network.
         dropout: of the policy.
         normalize_observation: whether the networks hold observation statistics.

@@ -104,7 +104,7 @@ class CQLLoss(objectives.CQLLoss):
         like, number = td.get(self.tensor_keys.action), self.num_random
         low, high = (bound.to(like.dtype) for bound in (self.low, self.high))
         random = low + (high - low) * torch.rand(number, *like.shape, device=like.device)
-        uniform = -(high - low).log().expand_as(like[..., :]).sum(-1).expand(number, *td.shape)
+        uniform = -(high - low).log().expand_as(like).sum(-1).expand(number, *td.shape)
         drawn, densities = [random.to(like.dtype)], [uniform]
         for at in (td, td.get("next")):
             repeated = at.select(*self.actor_network.in_keys, strict=False)

@@ -79,20 +79,33 @@ def losses(
     log_prob, target_q, q, v, target = outputs
     advantage = (min_q(target_q) - v).detach()
     weight = advantage_weight(advantage, temperature, weight_clip)
-    watched = {
-        "td_error": (q - target).square().amax(dim=0),
-        "advantage": advantage,
-        "value": v,
-        "qvalue": q.mean(dim=0),
-        "clip_fraction": (weight >= weight_clip).to(weight.dtype),
-        "entropy": -log_prob,
-    }
     return {
         "loss_actor": actor_loss(log_prob, weight),
         "loss_qvalue": qvalue_loss(q, target, distance),
         "loss_value": value_loss(target_q, v, expectile),
-        **{name: value.detach() for name, value in watched.items()},
+        **_watched(log_prob, q, target, v, advantage, weight, weight_clip),
     }
+
+
+def _watched(
+    log_prob: Tensor,
+    q: Tensor,
+    target: Tensor,
+    value: Tensor,
+    advantage: Tensor,
+    weight: Tensor,
+    weight_clip: float,
+) -> dict[str, Tensor]:
+    """Return what is worth watching of a weighted regression, one value per transition, detached."""
+    watched = {
+        "td_error": (q - target).square().amax(dim=0),
+        "advantage": advantage,
+        "value": value,
+        "qvalue": q.mean(dim=0),
+        "clip_fraction": (weight >= weight_clip).to(weight.dtype),
+        "entropy": -log_prob,
+    }
+    return {name: its.detach() for name, its in watched.items()}
 
 
 class AWACOutputs(NamedTuple):
@@ -135,18 +148,10 @@ def awac_losses(
     value = min_q(policy_q).detach()
     advantage = min_q(q).detach() - value
     weight = advantage_weight(advantage, temperature, weight_clip)
-    watched = {
-        "td_error": (q - target).square().amax(dim=0),
-        "advantage": advantage,
-        "value": value,
-        "qvalue": q.mean(dim=0),
-        "clip_fraction": (weight >= weight_clip).to(weight.dtype),
-        "entropy": -log_prob,
-    }
     return {
         "loss_actor": actor_loss(log_prob, weight),
         "loss_qvalue": qvalue_loss(q, target, distance),
-        **{name: value.detach() for name, value in watched.items()},
+        **_watched(log_prob, q, target, value, advantage, weight, weight_clip),
     }
 
 
