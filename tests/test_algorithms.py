@@ -56,6 +56,15 @@ def step_of(settings: Settings) -> tuple[TrainStep, Any]:
 
 
 @EVERY
+def test_its_step_warns_of_nothing(
+    name: str, maze_id: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    step, minibatches = step_of(config(name, maze_id))
+    step.run(minibatches, 2)
+    assert [str(each.message) for each in recwarn] == []
+
+
+@EVERY
 def test_it_has_a_title_and_a_file_of_settings_by_family(name: str) -> None:
     assert algorithms()[name].title
     assert (CONFIG / "algorithm" / f"{name}.yaml").exists()
@@ -115,14 +124,14 @@ def test_many_learners_are_single_runs(name: str, maze_id: str, tmp_path: Path) 
 
 
 @ONE
-def test_compiled_is_eager(name: str, maze_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_is_eager(name: str, maze_id: str) -> None:
     """With the random numbers of eager code, which compiled code else draws in its own way; no dropout."""
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
     steps = {}
     for execution in ("eager", "compiled"):
         overrides = ["dropout=0", f"compute.execution={execution}"]
         step, minibatches = step_of(config(name, maze_id, *overrides))
-        step.run(minibatches, 30)
+        with torch._inductor.config.patch(fallback_random=True):
+            step.run(minibatches, 30)
         assert step.execution == execution
         steps[execution] = step.losses[0].state_dict()
     for key, value in steps["eager"].items():

@@ -9,13 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from iql_losses import ACT, OBS, transitions
 from runs import TINY
-from torchrl_iql import TrainStep
-from torchrl_iql.models import Architecture
-from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment.door import CONFIG
-from torchrl_iql_recipes.experiment.networks import Networks
 
 SLOW = pytest.mark.slow
 PROGRESS = re.compile(r".+: +\d+%\|.*\| [\d.]+[kMG]?/[\d.]+[kMG]? \[.*\]")
@@ -38,15 +33,6 @@ def run(folder: Path, script: str, *overrides: str) -> None:
     lines = [line for line in re.split(r"[\r\n]", ended.stderr) if line.strip()]
     assert [line for line in lines if not PROGRESS.fullmatch(line.strip())] == []
     assert "[torchrl]" not in ended.stdout
-
-
-@pytest.mark.parametrize("name", algorithms())
-def test_no_algorithm_warns(name: str, recwarn: pytest.WarningsRecorder) -> None:
-    algorithm = algorithms()[name]()
-    architecture = Architecture(observation_size=OBS, action_size=ACT, hidden_sizes=[8])
-    step = TrainStep(algorithm.loss(Networks(architecture)), **algorithm.optimization(10))
-    step(transitions())
-    assert [str(each.message) for each in recwarn] == []
 
 
 @pytest.mark.parametrize(
