@@ -27,10 +27,14 @@ def users_cache_is_left_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def maze_id(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Store a small PointMaze data set, in a Minari store of the tests' own; return its id."""
-    from torchrl_iql_recipes.behaviors import collection
+    from torchrl_iql_recipes.behaviors import collection, mazes
 
     os.environ["MINARI_DATASETS_PATH"] = str(tmp_path_factory.mktemp("minari"))
-    collection.build("test/maze-v0", collection.behavior("pointmaze/stitch"), 3000, workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            mazes.POINT_STEPS, "stitch", 100
+        )  # a third, which policies that know nothing need
+        collection.build("test/maze-v0", collection.behavior("pointmaze/stitch"), 3000, workers=1)
     return "test/maze-v0"
 
 

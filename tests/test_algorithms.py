@@ -28,10 +28,14 @@ from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
 
 EVERY = pytest.mark.parametrize("name", algorithms())
+SOME = pytest.mark.parametrize(
+    "name",
+    [n if n in ("iql", "dt") else pytest.param(n, marks=pytest.mark.slow) for n in algorithms()],
+)
 ONE = pytest.mark.parametrize(
     "name", [n if n == "bc" else pytest.param(n, marks=pytest.mark.slow) for n in algorithms()]
 )
-"""Of what takes long: one by default, all with ``-m slow``."""
+"""Of what takes long: some or one by default, all with ``-m slow``."""
 
 
 def config(name: str, maze_id: str, *overrides: str) -> Settings:
@@ -92,7 +96,7 @@ def test_a_run_leaves_scores_and_a_policy_that_loads_alone(
     assert learner.algorithm == settings.learners[1].algorithm
 
 
-@EVERY
+@SOME
 def test_a_resumed_run_is_the_uninterrupted_one(
     name: str, maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ from test_training import transitions as float_transitions
 from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep
 from torchrl_iql.data import Minibatches
 from torchrl_iql.models import Architecture
-from torchrl_iql.training import cosine_decay, warm_up
+from torchrl_iql.training import NonFiniteError, cosine_decay, warm_up
 from torchrl_iql.training.coefficients import coefficients, learned, set_coefficients
 from torchrl_iql.training.stacked import StackedProgram
 
@@ -209,6 +209,7 @@ def assert_a_hundred_steps_alike(name: str, execution: Any) -> None:
     assert step.execution == execution
 
 
+@pytest.mark.slow
 def test_compiled_steps_of_a_loss_that_is_not_stacked() -> None:
     """The fastest of the slow test above, in every run of the suite."""
     assert_a_hundred_steps_alike("bc", "compiled")
@@ -564,6 +565,21 @@ def test_random_numbers_and_moments_are_saved(name: str) -> None:
     second.load_state_dict(first.state_dict())
     second.run(minibatches, 9)
     assert_equal(second.losses[0], whole.losses[0], 0.0)
+
+
+@NAMES
+def test_a_step_that_is_not_finite_is_found_and_undone(name: str) -> None:
+    """Of a loss that makes a buffer at its first step (SAC's and CQL's target entropy), too."""
+    step, plain = (TrainStep(build(name), learning_rate=1e-3, seeds=3) for _ in range(2))
+    batches = [transitions(name) for _ in range(3)]
+    for batch in batches[:2]:
+        plain(batch.clone())
+        step(batch)
+    step(batches[2].set("observation", torch.full_like(batches[2]["observation"], math.nan)))
+    with pytest.raises(NonFiniteError, match="step 3 of learner 0: "):
+        step.check_finite()
+    assert_equal(step.losses[0], plain.losses[0])
+    assert step.state_dict()["random"][0].equal(plain.state_dict()["random"][0])
 
 
 def numbers(loss: LossModule) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import gymnasium
+import mujoco
 import numpy as np
 import pytest
 import torch
-from gymnasium.envs.mujoco.ant_v5 import AntEnv
 from gymnasium.utils.env_checker import check_env
 from gymnasium_robotics.envs.maze import maps
 from scipy.spatial.transform import Rotation
@@ -22,6 +22,8 @@ from torchrl.envs import ExplorationType, set_exploration_type
 
 from runs import rows
 from test_collect import PATIENCE, started, wait_for
+from torchrl_iql.antmaze import MAZES, AntMaze, ant_model
+from torchrl_iql.environments import antmaze_id
 from torchrl_iql_recipes.behaviors import ant
 from torchrl_iql_recipes.behaviors.collection import POINT_WALKS, ROBOTS, WEIGHTS
 from torchrl_iql_recipes.behaviors.mazes import (
@@ -29,7 +31,6 @@ from torchrl_iql_recipes.behaviors.mazes import (
     AntWalks,
     Plan,
     PointWalks,
-    ant_maze,
     point_maze,
 )
 from torchrl_iql_recipes.behaviors.policies import Stages, actor
@@ -42,19 +43,25 @@ from torchrl_iql_recipes.sac import SAC
 RECIPES = Path(ant.__file__).parents[1]
 
 
-def plain_ant() -> AntEnv:
-    return AntEnv(
-        include_cfrc_ext_in_observation=False,
-        exclude_current_positions_from_observation=False,
-        terminate_when_unhealthy=False,
-    )
+class PlainAnt(AntMaze):
+    """D4RL's ant without a maze."""
+
+    def _initialize_simulation(self):
+        model = ant_model().compile()
+        return model, mujoco.MjData(model)
+
+    def reset_model(self):
+        self.goal = np.full(2, 1e6)
+        noise = self.np_random.uniform(-0.1, 0.1, self.model.nq)
+        self.set_state(self.init_qpos + noise, 0.1 * self.np_random.standard_normal(14))
+        return self._get_obs()
 
 
 class TestAnt:
     @pytest.mark.parametrize(("turns", "angle"), [(0, 2.0), (1, 0.0), (2, -0.4), (3, 1.0)])
     def test_turned_and_renamed_it_moves_the_same(self, turns: int, angle: float):
         """MuJoCo itself: the ant turned about the vertical, with leg i where leg i + turns was."""
-        one, other = plain_ant(), plain_ant()
+        one, other = PlainAnt(), PlainAnt()
         one.reset(seed=5)
         other.reset(seed=0)
         position, velocity = one.data.qpos.copy(), one.data.qvel.copy()
@@ -95,7 +102,7 @@ class TestAnt:
                 env.step(ant.from_canonical(action, its_turns))
 
     def test_the_goal_lies_ahead(self):
-        env, rng = plain_ant(), np.random.default_rng(0)
+        env, rng = PlainAnt(), np.random.default_rng(0)
         for seed in range(30):
             env.reset(seed=seed)
             position = env.data.qpos.copy()
@@ -110,7 +117,7 @@ class TestAnt:
             assert abs(np.arctan2(axis[1], axis[0])) <= np.pi / 4 + 1e-9
 
     def test_falls_where_it_lies_on_its_side(self):
-        env = plain_ant()
+        env = PlainAnt()
         env.reset(seed=0)
         for degrees in (0, 60, 75, 85, 120, 180, 300):
             position = env.data.qpos.copy()
@@ -129,14 +136,13 @@ class TestAnt:
             _, reward, _, _, info = env.step(action)
             progress = np.linalg.norm(goal - before) - np.linalg.norm(goal - env._state[:2])
             effort = ant.EFFORT * np.square(action).mean()
-            assert reward == pytest.approx(progress / 0.05 + ant.ALIVE - effort)
+            assert reward == pytest.approx(progress / 0.1 + ant.ALIVE - effort)
             assert info["goals"] == 0
         env._goal = env._state[:2] + 0.1
         *_, info = env.step(np.zeros(8, np.float32))
         assert info["goals"] == 1
         assert np.linalg.norm(env._goal - env._state[:2]) >= ant.NEAREST - 1e-9
-        env.ant.data.qpos[3:7] = [0, 1, 0, 0]  # on its back
-        env.ant.set_state(env.ant.data.qpos, env.ant.data.qvel)
+        env.data.qpos[3:7] = [0, 1, 0, 0]  # on its back
         assert env.step(np.zeros(8, np.float32))[2]
 
 
@@ -146,7 +152,7 @@ class TestMazes:
         [("umaze", maps.U_MAZE), ("medium", maps.MEDIUM_MAZE), ("large", maps.LARGE_MAZE)],
     )
     def test_are_those_of_d4rl(self, name: str, theirs: list[list[int]]):
-        walls = [[int(cell == "#") for cell in row] for row in MAPS[name].split()]
+        walls = [[int(cell == "#") for cell in row] for row in MAPS[name]]
         assert walls == theirs
 
     @pytest.mark.parametrize("name", MAPS)
@@ -166,13 +172,18 @@ class TestMazes:
                 assert expected[step, j] == expected[i, j] - 1
         assert plan.next_cell(cells[0], cells[0]) == cells[0]
 
-    @pytest.mark.parametrize("spec", [ant_maze("umaze"), ant_maze("large"), point_maze("medium")])
+    @pytest.mark.parametrize(
+        "spec",
+        [*(gymnasium.spec(antmaze_id(name)) for name in MAZES), point_maze("medium")],
+    )
     def test_start_and_goal_are_those_of_the_map(self, spec):
         env = gymnasium.make(spec)
         plan = Plan(env)
         observation, _ = env.reset(seed=0)
-        assert plan.cell(observation["achieved_goal"]) == plan.start
-        assert plan.cell(observation["desired_goal"]) == plan.goal
+        told = isinstance(observation, dict)
+        position = observation["achieved_goal"] if told else observation[:2]
+        assert plan.cell(position) == plan.start
+        assert plan.cell(env.unwrapped.goal) == plan.goal
         assert (
             spec.max_episode_steps
             == gymnasium.spec(spec.id.replace("Umaze", "UMaze")).max_episode_steps
@@ -193,7 +204,7 @@ class TestMazes:
 
     def test_from_where_the_ant_is_sent(self):
         """D4RL's meaning of its names."""
-        plan = Plan(gymnasium.make(ant_maze("medium")))
+        plan = Plan(gymnasium.make(antmaze_id("medium")))
         policy = Stages.load(WEIGHTS / "ant.pt")
         rng = np.random.default_rng(0)
         commands = {
@@ -206,7 +217,7 @@ class TestMazes:
         diverse = [(s, e) for s in plan.free for e in plan.free if s not in (plan.goal, e)]
         assert commands["diverse"] == set(diverse)
         for maze, (starts, ends) in AntWalks.PLAY.items():
-            free = Plan(gymnasium.make(ant_maze(maze))).free
+            free = Plan(gymnasium.make(antmaze_id(maze))).free
             assert {*starts, *ends} <= set(free)
 
     @pytest.mark.slow
@@ -220,9 +231,9 @@ class TestMazes:
         for i in range(20):
             episode = walks.play(env, np.random.default_rng([7, i]), 0.0)
             start, end = (tuple(episode.options[key]) for key in ("reset_cell", "end_cell"))
-            left = plan.distances[end][plan.cell(episode.observations["achieved_goal"][-1])]
+            left = plan.distances[end][plan.cell(episode.observations[-1, :2])]
             waypoints += plan.distances[end][start]
-            fell = ant.fallen(episode.observations["observation"][-1])
+            fell = ant.fallen(episode.observations[-1, 2:])
             passed += 0 if fell else plan.distances[end][start] - left
         assert passed >= 0.8 * waypoints
 
@@ -339,12 +350,13 @@ SMALL = [
 ]
 
 
-def sac(*overrides: str) -> AbstractContextManager[subprocess.Popen]:
+def sac(*overrides: str, cwd: Path | None = None) -> AbstractContextManager[subprocess.Popen]:
     command = [sys.executable, str(RECIPES / "sac.py"), *overrides]
-    return started(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return started(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd)
 
 
 class TestSAC:
+    @pytest.mark.slow
     def test_goes_on_after_it_was_killed_for_longer(self, tmp_path: Path):
         run = tmp_path / "run"
         with sac(*SMALL, f"hydra.run.dir={run}") as process:
@@ -360,7 +372,7 @@ class TestSAC:
         (checkpoint,) = run.glob("checkpoint-*")
         assert checkpoint.name == "checkpoint-000001800"
         state = torch.load(checkpoint / "state.pt", weights_only=True)
-        assert (state["frames"], state["updates"]) == (1800, 320)
+        assert (state["frames"], state["step"]["steps"]) == (1800, 320)
         for key, value in stages.weights.items():  # what was saved before is kept, all else is new
             assert value[:4].equal(kept.weights[key][:4])
             assert not value[-1].equal(value[0])
@@ -376,6 +388,7 @@ class TestSAC:
                 train_sac(settings, run)
         assert SAC.stored(run) == stored
 
+    @pytest.mark.slow
     def test_ctrl_c_saves(self, tmp_path: Path):
         run = tmp_path / "run"
         with sac(*SMALL, "frames=1000000", f"hydra.run.dir={run}") as process:
@@ -385,6 +398,19 @@ class TestSAC:
         assert process.returncode == 130, output
         assert f"resume={run}" in output
         assert len(list(run.glob("checkpoint-*[0-9]"))) == 1
+
+    def test_what_is_not_finite_is_no_stage(self, tmp_path: Path):
+        run = tmp_path / "run"
+        # MuJoCo's log of what is not finite is written where it runs.
+        with sac(*SMALL, "learning_rate=1e30", f"hydra.run.dir={run}", cwd=tmp_path) as process:
+            output, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 1, output
+        assert "is not finite" in output or "is nan" in output
+        (reproduction,) = run.glob("nonfinite-step-*.pt")
+        assert reproduction.name in output
+        stages = Stages.load(run / "stages.pt")
+        assert stages.frames.tolist() == [100, 200]
+        assert all(bool(value.isfinite().all()) for value in stages.weights.values())
 
     @pytest.mark.slow
     def test_stages_that_do_not_exist_are_not_promised(self, tmp_path: Path):

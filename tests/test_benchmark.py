@@ -480,6 +480,7 @@ class TestMachine:
 
 
 class TestScript:
+    @pytest.mark.slow
     def test_prints_a_table_and_writes_json(
         self, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
     ):

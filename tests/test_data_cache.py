@@ -197,6 +197,7 @@ class TestCache:
             assert_same(load(source), load(source, cache=False))
         assert caught[0].filename == __file__
 
+    @pytest.mark.slow
     def test_two_processes(self, cache_folder):
         source = write(walk(3), walk(200))
         expected = str(leaves(load(source).transitions)).encode()

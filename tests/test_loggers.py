@@ -271,6 +271,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_of_a_long_run_that_was_killed_wandb_is_sent_what_it_lacks(tmp_path: Path) -> None:
     """Its files are written in pieces, so that a kill leaves the first ones, and the rest of no step."""
     pytest.importorskip("wandb")

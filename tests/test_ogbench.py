@@ -445,7 +445,7 @@ def test_cloning_has_its_own_networks() -> None:
     [
         ("antmaze-medium", "iql"),
         pytest.param("cube-single", "iql", marks=pytest.mark.slow),
-        ("scene", "iql"),
+        pytest.param("scene", "iql", marks=pytest.mark.slow),
         ("pointmaze-medium", "bc"),
         ("pointmaze-medium", "onestep"),
     ],

@@ -398,7 +398,13 @@ def check_a_collector(settings: dict[str, Any]) -> None:
     torch.testing.assert_close(actions[280:], torch.full((120,), -0.5))
 
 
-@pytest.mark.parametrize("collector", COLLECTORS)
+@pytest.mark.parametrize(
+    "collector",
+    [
+        pytest.param(each, marks=pytest.mark.slow if each == "multi_sync" else ())
+        for each in COLLECTORS
+    ],
+)
 def test_every_collector_collects_the_same_kind_of_data(collector: str) -> None:
     check_a_collector(arguments(collector))
 
@@ -622,6 +628,7 @@ def test_every_collector_is_tested() -> None:
     assert {*COLLECTORS, "ray"} == set(folders)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_policy_can_be_fine_tuned_again(offline_run: Path, tmp_path: Path) -> None:
     first = from_checkpoint(offline_run / "expectile=0.8/last.ckpt", "eval_episodes=0")
     online.run(first, tmp_path / "first")
@@ -665,7 +672,8 @@ def test_an_environment_that_fails_costs_nothing_that_was_collected(
     assert again.frames == 60
 
 
-@pytest.mark.parametrize("collector", ["multi_async", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("collector", ["multi_async", "ray"])
 def test_a_killed_worker_is_an_error_and_not_the_end(
     collector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -749,6 +757,7 @@ def continued(folder: Path, settings: Settings | None = None) -> FineTuning:
     return its
 
 
+@pytest.mark.slow
 def test_the_killing_of_the_learner_leaves_no_worker_and_a_run_to_continue(tmp_path: Path) -> None:
     interrupted(lambda process: process.kill(), tmp_path / "run")
     its = continued(tmp_path / "run")

@@ -47,21 +47,18 @@ def test_offline(maze_id: str, tmp_path: Path, settings: str) -> None:
     run(tmp_path, "offline.py", *TINY, f"dataset={maze_id}", *settings.split())
 
 
-@pytest.mark.parametrize("collector", ["sync", pytest.param("multi_async", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("collector", ["sync", "multi_async"])
 def test_online(maze_id: str, tmp_path: Path, collector: str) -> None:
     run(tmp_path, "online.py", *ONLINE, f"dataset={maze_id}", f"collector={collector}")
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        "hopper/medium",
-        *(pytest.param(f"{maze}maze/umaze", marks=SLOW) for maze in ("ant", "point")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["hopper/medium", "antmaze/umaze", "pointmaze/umaze"])
 def test_collect(root: Path, data: str) -> None:
     run(root, "collect.py", f"data={data}", "transitions=200", "id=test/own-v0", "workers=1")
 
 
+@pytest.mark.slow
 def test_sac(tmp_path: Path) -> None:
     run(tmp_path, "sac.py", *SAC, "eval_episodes=1", "actor_sizes=[8]", "critic_sizes=[8]")

@@ -246,6 +246,7 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(
     maze_id: str, tmp_path: Path
 ) -> None:
@@ -296,7 +297,8 @@ def test_a_run_stopped_before_anything_was_logged_can_be_resumed(
     assert [each["steps"] for each in finished] == [60, 60]
 
 
-@pytest.mark.parametrize("saved", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", [1, 3])
 def test_a_run_killed_while_its_learners_are_saved_continues(
     maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int
 ) -> None:

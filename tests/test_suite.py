@@ -118,6 +118,7 @@ def test_a_folder_that_something_else_has_filled_is_not_taken_over(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     collection.build(collection.dataset_id(NAME), collection.behavior(NAME), 200, workers=1)

@@ -144,10 +144,7 @@ class TestSettings:
         cfg = config(f"mini/{name.replace('/', '-')}")
         family = name.split("/")[0]
         family = family if family in PAPER else "locomotion"
-        expectile, temperature, *others = PAPER[family]
-        if family == "antmaze":  # with less data than the paper
-            temperature = 3.0
-        assert family_settings(cfg) == (expectile, temperature, *others)
+        assert family_settings(cfg) == PAPER[family]
         assert (cfg.data.dataset, cfg.data.env) == (collection.dataset_id(name), None)
 
     @pytest.mark.parametrize("task", TASKS)

@@ -335,6 +335,7 @@ def test_compiled_code_is_compiled_once_and_never_left() -> None:
     assert_close(loss, eager, 1e-4)
 
 
+@pytest.mark.slow
 def test_one_training_step_does_not_use_up_the_compilations_of_another() -> None:
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=1):
@@ -343,7 +344,7 @@ def test_one_training_step_does_not_use_up_the_compilations_of_another() -> None
             step.run(Minibatches(transitions(50), 4, seeds=range(replicas)), 2)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_replayed_graph_gets_every_index_and_schedule(
     streaming: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ GOAL_RADIUS = 0.5  # m
 GOAL_NOISE = 1.0, 0.5
 """The goal is the centre of its cell plus U(0, first) plus U(0, second), in m, in x and in y."""
 RESET_NOISE = 0.1
+FRAME_SKIP = 5  # steps of 0.02 s, of MuJoCo
 
 ANT_XML = Path(gymnasium.envs.mujoco.__file__).parent / "assets" / "ant.xml"
 
@@ -243,7 +244,7 @@ class AntMaze(MujocoEnv, EzPickle):
         MujocoEnv.__init__(
             self,
             str(ANT_XML),
-            frame_skip=5,
+            frame_skip=FRAME_SKIP,
             observation_space=goal_space if goal_observation else state,
             render_mode=render_mode,
             width=width,
@@ -266,14 +267,15 @@ class AntMaze(MujocoEnv, EzPickle):
 
         Args:
             seed: as in Gymnasium.
-            options: ``reset_cell``, the cell (row, column) to start in instead of the reset cell, and
-                ``goal``, a position ``[2]`` in metres instead of one drawn.
+            options: ``reset_cell``, the cell (row, column) to start in instead of the reset cell;
+                ``goal``, a position ``[2]`` in metres instead of one drawn; and ``end_cell``, of no
+                effect, where a recorded walk was to lead.
 
         Raises:
             ValueError: an option is none of these, or the cell is a wall.
         """
         options = options or {}
-        unknown = options.keys() - {"reset_cell", "goal"}
+        unknown = options.keys() - {"reset_cell", "goal", "end_cell"}
         if unknown:
             raise ValueError(
                 f"options has {', '.join(sorted(unknown))}, expected reset_cell and goal"

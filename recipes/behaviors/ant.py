@@ -1,4 +1,4 @@
-"""The ant, walking to a goal, seen from where its symmetry makes every direction the same.
+"""D4RL's ant, walking to a goal, seen from where its symmetry makes every direction the same.
 
 The ant's four legs are copies of each other, a quarter turn apart. Whatever direction the goal lies in,
 the world can be turned until it lies ahead, and the legs renamed until the body faces it to within 45
@@ -10,14 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import gymnasium
+import mujoco
 import numpy as np
-from gymnasium.envs.mujoco.ant_v5 import AntEnv
 from gymnasium.envs.registration import EnvSpec
 
-__all__ = ["ANT_TO_GOAL", "AntToGoal", "fallen", "from_canonical", "to_canonical"]
+from torchrl_iql.antmaze import FRAME_SKIP, RESET_NOISE, ant_model
 
-TORQUE = 0.25
-"""Largest action, in units of the action space: with more the ant is faster and falls more often."""
+__all__ = ["ANT_TO_GOAL", "AntToGoal", "fallen", "from_canonical", "to_canonical"]
 
 ARRIVED = 0.8  # m
 NEAREST, FARTHEST = 2.0, 8.0  # m, from one goal to the next
@@ -91,7 +90,7 @@ def from_canonical(action: np.ndarray, turns: int) -> np.ndarray:
     """Turn an action ``[8]`` of the canonical ant into one of the ant as it is, both in [-1, 1]."""
     legs = np.roll(action.reshape(4, 2), -turns, axis=0)
     legs = legs * np.stack([np.ones(4), ANKLE_SIGNS], axis=1)
-    return (TORQUE * legs[ACTUATORS]).ravel().astype(np.float32)
+    return legs[ACTUATORS].ravel().astype(np.float32)
 
 
 def fallen(observation: np.ndarray) -> bool:
@@ -101,18 +100,15 @@ def fallen(observation: np.ndarray) -> bool:
 
 
 class AntToGoal(gymnasium.Env):
-    """An ant on a plain that walks from one random goal to the next, in the canonical view.
+    """D4RL's ant on a plain that walks from one random goal to the next, in the canonical view.
 
     The reward is the speed towards the goal, in m/s, a small one for not having fallen, and a small
     cost of the torques. The episode terminates when the ant has fallen.
     """
 
     def __init__(self) -> None:
-        self.ant = AntEnv(
-            include_cfrc_ext_in_observation=False,
-            exclude_current_positions_from_observation=False,
-            terminate_when_unhealthy=False,
-        )
+        self.model = ant_model().compile()
+        self.data = mujoco.MjData(self.model)
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (27,), np.float64)
         self.action_space = gymnasium.spaces.Box(-1, 1, (8,), np.float32)
 
@@ -120,15 +116,18 @@ class AntToGoal(gymnasium.Env):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
-        self._state, _ = self.ant.reset(seed=seed)
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos += self.np_random.uniform(-RESET_NOISE, RESET_NOISE, self.model.nq)
+        self.data.qvel[:] = RESET_NOISE * self.np_random.standard_normal(self.model.nv)
         self._new_goal()
         return self._view(), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         before = self._distance()
-        self._state, *_ = self.ant.step(from_canonical(action, self._turns))
+        self.data.ctrl[:] = from_canonical(action, self._turns)
+        mujoco.mj_step(self.model, self.data, nstep=FRAME_SKIP)
         terminated = fallen(self._state[2:])
-        speed = (before - self._distance()) / self.ant.dt
+        speed = (before - self._distance()) / (FRAME_SKIP * self.model.opt.timestep)
         reward = speed + ALIVE - EFFORT * float(np.mean(np.square(action)))
         info = {"goals": 0}
         if self._distance() < ARRIVED:
@@ -136,8 +135,9 @@ class AntToGoal(gymnasium.Env):
             self._new_goal()
         return self._view(), reward, terminated, False, info
 
-    def close(self) -> None:
-        self.ant.close()
+    @property
+    def _state(self) -> np.ndarray:
+        return np.concatenate([self.data.qpos, self.data.qvel])
 
     def _new_goal(self) -> None:
         angle = self.np_random.uniform(-np.pi, np.pi)

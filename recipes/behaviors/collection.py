@@ -165,7 +165,8 @@ def _policy(robot: str, stages: Path | None) -> Stages:
 
 def dataset_id(name: str) -> str:
     """Return the id of a data set made by name. Its version goes up whenever its data change."""
-    return f"mini/{name}-v0"
+    version = 1 if name.startswith("antmaze/") else 0
+    return f"mini/{name}-v{version}"
 
 
 def ensure(source: str) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
@@ -19,91 +20,46 @@ from gymnasium.envs.registration import EnvSpec
 from minari import MinariDataset
 from minari.data_collector import EpisodeBuffer
 
-from torchrl_iql.environments import register_robotics, registered
+from torchrl_iql.antmaze import MAZES, AntMaze, centre
+from torchrl_iql.environments import antmaze_id, register_robotics, registered, spec_of
 from torchrl_iql_recipes.behaviors.ant import fallen, from_canonical, to_canonical
 from torchrl_iql_recipes.behaviors.policies import Stages
 from torchrl_iql_recipes.behaviors.recording import record
 
-__all__ = ["MAPS", "AntWalks", "PointWalks", "ant_maze", "point_maze", "share_arrived"]
-
-if TYPE_CHECKING:
-    from gymnasium_robotics.envs.maze.maze_v4 import Maze
+__all__ = ["MAPS", "AntWalks", "PointWalks", "point_maze", "share_arrived"]
 
 register_robotics()
 
-MAPS = {
-    "stitch": """
-        ########
-        #r.#g###
-        ##.#.#.#
-        ##.....#
-        ##.###.#
-        #......#
-        ########
-    """,
-    "umaze": """
-        #####
-        #r..#
-        ###.#
-        #g..#
-        #####
-    """,
-    "medium": """
-        ########
-        #r.##..#
-        #..#...#
-        ##...###
-        #..#...#
-        #.#..#.#
-        #...#.g#
-        ########
-    """,
-    "large": """
-        ############
-        #r...#.....#
-        #.##.#.#.#.#
-        #......#...#
-        #.####.###.#
-        #..#.#.....#
-        ##.#.#.#.###
-        #..#...#..g#
-        ############
-    """,
+MAPS: dict[str, Sequence[str]] = {
+    "stitch": (
+        "########",
+        "#r.#g###",
+        "##.#.#.#",
+        "##.....#",
+        "##.###.#",
+        "#......#",
+        "########",
+    ),
+    **MAZES,
+    "large": [row.replace("g.#", ".g#") for row in MAZES["large"]],
 }
-"""The last three are those of D4RL; the first has a dead end at every junction."""
+"""Of the point mass. The first has a dead end at every junction, the others are D4RL's."""
 
 Cell = tuple[int, int]
 
 POINT_STEPS = {"stitch": 300, "umaze": 300, "medium": 600, "large": 800}
-ANT_STEPS = {"umaze": 700, "medium": 1000, "large": 1000}
-"""Time limits, those of gymnasium-robotics."""
+"""Time limits, for the last three those of gymnasium-robotics."""
 
 
 def point_maze(name: str) -> EnvSpec:
     """Describe a point mass in a maze; ends with reward 1 within 0.45 m of the goal."""
-    return _spec("point_maze:PointMazeEnv", f"PointMaze_{name.title()}-v3", name, POINT_STEPS)
-
-
-def ant_maze(name: str) -> EnvSpec:
-    """Describe an ant in a maze 4 times the size; ends with reward 1 within 0.45 m of the goal.
-
-    Start and goal are within 1 m of the centres of their cells.
-    """
-    title = {"umaze": "UMaze"}.get(name, name.title())
-    settings = {"include_cfrc_ext_in_observation": False}
-    return _spec("ant_maze_v5:AntMazeEnv", f"AntMaze_{title}-v5", name, ANT_STEPS, **settings)
-
-
-def _spec(entry_point: str, id: str, name: str, steps: dict[str, int], **settings: Any) -> EnvSpec:
-    rows = MAPS[name].split()
     return EnvSpec(
-        id,
-        entry_point=f"gymnasium_robotics.envs.maze.{entry_point}",
-        max_episode_steps=steps[name],
+        f"PointMaze_{name.title()}-v3",
+        entry_point="gymnasium_robotics.envs.maze.point_maze:PointMazeEnv",
+        max_episode_steps=POINT_STEPS[name],
         kwargs={
-            "maze_map": [[{"#": 1, ".": 0}.get(cell, cell) for cell in row] for row in rows],
+            "maze_map": [[{"#": 1, ".": 0}.get(cell, cell) for cell in row] for row in MAPS[name]],
             "continuing_task": False,
-            **settings,
         },
     )
 
@@ -112,23 +68,23 @@ class Plan:
     """The cells of a maze and the distances between them, in steps from cell to cell."""
 
     def __init__(self, env: gymnasium.Env) -> None:
-        self.maze: Maze = env.get_wrapper_attr("maze")
-        kinds = {
-            (i, j): kind for i, row in enumerate(self.maze.maze_map) for j, kind in enumerate(row)
-        }
-        self.free = [cell for cell, kind in kinds.items() if kind != 1]
+        inner: Any = env.unwrapped
+        if isinstance(inner, AntMaze):
+            rows: Sequence[Sequence[Any]] = MAZES[inner.maze_name]
+            self.centre = partial(centre, inner.maze_name)
+        else:
+            rows = inner.maze.maze_map
+            self.centre = lambda cell: inner.maze.cell_rowcol_to_xy(np.array(cell))
+        kinds = {(i, j): kind for i, row in enumerate(rows) for j, kind in enumerate(row)}
+        self.free = [cell for cell, kind in kinds.items() if kind not in ("#", 1)]
         (self.start,) = (cell for cell in self.free if kinds[cell] == "r")
         (self.goal,) = (cell for cell in self.free if kinds[cell] == "g")
         self.distances = {cell: _distances(cell, set(self.free)) for cell in self.free}
-
-    def centre(self, cell: Cell) -> np.ndarray:
-        """Return the centre of a cell, in metres."""
-        return self.maze.cell_rowcol_to_xy(np.array(cell))
+        self._centres = np.array([self.centre(cell) for cell in self.free])
 
     def cell(self, position: np.ndarray) -> Cell:
-        """Return the cell around a position."""
-        i, j = self.maze.cell_xy_to_rowcol(position)
-        return int(i), int(j)
+        """Return the free cell around a position."""
+        return self.free[int(np.abs(self._centres - position).max(axis=1).argmin())]
 
     def next_cell(self, cell: Cell, end: Cell) -> Cell:
         """Return the cell to walk to: one nearer to the end, or the end itself."""
@@ -230,12 +186,13 @@ class AntWalks:
     kind: Literal["goal", "play", "diverse"]
     policy: Stages
 
-    size = 200_000
+    size = 500_000
+    ACTION_NOISE = 0.2  # standard deviation, as in D4RL; actions are within +-1
     PLAY = {
         "medium": ([(1, 1), (1, 6), (6, 1), (4, 5)], [(2, 5), (6, 2), (4, 1), (1, 2), (6, 6)]),
         "large": (
             [(1, 1), (1, 6), (7, 1), (5, 4), (3, 9)],
-            [(7, 10), (1, 10), (5, 1), (7, 4), (3, 1), (5, 8)],
+            [(7, 9), (1, 10), (5, 1), (7, 4), (3, 1), (5, 8)],
         ),
     }
     """Starts and ends by hand."""
@@ -245,7 +202,9 @@ class AntWalks:
 
     @property
     def env_spec(self) -> EnvSpec:
-        return ant_maze(self.maze)
+        spec = spec_of(antmaze_id(self.maze))
+        assert spec is not None
+        return spec
 
     @property
     def algorithm(self) -> str:
@@ -260,7 +219,9 @@ class AntWalks:
         plan = Plan(env)
         start, end = self._command(plan, rng)
         path = _path(plan, start, end)
-        walker = Walker(self.policy, [plan.centre(cell) for cell in path], end == plan.goal, rng)
+        inner: Any = env.unwrapped
+        goal = (lambda: inner.goal) if end == plan.goal else None
+        walker = Walker(self.policy, [plan.centre(cell) for cell in path], goal, rng)
         options = {"reset_cell": np.array(start), "end_cell": np.array(end)}
         seed = int(rng.integers(2**31))
         return record(env, walker.act, seed=seed, options=options, stop=walker.stop)
@@ -280,9 +241,9 @@ class Walker:
     """An ant on its way along waypoints.
 
     Args:
-        policy: the stages of the walking policy.
+        policy: the stages of the walking policy, of which the last one walks.
         waypoints: positions, in metres.
-        to_goal: whether the last one is the goal: then the ant walks to where that really is.
+        goal: where the goal is, if the last waypoint is its cell: the ant walks to where it really is.
         rng: source of the noise of the actions.
     """
 
@@ -290,34 +251,33 @@ class Walker:
         self,
         policy: Stages,
         waypoints: Sequence[np.ndarray],
-        to_goal: bool,
+        goal: Callable[[], np.ndarray] | None,
         rng: np.random.Generator,
     ) -> None:
         self.sample = policy.sampler(-1)
         self.waypoints = list(waypoints)
-        self.to_goal = to_goal
+        self.goal = goal
         self.rng = rng
         self.passed = 0
         self.lying = 0
 
-    def act(self, observation: dict[str, np.ndarray]) -> np.ndarray:
-        position = observation["achieved_goal"]
+    def act(self, state: np.ndarray) -> np.ndarray:
+        position, body = state[:2], state[2:]
         last = len(self.waypoints) - 1
         while self.passed < last and self._distance(position) < AntWalks.PASSED:
             self.passed += 1
-        if self.passed == last and self.to_goal:
-            self.waypoints[last] = observation["desired_goal"]
-        view, turns = to_canonical(
-            observation["observation"], self.waypoints[self.passed] - position
-        )
-        return from_canonical(self.sample(view, self.rng), turns)
+        if self.passed == last and self.goal is not None:
+            self.waypoints[last] = self.goal()
+        view, turns = to_canonical(body, self.waypoints[self.passed] - position)
+        action = from_canonical(self.sample(view, self.rng), turns)
+        noise = AntWalks.ACTION_NOISE * self.rng.standard_normal(8)
+        return np.clip(action + noise, -1, 1).astype(np.float32)
 
-    def stop(self, observation: dict[str, np.ndarray]) -> bool:
+    def stop(self, state: np.ndarray) -> bool:
         """Return whether the walk is over: arrived, or given up."""
-        self.lying = self.lying + 1 if fallen(observation["observation"]) else 0
-        last = len(self.waypoints) - 1
-        arrived = not self.to_goal and self.passed == last
-        if arrived and self._distance(observation["achieved_goal"]) < AntWalks.ARRIVED:
+        self.lying = self.lying + 1 if fallen(state[2:]) else 0
+        arrived = self.goal is None and self.passed == len(self.waypoints) - 1
+        if arrived and self._distance(state[:2]) < AntWalks.ARRIVED:
             return True
         return self.lying == AntWalks.LYING
 
@@ -338,7 +298,11 @@ def share_arrived(dataset: MinariDataset, within: float) -> float:
     arrived = []
     for episode, info in zip(dataset, infos, strict=True):
         end = tuple(info["options"]["end_cell"])
-        position = episode.observations["achieved_goal"][-1]
+        observations: Any = episode.observations
+        if isinstance(observations, dict):
+            position = observations["achieved_goal"][-1]
+        else:
+            position = observations[-1, :2]
         near = np.linalg.norm(position - plan.centre(end)) < within
         arrived.append(near or (end == plan.goal and episode.terminations[-1]))
     return float(np.mean(arrived))

@@ -15,10 +15,12 @@ from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
 from torchrl.modules import MLP, ValueOperator
-from torchrl.objectives import SACLoss, SoftUpdate
+from torchrl.objectives import SACLoss
 from tqdm import tqdm
 
+from torchrl_iql import TrainStep
 from torchrl_iql.checkpoint import load_tensors
+from torchrl_iql.training import NonFiniteError
 from torchrl_iql_recipes.behaviors.ant import ANT_TO_GOAL
 from torchrl_iql_recipes.behaviors.policies import Stages, actor
 from torchrl_iql_recipes.behaviors.recording import record
@@ -26,8 +28,10 @@ from torchrl_iql_recipes.behaviors.settings import SoftActorCritic
 from torchrl_iql_recipes.experiment import build
 from torchrl_iql_recipes.experiment.folder import RunFolder
 from torchrl_iql_recipes.experiment.lock import held
+from torchrl_iql_recipes.experiment.schema import RunError
 from torchrl_iql_recipes.experiment.settings import command_to_resume
 from torchrl_iql_recipes.experiment.stopping import stoppable
+from torchrl_iql_recipes.files import shown
 
 ENVIRONMENTS: dict[str, EnvSpec] = {
     "hopper": gymnasium.spec("Hopper-v5"),
@@ -69,18 +73,18 @@ class Training:
         self.sizes = (observation_size, action_size, list(cfg.actor_sizes))
         self.actor = actor(*self.sizes)
         critic = Critic(observation_size + action_size, list(cfg.critic_sizes))
-        self.loss = SACLoss(
+        loss = SACLoss(
             self.actor,
             ValueOperator(critic, in_keys=["observation", "action"]),
             loss_function="l2",
             action_spec=self.env.action_spec,
         )
-        self.loss.make_value_estimator(gamma=cfg.discount)
-        self.target = SoftUpdate(self.loss, tau=cfg.target_rate)
-        self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=cfg.learning_rate, fused=True)
+        loss.make_value_estimator(gamma=cfg.discount)
+        self.step = TrainStep(
+            loss, learning_rate=cfg.learning_rate, target_rate=cfg.target_rate, execution="eager"
+        )
         self.buffer = ReplayBuffer(storage=LazyTensorStorage(cfg.frames), batch_size=cfg.batch_size)
         self.frames = 0
-        self.updates = 0
         self.stages: list[tuple[int, float, dict[str, torch.Tensor]]] = []
         if checkpoints := _checkpoints(path):
             self._resume(checkpoints[-1])
@@ -119,18 +123,14 @@ class Training:
         self._save()
 
     def _update(self) -> dict[str, float]:
-        loss = None
+        losses = {}
         due = int((self.frames - self.cfg.random_frames) * self.cfg.updates_per_frame)
-        for _ in range(due - self.updates):
-            loss = self.loss(self.buffer.sample())
-            (loss["loss_actor"] + loss["loss_qvalue"] + loss["loss_alpha"]).backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.target.step()
-            self.updates += 1
-        return {} if loss is None else {key: loss[key].mean().item() for key in loss.keys()}
+        while self.step.steps < due:
+            losses = self.step(self.buffer.sample())
+        return {key: value.mean().item() for key, value in losses.items()}
 
     def _keep_stage(self, metrics: dict[str, float]) -> None:
+        self.step.check_finite()
         weights = {key: value.clone() for key, value in self.actor.state_dict().items()}
         self.stages.append((self.frames, 0.0, weights))
         score = self._evaluate()
@@ -162,10 +162,8 @@ class Training:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "loss": self.loss.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "step": self.step.state_dict(),
             "frames": self.frames,
-            "updates": self.updates,
             "stages": self.stages,
         }
 
@@ -188,10 +186,8 @@ class Training:
         # Not buffer.loads: a training that was extended has a larger one.
         rows = TensorDict.load_memmap(folder / "buffer/storage", allow_pickle=False)
         self.buffer.extend(rows[: state["frames"]])
-        self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.frames, self.updates = state["frames"], state["updates"]
-        self.stages = state["stages"]
+        self.step.load_state_dict(state["step"])
+        self.frames, self.stages = state["frames"], state["stages"]
         self.folder.return_to(self.frames)
         torch.manual_seed(self.cfg.seed + self.frames)
 
@@ -217,7 +213,12 @@ def run(settings: SoftActorCritic, path: Path) -> None:
             build.check_not_done("frames", settings.frames, int(saved.name.rpartition("-")[2]))
         build.claim(path, settings)
         training = Training(settings, path)
-        training.train()
+        try:
+            training.train()
+        except NonFiniteError as error:
+            step = error.save(path)
+            where = f"; {shown(step)} takes the step again" if step else ""
+            raise RunError(f"{error}{where}; stages that were kept before stay") from error
     stages = path / "stages.pt" if training.stages else "none yet"
     print(f"{training.frames} steps, stages: {stages}")
     if training.frames < settings.frames:

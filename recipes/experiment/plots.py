@@ -60,7 +60,17 @@ def learning_curves(
     last = max(float(row["step"]) for row in rows)
     columns = min(4, math.ceil(math.sqrt(len(panels))))
     lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(3.1 * columns, 2.2 * lines + 0.3), layout="constrained")
+    width, height = 3.1 * columns, 2.2 * lines + 0.3
+    figure = Figure(figsize=(width, height))
+    # Not a layout that is found by drawing twice: there is a picture of every learner.
+    figure.subplots_adjust(
+        left=0.6 / width,
+        right=1 - 0.15 / width,
+        bottom=0.55 / height,
+        top=1 - 0.45 / height,
+        wspace=0.32,
+        hspace=0.42,
+    )
     for index, name in enumerate(panels):
         steps, values = curves[name]
         axes = figure.add_subplot(lines, columns, index + 1)
@@ -73,6 +83,7 @@ def learning_curves(
         axes.set_title(name.replace("_", " "), fontsize=10, loc="left", color=SLATE)
         axes.set_xlim(0, 1.03 * last)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.locator_params(nbins=5)
         axes.tick_params(labelsize=8, colors=SLATE)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color=SLATE, alpha=0.12)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from torchrl_iql import Evaluation, TrainStep, checkpoint
 from torchrl_iql.models import Architecture
-from torchrl_iql_recipes.experiment import plots, progress
+from torchrl_iql_recipes.experiment import progress
 from torchrl_iql_recipes.experiment.evaluations import Evaluations, Round
 from torchrl_iql_recipes.experiment.folder import RunFolder, newest_common_step
 from torchrl_iql_recipes.experiment.loggers import logger_for
@@ -310,6 +310,10 @@ class Records:
         Args:
             **earlier: of :func:`plots.learning_curves`.
         """
+        from torchrl_iql_recipes.experiment import (
+            plots,
+        )  # matplotlib, once there is something to draw
+
         maze = self._evaluations and self._evaluations.maze
         for r, folder in enumerate(self.folders):
             if folder.metrics.exists():

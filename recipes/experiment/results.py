@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from torchrl_iql import Evaluation, OfflineDataset
 from torchrl_iql_recipes.experiment.settings import Learner, Settings
@@ -147,7 +147,7 @@ def summaries(replicas: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> lis
 
 def half_width(values: Sequence[float]) -> float:
     """Return half the width of the 95% confidence interval of a mean, Student's t; of several values."""
-    quantile = student_t.ppf(0.975, len(values) - 1)
+    quantile = stdtrit(len(values) - 1, 0.975)
     return float(quantile * stdev(values) / math.sqrt(len(values)))
 
 

@@ -85,7 +85,8 @@ class Program(Protocol):
         """Return what a step may change, in place; of several learners ``[R, ...]``.
 
         Returns:
-            what is learned, parameters and their moments; and the rest, targets and buffers.
+            what is learned, parameters and their moments; and the rest, targets and buffers. Those that a
+            loss makes at its first step, as SAC's target entropy, come last.
         """
         ...
 
@@ -163,6 +164,7 @@ class LossProgram:
         if loss.default_value_estimator is not None and loss._value_estimator is None:
             loss.make_value_estimator()  # else the first step would, and change the state dict
         self._moments: Moments = {}
+        self._buffers: dict[str, Tensor] = {}
         self._held: list[tuple[int, int]] = []
         self.adopt()
 
@@ -191,7 +193,9 @@ class LossProgram:
             network: {n: p for n, p in parameters.items() if network_of(n) == network}
             for network in self.optimization.networks
         }
-        self._buffers = list(self.loss.buffers())
+        buffers = dict(self.loss.named_buffers())
+        known = [name for name in self._buffers if name in buffers]
+        self._buffers = {name: buffers[name] for name in (*known, *buffers)}
         self._device = next(iter(parameters.values())).device
         self._targets = [self._pairs(network) for network in self.optimization.target_rate]
 
@@ -321,7 +325,7 @@ class LossProgram:
     def changing(self) -> tuple[list[Tensor], list[Tensor]]:
         parameters = (p for its in self._parameters.values() for p in its.values())
         moments = (moment for pair in self._moments.values() for moment in pair)
-        return [*parameters, *moments], self._buffers
+        return [*parameters, *moments], list(self._buffers.values())
 
     def clear_padding(self, learner: int) -> None:
         """Do nothing: there is none."""

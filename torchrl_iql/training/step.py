@@ -284,7 +284,8 @@ class TrainStep:
             key, its = self.losses[0].tensor_keys.priority, torch.cat(priorities)  # pyright: ignore
             if self.on_nonfinite == "skip":
                 its = its.nan_to_num(0.0, 0.0, 0.0)
-            batch.set(key, its.view(batch.shape))
+            own = its.shape[batch.ndim - (learners > 1) :]  # some losses write [B, 1]
+            batch.set(key, its.view(*batch.shape, *own))
         return self._joined(results)
 
     def run(self, minibatches: Minibatches, steps: int) -> TensorDictBase:
@@ -502,7 +503,8 @@ class TrainStep:
         """Give a learner what it had at a mark; its steps and random numbers go on."""
         for (program, rows), tensors in zip(self._programs, mark.tensors, strict=True):
             if rows.start <= replica < rows.stop:
-                for tensor, its in zip(_all(program), tensors, strict=True):
+                # Not strict: a loss may have made a buffer since.
+                for tensor, its in zip(_all(program), tensors, strict=False):
                     if len(program.losses) > 1:
                         tensor, its = tensor[replica - rows.start], its[replica - rows.start]
                     tensor.copy_(its)
