@@ -379,7 +379,8 @@ OFFLINE.open(run, "")
     assert time.monotonic() - began < 30
     assert "Traceback" not in errors
     saved = checkpoint.load_metadata(run / "last.ckpt")
-    assert saved["unevaluated"] == [6]
+    # With a worker, the run may have come to the next one, and wait.
+    assert saved["unevaluated"] in ([6], [6, 12][: 1 + workers])
     offline.run(OFFLINE.resumed(run, ["eval_workers=0"]), run)
     assert [row["step"] for row in rows(run) if row["eval/length"]] == ["6", "12", "18"]
 
