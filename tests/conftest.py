@@ -31,9 +31,8 @@ def maze_id(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     os.environ["MINARI_DATASETS_PATH"] = str(tmp_path_factory.mktemp("minari"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            mazes.POINT_STEPS, "stitch", 100
-        )  # a third, which policies that know nothing need
+        # A third of the time limit, all of which policies that know nothing need.
+        patch.setitem(mazes.POINT_STEPS, "stitch", 100)
         collection.build("test/maze-v0", collection.behavior("pointmaze/stitch"), 3000, workers=1)
     return "test/maze-v0"
 

@@ -310,9 +310,8 @@ class Records:
         Args:
             **earlier: of :func:`plots.learning_curves`.
         """
-        from torchrl_iql_recipes.experiment import (
-            plots,
-        )  # matplotlib, once there is something to draw
+        # Not at the start: it loads matplotlib.
+        from torchrl_iql_recipes.experiment import plots
 
         maze = self._evaluations and self._evaluations.maze
         for r, folder in enumerate(self.folders):
