@@ -11,13 +11,17 @@ __all__ = ["shown", "whole"]
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give a file to write instead of another one, which it replaces when it is complete.
+    """Give a file to write instead of another one, which it replaces when it is complete; else it is removed.
 
     Args:
         path: to be replaced, if it is there.
     """
     new = path.with_suffix(".new")
-    yield new
+    try:
+        yield new
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
     new.replace(path)
 
 

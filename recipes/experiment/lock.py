@@ -89,7 +89,6 @@ def _take(path: Path) -> None:
             return
         # Both times are the file system's.
         if host != socket.gethostname() and new.stat().st_mtime - beaten < DEAD:
-            new.unlink()
             raise LockedError(
                 f"{path} belongs to {_holder(path)}, which was alive there within the last "
                 f"{DEAD / 60:g} minutes"
