@@ -14,6 +14,7 @@ from scipy.stats import trim_mean
 
 from torchrl_iql_recipes.comparison import aggregates, table
 from torchrl_iql_recipes.comparison.plan import Plan
+from torchrl_iql_recipes.comparison.record import Record, digest
 from torchrl_iql_recipes.experiment.schema import SettingsError
 
 SETTINGS = ["hidden_sizes=[8,8]", "batch_size=32", "compute.execution=eager", "temperature=3"]
@@ -72,7 +73,12 @@ def test_the_table_is_that_of_the_runs(by: list[str], maze_id: str, tmp_path: Pa
     }
     with (tmp_path / "runs/table.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    read = {name: [float(r["score"]) for r in lines if r["algorithm"] == name] for name in scores}
+    last = {"bc": "20", "iql": "20", "percent_bc": "10"}
+    assert {line["step"] for line in lines} == {"5", "10", "20"}
+    read = {
+        name: [float(r["score"]) for r in lines if (r["algorithm"], r["step"]) == (name, step)]
+        for name, step in last.items()
+    }
     assert read == scores
     told = (tmp_path / "runs/table.md").read_text()
     assert f"| {np.mean(scores['iql']):.1f} ± " in told
@@ -85,6 +91,16 @@ def test_the_table_is_that_of_the_runs(by: list[str], maze_id: str, tmp_path: Pa
     assert again.returncode == 0, again.stderr
     assert (of / "iql/log.txt").read_text().count("Results:") == 1  # what is finished is kept
 
+    record = str(tmp_path / "runs/table.csv")
+    elsewhere = started(tmp_path / "elsewhere", plan, *by, "--record", record)
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert {each.name for each in (tmp_path / "elsewhere").iterdir()} == {
+        *("table.md", "table.csv", "curves.png", "aggregates.png")
+    }  # nothing was done again
+    for name in ("table.md", "table.csv"):
+        its = (tmp_path / "elsewhere" / name).read_bytes()
+        assert its == (tmp_path / "runs" / name).read_bytes()
+
 
 def test_what_is_not_finished_is_left_open(maze_id: str, tmp_path: Path) -> None:
     plan = Plan.load(plan_of(tmp_path, maze_id), tmp_path / "runs")
@@ -92,6 +108,31 @@ def test_what_is_not_finished_is_left_open(maze_id: str, tmp_path: Path) -> None
     assert lines[2] == "| `mini/pointmaze-medium` | 20 | - | - | - |"
     assert aggregates.of(plan) is None
     assert not (tmp_path / "runs/aggregates.png").exists()
+
+
+def test_of_a_record_counts_what_had_the_same_settings(maze_id: str, tmp_path: Path) -> None:
+    file = plan_of(tmp_path, maze_id)
+    (_, cell, _) = Plan.load(file, tmp_path).cells
+    assert cell.algorithm == "iql"
+    key = (cell.task, "iql", digest(cell.job.settings))
+    curves = {seed: {10: 1.5, 20: 2.0 + seed} for seed in cell.seeds}
+    Record({key: curves}).write(tmp_path / "record.csv")
+    record = Record.read(tmp_path / "record.csv")
+
+    def scores(text: str, record: Record) -> list[float] | None:
+        (of, *_) = Plan.load(plan_of(tmp_path, "", text), tmp_path, record).cells[1:]
+        return of.scores()
+
+    text = file.read_text()
+    assert scores(text, record) == [2.0, 3.0, 4.0]
+    assert scores(text.replace("[0, 1, 2]", "[0, 1]"), record) is None  # other settings
+    for old, new in (("temperature=3", "temperature=4"), ("steps: 20", "steps: 40")):
+        assert scores(text.replace(old, new), record) is None
+    assert scores(text.replace("=eager", "=auto"), record) == [2.0, 3.0, 4.0]
+    assert scores(text, Record({key: {0: curves[0], 1: curves[1]}})) is None
+    (tmp_path / "record.csv").write_text("task,step\na,b\n")
+    with pytest.raises(SettingsError, match="expected the columns"):
+        Record.read(tmp_path / "record.csv")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,17 +164,9 @@ def curves(plan: Plan, titles: Mapping[str, str], png: Path) -> None:
 
 
 def _curve(cell: Cell | None) -> dict[int, list[float]]:
-    """Read the scores of each seed by step, of the steps that all of them have."""
+    """Return the scores of all seeds by step, of the steps that all of them have."""
     if cell is None:
         return {}
-    each: list[dict[int, float]] = []
-    for file in cell.metrics():
-        if not file.exists():
-            return {}
-        with file.open(newline="") as lines:
-            read: list[dict[str, Any]] = list(csv.DictReader(lines))
-        each.append(
-            {int(row["step"]): float(row["eval/score"]) for row in read if row.get("eval/score")}
-        )
+    each = [cell.curves()[seed] for seed in cell.seeds]
     steps = set.intersection(*(set(its) for its in each))
     return {step: [its[step] for its in each] for step in steps}

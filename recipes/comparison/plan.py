@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import yaml
 
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.comparison.jobs import Job
+from torchrl_iql_recipes.comparison.record import Curves, Record, digest
 from torchrl_iql_recipes.experiment.door import CONFIG
 from torchrl_iql_recipes.experiment.schema import SettingsError
 
@@ -32,6 +35,7 @@ class Cell:
         is_beside: whether it is left out of the aggregates.
         published: its score in the paper, on other data; None if there is none.
         job: the run.
+        known: what it has come to, if that is known without it.
     """
 
     task: str
@@ -41,19 +45,26 @@ class Cell:
     is_beside: bool
     published: float | None
     job: Job
+    known: Curves | None
 
     def scores(self) -> list[float] | None:
         """Return the score of each seed after the last step; None before the run is finished."""
+        if self.known is not None:
+            return [self.known[seed][self.steps] for seed in self.seeds]
         result = self.job.result()
         return None if result is None else [each["score"] for each in result["replicas"]]
 
-    def metrics(self) -> list[Path]:
-        """Return the metrics of each seed."""
-        folder = self.job.folder
-        folders = (
-            [folder / f"seed={seed}" for seed in self.seeds] if len(self.seeds) > 1 else [folder]
-        )
-        return [each / "metrics.csv" for each in folders]
+    def curves(self) -> Curves:
+        """Return the scores so far."""
+        return self.known or {seed: dict(self._read(seed)) for seed in self.seeds}
+
+    def _read(self, seed: int) -> Iterator[tuple[int, float]]:
+        folder = self.job.folder / (f"seed={seed}" if len(self.seeds) > 1 else "")
+        if (folder / "metrics.csv").exists():
+            with (folder / "metrics.csv").open(newline="") as lines:
+                for row in csv.DictReader(lines):
+                    if row.get("eval/score"):
+                        yield int(row["step"]), float(row["eval/score"])
 
 
 @dataclass(frozen=True)
@@ -69,12 +80,13 @@ class Plan:
     cells: tuple[Cell, ...]
 
     @classmethod
-    def load(cls, file: Path, folder: Path) -> Plan:
+    def load(cls, file: Path, folder: Path, record: Record | None = None) -> Plan:
         """Read a plan.
 
         Args:
             file: YAML, as ``table.yaml``.
             folder: of all runs.
+            record: of runs that are not to be done again, if they had the settings and seeds of the plan.
 
         Raises:
             SettingsError: it has a name that is not known, or lacks one.
@@ -88,7 +100,7 @@ class Plan:
         cells = [
             cell
             for task, own in tasks.items()
-            for cell in _cells(file, folder, values, task, own or {})
+            for cell in _cells(file, folder, values, task, own or {}, record or Record())
         ]
         if not cells:
             raise SettingsError(
@@ -106,13 +118,32 @@ class Plan:
         ordered = sorted(self.cells, key=lambda cell: cell.is_beside)
         return list(dict.fromkeys(cell.algorithm for cell in ordered))
 
+    def record(self) -> Record:
+        """Return what is finished, to be kept.
+
+        Raises:
+            SettingsError: a run can not have its settings.
+        """
+        return Record(
+            {
+                (cell.task, cell.algorithm, digest(cell.job.settings)): cell.curves()
+                for cell in self.cells
+                if cell.scores() is not None
+            }
+        )
+
     def cell(self, task: str, algorithm: str) -> Cell | None:
         found = [each for each in self.cells if (each.task, each.algorithm) == (task, algorithm)]
         return found[0] if found else None
 
 
 def _cells(
-    file: Path, folder: Path, values: dict[str, Any], task: str, own: dict[str, Any]
+    file: Path,
+    folder: Path,
+    values: dict[str, Any],
+    task: str,
+    own: dict[str, Any],
+    record: Record,
 ) -> list[Cell]:
     if not (CONFIG / "task" / f"{task}.yaml").exists():
         raise SettingsError(f"{file}: there is no task {task}")
@@ -140,8 +171,20 @@ def _cells(
         ]
         job = Job(RECIPES / "offline.py", folder / task.replace("/", "-") / algorithm, settings)
         published = (own.get("published") or {}).get(algorithm)
-        found.append(Cell(task, algorithm, seeds, steps, algorithm in beside, published, job))
+        known = _known(record, task, algorithm, job, seeds, steps)
+        found.append(
+            Cell(task, algorithm, seeds, steps, algorithm in beside, published, job, known)
+        )
     return found
+
+
+def _known(
+    record: Record, task: str, algorithm: str, job: Job, seeds: tuple[int, ...], steps: int
+) -> Curves | None:
+    if not any(key[:2] == (task, algorithm) for key in record.curves):
+        return None
+    its = record.curves.get((task, algorithm, digest(job.settings)), {})
+    return its if all(steps in its.get(seed, {}) for seed in seeds) else None
 
 
 def _require(file: Path, what: str, values: Any, known: set[str]) -> None:

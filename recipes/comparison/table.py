@@ -3,21 +3,24 @@
     python recipes/comparison/table.py
     python recipes/comparison/table.py --plan my.yaml --folder runs/mine --jobs 8
     python recipes/comparison/table.py --launcher joblib hydra.launcher.n_jobs=4
+    python recipes/comparison/table.py --record recipes/comparison/table.csv --jobs 0
 
 What is compared is in ``table.yaml``. Each cell is one run of recipes/offline.py with one thread, several
 at a time; what is finished is kept, what was interrupted goes on: the same command goes on after anything.
 It leaves ``table.md``, ``table.csv``, ``curves.png`` and ``aggregates.png`` in the folder, made anew at each
-call from what is there. Statistics are rliable's, over the tasks that all algorithms of the aggregates have
-finished: interquartile mean, performance profiles, and the probability that the last algorithm is better.
+call from what is there, and from the ``table.csv`` of earlier runs that ``--record`` names: those are not
+done again, if their settings are still the plan's. Statistics are rliable's, over the tasks that all
+algorithms of the aggregates have finished: interquartile mean, performance profiles, and the probability
+that the last algorithm is better.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -26,6 +29,7 @@ from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.comparison import aggregates
 from torchrl_iql_recipes.comparison.jobs import finish
 from torchrl_iql_recipes.comparison.plan import Cell, Plan
+from torchrl_iql_recipes.comparison.record import Record
 from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.results import half_width
 from torchrl_iql_recipes.experiment.schema import SettingsError
@@ -87,22 +91,15 @@ def _with_interval(value: tuple[float, float, float] | None, digits: int = 1) ->
     return f"{middle:.{digits}f}{interval}"
 
 
-def write_csv(plan: Plan, path: Path) -> None:
-    """Write a line for each seed of what is finished."""
-    with whole(path) as new, new.open("w", newline="") as file:
-        lines = csv.writer(file)
-        lines.writerow(["task", "algorithm", "seed", "steps", "score"])
-        for cell in plan.cells:
-            for seed, score in zip(cell.seeds, cell.scores() or [], strict=False):
-                lines.writerow([cell.task, cell.algorithm, seed, cell.steps, score])
-
-
-def launch(args: argparse.Namespace, number: int) -> None:
-    """Finish all cells by a launcher of Hydra, each as a job of its own."""
+def launch(args: argparse.Namespace, cells: Sequence[int]) -> None:
+    """Finish cells, given by their places, by a launcher of Hydra, each as a job of its own."""
     command = [
         *(sys.executable, str(HERE / "job.py"), "-m", f"hydra/launcher={args.launcher}"),
         *(f"plan='{args.plan.resolve()}'", f"folder='{args.folder.resolve()}'"),
-        *(f"cell=range({number})", f"hydra.sweep.dir='{args.folder.resolve() / 'launcher'}'"),
+        *(
+            f"cell={','.join(map(str, cells))}",
+            f"hydra.sweep.dir='{args.folder.resolve() / 'launcher'}'",
+        ),
         *args.options,
     ]
     done = subprocess.run(command, check=False)
@@ -118,6 +115,8 @@ def prepare(plan: Plan) -> None:
     """
     sources = {}
     for cell in plan.cells:
+        if cell.known is not None:
+            continue
         given = OFFLINE.settings(cell.job.settings).data.dataset
         sources |= dict.fromkeys([given] if isinstance(given, str) else given or ())
     for source in sources:
@@ -132,7 +131,7 @@ def report(plan: Plan, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / "table.md") as new:
         new.write_text("\n".join(lines) + "\n")
-    write_csv(plan, folder / "table.csv")
+    plan.record().write(folder / "table.csv")
     aggregates.curves(plan, titles, folder / "curves.png")
     if its is not None:
         aggregates.draw_aggregates(its, titles, folder / "aggregates.png")
@@ -151,16 +150,19 @@ def main() -> None:
     parser.add_argument(
         "--launcher", help="of Hydra, instead of --jobs: joblib, submitit_slurm, ray, ..."
     )
+    parser.add_argument("--record", type=Path, help="the table.csv of runs that are not done again")
     parser.add_argument("options", nargs="*", help="of the launcher, as hydra.launcher.n_jobs=4")
     args = parser.parse_args()
     try:
-        plan = Plan.load(args.plan, args.folder)
+        record = Record.read(args.record) if args.record else Record()
+        plan = Plan.load(args.plan, args.folder, record)
+        missing = [i for i, cell in enumerate(plan.cells) if cell.known is None]
         if args.launcher or args.jobs:
             prepare(plan)
-        if args.launcher:
-            launch(args, len(plan.cells))
-        elif args.jobs:
-            finish([cell.job for cell in plan.cells], args.jobs)
+        if args.launcher and missing:
+            launch(args, missing)
+        elif args.jobs and missing:
+            finish([plan.cells[i].job for i in missing], args.jobs)
     except (SettingsError, ValueError, RuntimeError) as error:
         sys.exit(f"table.py: {error}")
     except KeyboardInterrupt:
