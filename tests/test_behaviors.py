@@ -58,8 +58,8 @@ class PlainAnt(AntMaze):
 
 
 class TestAnt:
-    @pytest.mark.parametrize(("turns", "angle"), [(0, 2.0), (1, 0.0), (2, -0.4), (3, 1.0)])
-    def test_turned_and_renamed_it_moves_the_same(self, turns: int, angle: float):
+    @pytest.mark.parametrize(("turns", "quarters"), [(0, 1), (1, 0), (2, 3), (3, 2)])
+    def test_turned_and_renamed_it_moves_the_same(self, turns: int, quarters: int):
         """MuJoCo itself: the ant turned about the vertical, with leg i where leg i + turns was."""
         one, other = PlainAnt(), PlainAnt()
         one.reset(seed=5)
@@ -80,7 +80,7 @@ class TestAnt:
 
         # SciPy has the scalar of a quaternion last.
         torso = Rotation.from_quat(np.roll(position[3:7], -1))
-        whole = Rotation.from_euler("z", angle)
+        whole = Rotation.from_euler("z", quarters * np.pi / 2)
         body = Rotation.from_euler("z", -turns * np.pi / 2)
         position[3:7] = np.roll((whole * torso * body).as_quat(), 1)
         position[:3] = whole.apply(position[:3])
@@ -111,10 +111,22 @@ class TestAnt:
             state, direction = env._get_obs(), rng.normal(size=2)
             view, turns = ant.to_canonical(state[2:], direction)
             assert 0 <= turns < 4
-            ahead = state[15:17] @ direction / np.linalg.norm(direction)
-            assert view[13] == pytest.approx(ahead)
+            towards = state[15:17] @ direction / np.linalg.norm(direction)
+            assert view[13:15] @ view[27:29] == pytest.approx(towards)
+            assert np.linalg.norm(view[27:29]) == pytest.approx(1)
+            assert view[27] >= np.cos(np.pi / 4) - 1e-9
             axis = Rotation.from_quat(np.roll(view[1:5], -1)).apply([1, 0, 0])
-            assert abs(np.arctan2(axis[1], axis[0])) <= np.pi / 4 + 1e-9
+            assert np.arctan2(axis[1], axis[0]) == pytest.approx(ant.heading(view))  # level
+            assert abs(ant.heading(view)) <= np.pi / 4 + 1e-9
+
+    def test_heading_is_the_turn_about_the_vertical_whatever_the_tilt(self):
+        rng = np.random.default_rng(0)
+        for heading, tilt, towards in rng.uniform(-np.pi, np.pi, (20, 3)) * [1, 0.4, 1]:
+            axis = [np.cos(towards), np.sin(towards), 0]
+            lean = Rotation.from_rotvec(tilt * np.array(axis))
+            orientation = (lean * Rotation.from_euler("z", heading)).as_quat()
+            found = ant.heading(np.array([0.5, *(1.05 * np.roll(orientation, 1))]))
+            assert np.cos(found - heading) == pytest.approx(1)
 
     def test_falls_where_it_lies_on_its_side(self):
         env = PlainAnt()
@@ -136,7 +148,10 @@ class TestAnt:
             _, reward, _, _, info = env.step(action)
             progress = np.linalg.norm(goal - before) - np.linalg.norm(goal - env._state[:2])
             effort = ant.EFFORT * np.square(action).mean()
-            assert reward == pytest.approx(progress / 0.1 + ant.ALIVE - effort)
+            quaternion = np.roll(env._state[3:7], -1)
+            turned = 2 * np.arctan2(quaternion[2], quaternion[3])
+            twist = ant.TWIST * abs((turned + np.pi / 4) % (np.pi / 2) - np.pi / 4)
+            assert reward == pytest.approx(progress / 0.1 + ant.ALIVE - effort - twist)
             assert info["goals"] == 0
         env._goal = env._state[:2] + 0.1
         *_, info = env.step(np.zeros(8, np.float32))
@@ -212,13 +227,11 @@ class TestMazes:
             for kind in ("goal", "play", "diverse")
         }
         assert commands["goal"] == {(plan.start, plan.goal)}
-        starts, ends = AntWalks.PLAY["medium"]
-        assert commands["play"] == {(s, e) for s in starts for e in ends if s != e}
-        diverse = [(s, e) for s in plan.free for e in plan.free if s not in (plan.goal, e)]
-        assert commands["diverse"] == set(diverse)
-        for maze, (starts, ends) in AntWalks.PLAY.items():
-            free = Plan(gymnasium.make(antmaze_id(maze))).free
-            assert {*starts, *ends} <= set(free)
+        for kind, ends in {"play": AntWalks.PLAY["medium"], "diverse": plan.free}.items():
+            pairs = [(s, e) for s in plan.free for e in ends if s not in (plan.goal, e)]
+            assert commands[kind] == set(pairs)
+        for maze, ends in AntWalks.PLAY.items():
+            assert set(ends) <= set(Plan(gymnasium.make(antmaze_id(maze))).free)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("maze", ["umaze", "medium", "large"])
@@ -347,6 +360,7 @@ SMALL = [
     "eval_episodes=1",
     "critic_sizes=[16,16]",
     "threads=1",
+    "execution=eager",
 ]
 
 

@@ -60,5 +60,7 @@ def test_collect(root: Path, data: str) -> None:
 
 
 @pytest.mark.slow
-def test_sac(tmp_path: Path) -> None:
-    run(tmp_path, "sac.py", *SAC, "eval_episodes=1", "actor_sizes=[8]", "critic_sizes=[8]")
+@pytest.mark.parametrize("execution", ["eager", "auto"])
+def test_sac(tmp_path: Path, execution: str) -> None:
+    sizes = ["actor_sizes=[8]", "critic_sizes=[8]"]
+    run(tmp_path, "sac.py", *SAC, *sizes, "eval_episodes=1", f"execution={execution}")

@@ -1,8 +1,10 @@
-"""D4RL's ant, walking to a goal, seen from where its symmetry makes every direction the same.
+"""D4RL's ant, walking to a goal, seen from where its symmetry makes the four quarters the same.
 
 The ant's four legs are copies of each other, a quarter turn apart. Whatever direction the goal lies in,
-the world can be turned until it lies ahead, and the legs renamed until the body faces it to within 45
-degrees. A policy that sees the ant this way needs to learn one thing: to walk ahead.
+the world can be turned by quarters until it lies ahead to within 45 degrees, and the legs renamed until
+the body does. A policy that sees the ant this way learns a quarter of what there is. As D4RL's own it is
+rewarded for keeping its heading: with its body always turned the same way, the gait by which the ant
+goes somewhere is nearly the same at every place and time, and whoever imitates it has one to learn.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ ARRIVED = 0.8  # m
 NEAREST, FARTHEST = 2.0, 8.0  # m, from one goal to the next
 ALIVE = 0.5  # reward per step; a speed of 1 m/s towards the goal is worth 1
 EFFORT = 0.05  # reward per step that the largest torques in all joints cost
+TWIST = 0.5  # reward per step and radian that the body is turned away from the nearest quarter
 UPRIGHT = 0.2  # cosine between the ant's vertical and the world's, below which it counts as fallen
+
+QUARTER = np.pi / 2
 
 ANKLE_SIGNS = np.array([1.0, -1.0, -1.0, 1.0])
 """Ankles 1 and 4 bend with positive angles, 2 and 3 with negative ones."""
@@ -53,6 +58,18 @@ def _rotated(xy: np.ndarray, angle: float) -> np.ndarray:
     return np.array([c * xy[0] - s * xy[1], s * xy[0] + c * xy[1]])
 
 
+def heading(observation: np.ndarray) -> float:
+    """Return by how much the ant, given by its observation ``[27]``, is turned about the vertical.
+
+    Args:
+        observation: its orientation need not be of length 1.
+
+    Returns:
+        radians: the twist of the orientation, whatever its tilt.
+    """
+    return float(2 * np.arctan2(observation[4], observation[1]))
+
+
 def to_canonical(observation: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, int]:
     """Return the ant as it looks with the goal ahead.
 
@@ -62,26 +79,25 @@ def to_canonical(observation: np.ndarray, direction: np.ndarray) -> tuple[np.nda
         direction: ``[2]``, from the ant to the goal; any length.
 
     Returns:
-        the canonical observation ``[27]`` and the number of legs, 0 to 3, by which the
-        legs are renamed.
+        the canonical observation ``[29]``, at its end the direction, of length 1 and within 45 degrees
+        of ``(1, 0)``; and the number of legs, 0 to 3, by which the legs are renamed.
     """
     height, orientation, joints = observation[:1], observation[1:5], observation[5:13]
     velocity, rotation, speeds = observation[13:16], observation[16:19], observation[19:27]
-    w, x, y, z = orientation = orientation / np.linalg.norm(orientation)  # noisy after a reset
-    heading = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
-    goal = np.arctan2(direction[1], direction[0])
-    turns = int(np.round((heading - goal) / (np.pi / 2)))
-    quarter = turns * np.pi / 2
-    canonical = _product(_turn(-goal), _product(orientation, _turn(-quarter)))
+    ahead = np.round(np.arctan2(direction[1], direction[0]) / QUARTER) * QUARTER
+    turns = int(np.round((heading(observation) - ahead) / QUARTER))
+    orientation = orientation / np.linalg.norm(orientation)  # noisy after a reset
+    canonical = _product(_turn(-ahead), _product(orientation, _turn(-turns * QUARTER)))
     parts = (
         height,
         canonical if canonical[0] >= 0 else -canonical,
         _legs(joints, turns),
-        _rotated(velocity[:2], -goal),
+        _rotated(velocity[:2], -ahead),
         velocity[2:],
-        _rotated(rotation[:2], quarter),
+        _rotated(rotation[:2], turns * QUARTER),
         rotation[2:],
         _legs(speeds, turns),
+        _rotated(direction / np.linalg.norm(direction), -ahead),
     )
     return np.concatenate(parts), turns % 4
 
@@ -102,14 +118,14 @@ def fallen(observation: np.ndarray) -> bool:
 class AntToGoal(gymnasium.Env):
     """D4RL's ant on a plain that walks from one random goal to the next, in the canonical view.
 
-    The reward is the speed towards the goal, in m/s, a small one for not having fallen, and a small
-    cost of the torques. The episode terminates when the ant has fallen.
+    The reward is the speed towards the goal, in m/s, a small one for not having fallen, and small
+    costs of the torques and of a body that is turned. The episode terminates when the ant has fallen.
     """
 
     def __init__(self) -> None:
         self.model = ant_model().compile()
         self.data = mujoco.MjData(self.model)
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (27,), np.float64)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (29,), np.float64)
         self.action_space = gymnasium.spaces.Box(-1, 1, (8,), np.float32)
 
     def reset(
@@ -129,6 +145,7 @@ class AntToGoal(gymnasium.Env):
         terminated = fallen(self._state[2:])
         speed = (before - self._distance()) / (FRAME_SKIP * self.model.opt.timestep)
         reward = speed + ALIVE - EFFORT * float(np.mean(np.square(action)))
+        reward -= TWIST * abs(heading(self._view()))
         info = {"goals": 0}
         if self._distance() < ARRIVED:
             info["goals"] = 1

@@ -22,7 +22,7 @@ from minari.data_collector import EpisodeBuffer
 
 from torchrl_iql.antmaze import MAZES, AntMaze, centre
 from torchrl_iql.environments import antmaze_id, register_robotics, registered, spec_of
-from torchrl_iql_recipes.behaviors.ant import fallen, from_canonical, to_canonical
+from torchrl_iql_recipes.behaviors.ant import from_canonical, to_canonical
 from torchrl_iql_recipes.behaviors.policies import Stages
 from torchrl_iql_recipes.behaviors.recording import record
 
@@ -177,8 +177,8 @@ class AntWalks:
 
     Attributes:
         maze: ``"umaze"``, ``"medium"`` or ``"large"``.
-        kind: where the walks lead, as in D4RL: ``"goal"`` from ``r`` to ``g``; ``"play"`` from one of a
-            few hand-picked cells to another; ``"diverse"`` from any cell to any other.
+        kind: where the walks lead, as in D4RL: ``"goal"`` from ``r`` to ``g``; ``"play"`` from any cell
+            to one of a few that are picked by hand; ``"diverse"`` from any cell to any other.
         policy: the stages of the walking policy, of which the last one is used.
     """
 
@@ -189,16 +189,12 @@ class AntWalks:
     size = 500_000
     ACTION_NOISE = 0.2  # standard deviation, as in D4RL; actions are within +-1
     PLAY = {
-        "medium": ([(1, 1), (1, 6), (6, 1), (4, 5)], [(2, 5), (6, 2), (4, 1), (1, 2), (6, 6)]),
-        "large": (
-            [(1, 1), (1, 6), (7, 1), (5, 4), (3, 9)],
-            [(7, 9), (1, 10), (5, 1), (7, 4), (3, 1), (5, 8)],
-        ),
+        "medium": [(2, 5), (6, 2), (4, 1), (1, 2), (6, 6)],
+        "large": [(7, 9), (1, 10), (5, 1), (7, 4), (3, 1), (5, 8)],
     }
-    """Starts and ends by hand."""
+    """Ends by hand."""
     PASSED = 1.2  # m from a waypoint, when the ant turns to the next one
     ARRIVED = 0.8  # m from the last one
-    LYING = 50  # steps after which an ant that has fallen is given up
 
     @property
     def env_spec(self) -> EnvSpec:
@@ -229,10 +225,10 @@ class AntWalks:
     def _command(self, plan: Plan, rng: np.random.Generator) -> tuple[Cell, Cell]:
         if self.kind == "goal":
             return plan.start, plan.goal
-        starts, ends = self.PLAY[self.maze] if self.kind == "play" else (plan.free, plan.free)
         # An ant that starts in the cell of the goal may stand on it.
-        starts = [cell for cell in starts if cell != plan.goal]
+        starts = [cell for cell in plan.free if cell != plan.goal]
         start = starts[rng.integers(len(starts))]
+        ends = self.PLAY[self.maze] if self.kind == "play" else plan.free
         ends = [cell for cell in ends if cell != start]
         return start, ends[rng.integers(len(ends))]
 
@@ -259,7 +255,6 @@ class Walker:
         self.goal = goal
         self.rng = rng
         self.passed = 0
-        self.lying = 0
 
     def act(self, state: np.ndarray) -> np.ndarray:
         position, body = state[:2], state[2:]
@@ -274,12 +269,9 @@ class Walker:
         return np.clip(action + noise, -1, 1).astype(np.float32)
 
     def stop(self, state: np.ndarray) -> bool:
-        """Return whether the walk is over: arrived, or given up."""
-        self.lying = self.lying + 1 if fallen(state[2:]) else 0
-        arrived = self.goal is None and self.passed == len(self.waypoints) - 1
-        if arrived and self._distance(state[:2]) < AntWalks.ARRIVED:
-            return True
-        return self.lying == AntWalks.LYING
+        """Return whether it has arrived. As in D4RL, one that has fallen lies there to the end."""
+        at_the_last = self.goal is None and self.passed == len(self.waypoints) - 1
+        return at_the_last and self._distance(state[:2]) < AntWalks.ARRIVED
 
     def _distance(self, position: np.ndarray) -> float:
         return float(np.linalg.norm(self.waypoints[self.passed] - position))

@@ -97,6 +97,10 @@ class SoftActorCritic(Part):
         None, description="of PyTorch; null: one per core"
     )
 
+    execution: Annotated[Literal["auto", "eager", "compiled"], LATER] = Field(
+        "auto", description="of gradient steps; compiling takes up to a minute, then they are faster"
+    )
+
     @model_validator(mode="after")
     def _stages_are_whole_batches(self) -> SoftActorCritic:
         if self.stage_interval % self.frames_per_batch:
