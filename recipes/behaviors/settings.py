@@ -98,7 +98,8 @@ class SoftActorCritic(Part):
     )
 
     execution: Annotated[Literal["auto", "eager", "compiled"], LATER] = Field(
-        "auto", description="of gradient steps; compiling takes up to a minute, then they are faster"
+        "auto",
+        description="of gradient steps; compiling takes up to a minute, then they are faster",
     )
 
     @model_validator(mode="after")
