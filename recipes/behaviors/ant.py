@@ -1,10 +1,10 @@
 """D4RL's ant, walking to a goal, seen from where its symmetry makes the four quarters the same.
 
 The ant's four legs are copies of each other, a quarter turn apart. Whatever direction the goal lies in,
-the world can be turned by quarters until it lies ahead to within 45 degrees, and the legs renamed until
-the body does. A policy that sees the ant this way learns a quarter of what there is. As D4RL's own it is
-rewarded for keeping its heading: with its body always turned the same way, the gait by which the ant
-goes somewhere is nearly the same at every place and time, and whoever imitates it has one to learn.
+world and body can be turned by quarters, and the legs renamed, until it lies ahead to within 45 degrees.
+A policy that sees the ant this way learns a quarter of what there is. As D4RL's own it keeps its heading:
+it is rewarded for turning back to where the body began. Whoever imitates it then finds one gait for every
+direction, and sees what is done about a body that has turned away.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ARRIVED = 0.8  # m
 NEAREST, FARTHEST = 2.0, 8.0  # m, from one goal to the next
 ALIVE = 0.5  # reward per step; a speed of 1 m/s towards the goal is worth 1
 EFFORT = 0.05  # reward per step that the largest torques in all joints cost
-TWIST = 0.5  # reward per step and radian that the body is turned away from the nearest quarter
+TWIST = 0.5  # reward per step and radian that the body is turned away
 UPRIGHT = 0.2  # cosine between the ant's vertical and the world's, below which it counts as fallen
 
 QUARTER = np.pi / 2
@@ -80,12 +80,13 @@ def to_canonical(observation: np.ndarray, direction: np.ndarray) -> tuple[np.nda
 
     Returns:
         the canonical observation ``[29]``, at its end the direction, of length 1 and within 45 degrees
-        of ``(1, 0)``; and the number of legs, 0 to 3, by which the legs are renamed.
+        of ``(1, 0)``; and the number of legs, 0 to 3, by which the legs are renamed. Its :func:`heading`
+        is the ant's.
     """
     height, orientation, joints = observation[:1], observation[1:5], observation[5:13]
     velocity, rotation, speeds = observation[13:16], observation[16:19], observation[19:27]
-    ahead = np.round(np.arctan2(direction[1], direction[0]) / QUARTER) * QUARTER
-    turns = int(np.round((heading(observation) - ahead) / QUARTER))
+    turns = -round(np.arctan2(direction[1], direction[0]) / QUARTER)
+    ahead = -turns * QUARTER
     orientation = orientation / np.linalg.norm(orientation)  # noisy after a reset
     canonical = _product(_turn(-ahead), _product(orientation, _turn(-turns * QUARTER)))
     parts = (
@@ -119,7 +120,8 @@ class AntToGoal(gymnasium.Env):
     """D4RL's ant on a plain that walks from one random goal to the next, in the canonical view.
 
     The reward is the speed towards the goal, in m/s, a small one for not having fallen, and small
-    costs of the torques and of a body that is turned. The episode terminates when the ant has fallen.
+    costs of the torques and of a body that is turned, as it is at first, by any angle. The episode
+    terminates when the ant has fallen.
     """
 
     def __init__(self) -> None:
@@ -135,6 +137,8 @@ class AntToGoal(gymnasium.Env):
         mujoco.mj_resetData(self.model, self.data)
         self.data.qpos += self.np_random.uniform(-RESET_NOISE, RESET_NOISE, self.model.nq)
         self.data.qvel[:] = RESET_NOISE * self.np_random.standard_normal(self.model.nv)
+        turned = self.np_random.uniform(-np.pi, np.pi)
+        self.data.qpos[3:7] = _product(_turn(turned), self.data.qpos[3:7])
         self._new_goal()
         return self._view(), {}
 
