@@ -18,7 +18,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from torchrl_iql.antmaze import FRAME_SKIP, RESET_NOISE, ant_model
 
-__all__ = ["ANT_TO_GOAL", "AntToGoal", "fallen", "from_canonical", "to_canonical"]
+__all__ = ["ANT_TO_GOAL", "AntToGoal", "fallen", "from_canonical", "heading", "to_canonical"]
 
 ARRIVED = 0.8  # m
 NEAREST, FARTHEST = 2.0, 8.0  # m, from one goal to the next
@@ -86,19 +86,19 @@ def to_canonical(observation: np.ndarray, direction: np.ndarray) -> tuple[np.nda
     height, orientation, joints = observation[:1], observation[1:5], observation[5:13]
     velocity, rotation, speeds = observation[13:16], observation[16:19], observation[19:27]
     turns = -round(np.arctan2(direction[1], direction[0]) / QUARTER)
-    ahead = -turns * QUARTER
+    angle = turns * QUARTER
     orientation = orientation / np.linalg.norm(orientation)  # noisy after a reset
-    canonical = _product(_turn(-ahead), _product(orientation, _turn(-turns * QUARTER)))
+    canonical = _product(_turn(angle), _product(orientation, _turn(-angle)))
     parts = (
         height,
         canonical if canonical[0] >= 0 else -canonical,
         _legs(joints, turns),
-        _rotated(velocity[:2], -ahead),
+        _rotated(velocity[:2], angle),
         velocity[2:],
-        _rotated(rotation[:2], turns * QUARTER),
+        _rotated(rotation[:2], angle),
         rotation[2:],
         _legs(speeds, turns),
-        _rotated(direction / np.linalg.norm(direction), -ahead),
+        _rotated(direction / np.linalg.norm(direction), angle),
     )
     return np.concatenate(parts), turns % 4
 
