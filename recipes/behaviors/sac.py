@@ -25,13 +25,12 @@ from torchrl_iql_recipes.behaviors.ant import ANT_TO_GOAL
 from torchrl_iql_recipes.behaviors.policies import Stages, actor
 from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.behaviors.settings import SoftActorCritic
-from torchrl_iql_recipes.experiment import build
+from torchrl_iql_recipes.experiment import build, nonfinite
 from torchrl_iql_recipes.experiment.folder import RunFolder
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.schema import RunError
 from torchrl_iql_recipes.experiment.settings import Compute, command_to_resume
 from torchrl_iql_recipes.experiment.stopping import stoppable
-from torchrl_iql_recipes.files import shown
 
 ENVIRONMENTS: dict[str, EnvSpec] = {
     "hopper": gymnasium.spec("Hopper-v5"),
@@ -218,9 +217,9 @@ def run(settings: SoftActorCritic, path: Path) -> None:
         try:
             training.train()
         except NonFiniteError as error:
-            step = error.save(path)
-            where = f"; {shown(step)} takes the step again" if step else ""
-            raise RunError(f"{error}{where}; stages that were kept before stay") from error
+            raise RunError(
+                f"{nonfinite.saved(error, path)}; stages that were kept before stay"
+            ) from error
     stages = path / "stages.pt" if training.stages else "none yet"
     print(f"{training.frames} steps, stages: {stages}")
     if training.frames < settings.frames:

@@ -11,7 +11,14 @@ from torchrl_iql_recipes.experiment.schema import RunError
 from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.files import shown
 
-__all__ = ["told"]
+__all__ = ["saved", "told"]
+
+
+def saved(error: NonFiniteError, path: Path) -> str:
+    """Save the step that was not finite in a folder, and say what it was and what takes it again."""
+    step = error.save(path)
+    where = f"; {shown(step)} takes it again, by torchrl_iql.training.reproduce" if step else ""
+    return f"{error}{where}"
 
 
 @contextmanager
@@ -31,9 +38,7 @@ def told(settings: Settings, path: Path, save: Callable[[], None]) -> Iterator[N
     except NonFiniteError as error:
         save()
         name = settings.learners[error.learner].name
-        step = error.save(path)
-        where = f"; {shown(step)} takes it again, by torchrl_iql.training.reproduce" if step else ""
         raise RunError(
-            f"{name and f'{name}: '}{error}{where}; what was learned before is in "
+            f"{name and f'{name}: '}{saved(error, path)}; what was learned before is in "
             f"{shown(path / name / 'last.ckpt')}, and resume= with on_nonfinite=skip goes on without the step"
         ) from error
