@@ -65,9 +65,10 @@ def heading(observation: np.ndarray) -> float:
         observation: its orientation need not be of length 1.
 
     Returns:
-        radians: the twist of the orientation, whatever its tilt.
+        radians in [-pi, pi]: the twist of the orientation, whatever its tilt.
     """
-    return float(2 * np.arctan2(observation[4], observation[1]))
+    w, z = observation[1], observation[4]
+    return float(2 * np.arctan2(z if w >= 0 else -z, abs(w)))
 
 
 def to_canonical(observation: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, int]:
@@ -149,7 +150,7 @@ class AntToGoal(gymnasium.Env):
         terminated = fallen(self._state[2:])
         speed = (before - self._distance()) / (FRAME_SKIP * self.model.opt.timestep)
         reward = speed + ALIVE - EFFORT * float(np.mean(np.square(action)))
-        reward -= TWIST * abs(heading(self._view()))
+        reward -= TWIST * abs(heading(self._state[2:]))
         info = {"goals": 0}
         if self._distance() < ARRIVED:
             info["goals"] = 1

@@ -3,7 +3,7 @@
     python recipes/comparison/table.py
     python recipes/comparison/table.py --plan my.yaml --folder runs/mine --jobs 8
     python recipes/comparison/table.py --launcher joblib hydra.launcher.n_jobs=4
-    python recipes/comparison/table.py --record recipes/comparison/table.csv --jobs 0
+    python recipes/comparison/table.py --record runs/table/table.csv --folder runs/again
 
 What is compared is in ``table.yaml``. Each cell is one run of recipes/offline.py with one thread, several
 at a time; what is finished is kept, what was interrupted goes on: the same command goes on after anything.
