@@ -13,6 +13,7 @@ import pytest
 from scipy.stats import trim_mean
 
 from torchrl_iql_recipes.comparison import aggregates, table
+from torchrl_iql_recipes.comparison.jobs import Job
 from torchrl_iql_recipes.comparison.plan import Plan
 from torchrl_iql_recipes.comparison.record import Record, digest
 from torchrl_iql_recipes.experiment.schema import SettingsError
@@ -110,22 +111,112 @@ def test_what_is_not_finished_is_left_open(maze_id: str, tmp_path: Path) -> None
     assert not (tmp_path / "runs/aggregates.png").exists()
 
 
+@pytest.mark.slow
+def test_online_what_is_gained_is_that_of_the_runs(maze_id: str, tmp_path: Path) -> None:
+    quick = [*SETTINGS, f"dataset={maze_id}", "collector.frames_per_batch=5"]
+    text = f"""
+algorithms: [iql]
+seeds: [0, 1]
+steps: 20
+env_steps: 10
+evaluations: 2
+episodes: 2
+tasks:
+  mini/pointmaze-medium: {{published: {{iql: [86.7, 96.0]}}, settings: {json.dumps(quick)}}}
+"""
+    plan = plan_of(tmp_path, maze_id, text)
+    done = started(tmp_path / "runs", plan)
+    assert done.returncode == 0, done.stderr
+    of = tmp_path / "runs/mini-pointmaze-medium/iql"
+    (first, second) = (
+        json.loads((of / f"seed={seed}/scores.json").read_text())["replicas"][0] for seed in (0, 1)
+    )
+    assert (first["steps"], first["frames"]) == (30, 10)
+    (cell,) = Plan.load(plan, tmp_path / "runs").cells
+    assert cell.before() == [each["before"]["score"] for each in (first, second)]
+    assert cell.scores() == [each["after"]["score"] for each in (first, second)]
+    assert set(cell.curves()[0]) == {5, 10, 15, 20, 25, 30}
+    lines = (tmp_path / "runs/table.md").read_text().splitlines()
+    before, after = (np.mean(its()) for its in (cell.before, cell.scores))
+    assert (
+        lines[2] == f"| `mini/pointmaze-medium` | 20 + 10 online | {before:.1f} → {after:.1f} (2) |"
+    )
+    assert lines[3].endswith("| *1,000,000* + *1,000,000* online | *86.7* → *96.0* |")
+
+    # Of a record, one seed is known: the other one is done again.
+    record = Record.read(tmp_path / "runs/table.csv")
+    (key,) = record.curves
+    Record({key: {1: record.curves[key][1]}}).write(tmp_path / "one.csv")
+    again = started(tmp_path / "again", plan, "--record", str(tmp_path / "one.csv"))
+    assert again.returncode == 0, again.stderr
+    folders = (tmp_path / "again/mini-pointmaze-medium/iql").iterdir()
+    assert [each.name for each in folders] == ["seed=0"]
+    assert Record.read(tmp_path / "again/table.csv") == record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("known", [[0, 2], [1]])
+def test_seeds_that_a_record_lacks_are_done(known: list[int], maze_id: str, tmp_path: Path) -> None:
+    text = plan_of(tmp_path, maze_id).read_text().replace("[bc, iql]", "[iql]")
+    text = "\n".join(
+        line for line in text.splitlines() if "bc:" not in line and "beside" not in line
+    )
+    plan = plan_of(tmp_path, maze_id, text)
+    assert started(tmp_path / "runs", plan).returncode == 0
+    record = Record.read(tmp_path / "runs/table.csv")
+    (key,) = record.curves
+    Record({key: {seed: record.curves[key][seed] for seed in known}}).write(tmp_path / "some.csv")
+    again = started(tmp_path / "again", plan, "--record", str(tmp_path / "some.csv"))
+    assert again.returncode == 0, again.stderr
+    folders = (tmp_path / "again/mini-pointmaze-medium").iterdir()
+    missing = "-".join(str(seed) for seed in (0, 1, 2) if seed not in known)
+    assert [each.name for each in folders] == [f"iql-{missing}"]
+    assert Record.read(tmp_path / "again/table.csv") == record  # each as it would be alone
+
+
+def test_a_folder_that_something_else_has_filled_is_not_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("expectile: 0.5")
+    job = Job(Path("offline.py"), tmp_path, ["expectile=0.9"])
+    with pytest.raises(ValueError, match=r"holds a run with other settings, see config\.yaml"):
+        job.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named(tmp_path: Path, maze_id: str) -> None:
+    file = plan_of(tmp_path, maze_id)
+    file.write_text(file.read_text().replace("[0, 1, 2]", "[0, 0]"))
+    done = started(tmp_path / "runs", file)
+    assert done.returncode == 1
+    log = tmp_path / "runs/mini-pointmaze-medium/bc/log.txt"
+    assert f"offline.py failed, see {log}" in done.stderr
+    assert "expected one or several different integers" in log.read_text()
+
+
+@pytest.mark.parametrize("name", ["table", "suite", "finetuning"])
+def test_our_plans_can_be_run(name: str, tmp_path: Path) -> None:
+    plan = Plan.load(Path(table.__file__).with_name(f"{name}.yaml"), tmp_path)
+    assert all(cell.settings.training.steps == cell.steps for cell in plan.cells)
+
+
 def test_of_a_record_counts_what_had_the_same_settings(maze_id: str, tmp_path: Path) -> None:
     file = plan_of(tmp_path, maze_id)
     (_, cell, _) = Plan.load(file, tmp_path).cells
     assert cell.algorithm == "iql"
-    key = (cell.task, "iql", digest(cell.job.settings))
+    key = (cell.task, "iql", digest(cell.settings))
     curves = {seed: {10: 1.5, 20: 2.0 + seed} for seed in cell.seeds}
     Record({key: curves}).write(tmp_path / "record.csv")
     record = Record.read(tmp_path / "record.csv")
 
     def scores(text: str, record: Record) -> list[float] | None:
         (of, *_) = Plan.load(plan_of(tmp_path, "", text), tmp_path, record).cells[1:]
+        assert (of.scores() is None) == bool(of.jobs)
         return of.scores()
 
     text = file.read_text()
     assert scores(text, record) == [2.0, 3.0, 4.0]
-    assert scores(text.replace("[0, 1, 2]", "[0, 1]"), record) is None  # other settings
+    assert scores(text.replace("[0, 1, 2]", "[0, 1]"), record) == [2.0, 3.0]
+    assert scores(text.replace("[0, 1, 2]", "[0, 3]"), record) is None
     for old, new in (("temperature=3", "temperature=4"), ("steps: 20", "steps: 40")):
         assert scores(text.replace(old, new), record) is None
     assert scores(text.replace("=eager", "=auto"), record) == [2.0, 3.0, 4.0]

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from torchrl_iql_recipes.comparison.plan import Cell, Plan
-from torchrl_iql_recipes.experiment.plots import BLUE, DPI, SEEDS, SLATE
+from torchrl_iql_recipes.experiment.plots import BLUE, DPI, RED, SEEDS, SLATE
 
 __all__ = ["Aggregates", "curves", "draw_aggregates", "of"]
 
@@ -139,6 +139,8 @@ def curves(plan: Plan, titles: Mapping[str, str], png: Path) -> None:
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(3.8 * columns, 2.8 * rows), dpi=DPI, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    online = any(cell.env_steps for cell in plan.cells)
+    xlabel = "gradient steps: offline, then online (dotted)" if online else "gradient steps"
     others = [*SEEDS[1:], "#8d99ae", "#b56576", "#6d597a"]
     names = [name for name in plan.algorithms if name != "iql"]
     colours = {**dict(zip(names, others, strict=False)), "iql": BLUE}
@@ -154,8 +156,10 @@ def curves(plan: Plan, titles: Mapping[str, str], png: Path) -> None:
             panel.plot(steps, [np.mean(v) for v in values], style, color=colours[name], label=label)
             low, high = [min(v) for v in values], [max(v) for v in values]
             panel.fill_between(steps, low, high, color=colours[name], alpha=0.12, linewidth=0)
+            if cell.env_steps:
+                panel.axvline(cell.steps, color=RED, linestyle=":", linewidth=1)
         panel.set_title(task, fontsize=9)
-        panel.set(xlabel="gradient steps", ylabel="normalized score")
+        panel.set(xlabel=xlabel, ylabel="normalized score")
         panel.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     for panel in panels[len(tasks) :]:
         panel.axis("off")
@@ -167,6 +171,6 @@ def _curve(cell: Cell | None) -> dict[int, list[float]]:
     """Return the scores of all seeds by step, of the steps that all of them have."""
     if cell is None:
         return {}
-    each = [cell.curves()[seed] for seed in cell.seeds]
+    each = list(cell.curves().values())
     steps = set.intersection(*(set(its) for its in each))
     return {step: [its[step] for its in each] for step in steps}

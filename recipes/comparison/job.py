@@ -1,4 +1,4 @@
-"""One cell of a comparison, for launchers of Hydra: see table.py, which starts it."""
+"""One run of a comparison, for launchers of Hydra: see table.py, which starts it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from torchrl_iql_recipes.comparison.plan import Plan
+from torchrl_iql_recipes.comparison.record import Record
 
 
 @dataclass
@@ -19,19 +20,22 @@ class Asked:
     Attributes:
         plan: the file of the plan.
         folder: of all runs.
-        cell: its place in the plan.
+        record: the file of those that are not done again, if there is one.
+        job: its place in the plan.
     """
 
     plan: str = MISSING
     folder: str = MISSING
-    cell: int = MISSING
+    record: str | None = None
+    job: int = MISSING
 
 
 ConfigStore.instance().store("job", Asked)
 
 
 def main(asked: Asked) -> None:
-    Plan.load(Path(asked.plan), Path(asked.folder)).cells[asked.cell].job.finish()
+    record = Record.read(Path(asked.record)) if asked.record else None
+    Plan.load(Path(asked.plan), Path(asked.folder), record).jobs[asked.job].finish()
 
 
 if __name__ == "__main__":

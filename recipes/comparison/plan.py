@@ -1,10 +1,11 @@
-"""What is compared: algorithms on tasks, over seeds, each as one run."""
+"""What is compared: algorithms on tasks, over seeds, offline or then also online, each as a few runs."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import yaml
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.comparison.jobs import Job
 from torchrl_iql_recipes.comparison.record import Curves, Record, digest
-from torchrl_iql_recipes.experiment.door import CONFIG
+from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.settings import Settings
 
 __all__ = ["Cell", "Plan"]
 
 RECIPES = Path(__file__).parents[1]
-COMMON = {"algorithms", "seeds", "steps", "evaluations", "episodes", "settings"}
+COMMON = {"algorithms", "seeds", "steps", "env_steps", "evaluations", "episodes", "settings"}
 """What a plan has for all tasks, and a task may have of its own."""
 
 
@@ -30,41 +32,103 @@ class Cell:
     Attributes:
         task: its name.
         algorithm: its name.
-        seeds: of its learners, all of one run.
-        steps: of each.
+        seeds: of its learners.
+        steps: of gradient, offline.
+        env_steps: online, after these; 0 if there is nothing after them.
         is_beside: whether it is left out of the aggregates.
-        published: its score in the paper, on other data; None if there is none.
-        job: the run.
-        known: what it has come to, if that is known without it.
+        published: its scores in the paper, on other data: after the offline steps, and after those online.
+        asked: the settings of its runs, but for the seeds.
+        folder: of its runs.
+        record: of runs that are not to be done again.
     """
 
     task: str
     algorithm: str
     seeds: tuple[int, ...]
     steps: int
+    env_steps: int
     is_beside: bool
-    published: float | None
-    job: Job
-    known: Curves | None
+    published: tuple[float, ...]
+    asked: tuple[str, ...]
+    folder: Path
+    record: Record
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Those of a learner.
+
+        Raises:
+            SettingsError: a run can not have them.
+        """
+        return (ONLINE if self.env_steps else OFFLINE).settings(self.asked)
+
+    @cached_property
+    def known(self) -> Curves:
+        """The scores of those seeds that the record has, with these settings."""
+        if not self.record.has(self.task, self.algorithm):
+            return {}
+        its = self.record.curves.get(self.key, {})
+        return {seed: its[seed] for seed in self.seeds if seed in its}
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What a record has its scores by."""
+        return self.task, self.algorithm, digest(self.settings)
+
+    @cached_property
+    def jobs(self) -> list[Job]:
+        """The runs of the other seeds: offline one of all, online one of each."""
+        missing = [seed for seed in self.seeds if seed not in self.known]
+        if not missing:
+            return []
+        if self.env_steps:
+            return [
+                Job(RECIPES / "online.py", self._folder_of(seed), [*self.asked, f"seeds={seed}"])
+                for seed in missing
+            ]
+        part = "" if not self.known else "-" + "-".join(map(str, missing))
+        folder = self.folder.with_name(self.folder.name + part)
+        seeds = f"seeds=[{','.join(map(str, missing))}]"
+        return [Job(RECIPES / "offline.py", folder, [*self.asked, seeds])]
+
+    def _folder_of(self, seed: int) -> Path:
+        """Return that of a learner."""
+        if self.env_steps:
+            return self.folder / f"seed={seed}"
+        (job,) = self.jobs
+        alone = len(self.seeds) - len(self.known) == 1
+        return job.folder if alone else job.folder / f"seed={seed}"
+
+    def curves(self) -> dict[int, Mapping[int, float]]:
+        """Return the scores so far: by seed, and by gradient step."""
+        return {seed: self.known.get(seed) or dict(self._read(seed)) for seed in self.seeds}
+
+    def finished(self) -> Curves:
+        """Return the scores of the seeds whose run is finished."""
+        if all(job.result() is not None for job in self.jobs):
+            return self.curves()
+        done = {job.settings[-1] for job in self.jobs if job.result() is not None}
+        its = self.curves()
+        return {s: its[s] for s in self.seeds if s in self.known or f"seeds={s}" in done}
 
     def scores(self) -> list[float] | None:
-        """Return the score of each seed after the last step; None before the run is finished."""
-        if self.known is not None:
-            return [self.known[seed][self.steps] for seed in self.seeds]
-        result = self.job.result()
-        return None if result is None else [each["score"] for each in result["replicas"]]
+        """Return the score of each seed after the last step; None before all runs are finished."""
+        its = self.finished()
+        return [its[s][max(its[s])] for s in self.seeds] if len(its) == len(self.seeds) else None
 
-    def curves(self) -> Curves:
-        """Return the scores so far."""
-        return self.known or {seed: dict(self._read(seed)) for seed in self.seeds}
+    def before(self) -> list[float] | None:
+        """Return the score of each seed after the offline steps, in the same case."""
+        its = self.finished()
+        return [its[s][self.steps] for s in self.seeds] if len(its) == len(self.seeds) else None
 
     def _read(self, seed: int) -> Iterator[tuple[int, float]]:
-        folder = self.job.folder / (f"seed={seed}" if len(self.seeds) > 1 else "")
-        if (folder / "metrics.csv").exists():
-            with (folder / "metrics.csv").open(newline="") as lines:
-                for row in csv.DictReader(lines):
-                    if row.get("eval/score"):
-                        yield int(row["step"]), float(row["eval/score"])
+        folder = self._folder_of(seed)
+        for metrics in (folder / "offline/metrics.csv", folder / "metrics.csv"):
+            if metrics.exists():
+                with metrics.open(newline="") as lines:
+                    for row in csv.DictReader(lines):
+                        if row.get("eval/score"):
+                            yield int(row["step"]), float(row["eval/score"])
 
 
 @dataclass(frozen=True)
@@ -86,7 +150,7 @@ class Plan:
         Args:
             file: YAML, as ``table.yaml``.
             folder: of all runs.
-            record: of runs that are not to be done again, if they had the settings and seeds of the plan.
+            record: of runs that are not to be done again, if they had the settings of the plan.
 
         Raises:
             SettingsError: it has a name that is not known, or lacks one.
@@ -118,19 +182,15 @@ class Plan:
         ordered = sorted(self.cells, key=lambda cell: cell.is_beside)
         return list(dict.fromkeys(cell.algorithm for cell in ordered))
 
-    def record(self) -> Record:
-        """Return what is finished, to be kept.
+    @property
+    def jobs(self) -> list[Job]:
+        """All runs."""
+        return [job for cell in self.cells for job in cell.jobs]
 
-        Raises:
-            SettingsError: a run can not have its settings.
-        """
-        return Record(
-            {
-                (cell.task, cell.algorithm, digest(cell.job.settings)): cell.curves()
-                for cell in self.cells
-                if cell.scores() is not None
-            }
-        )
+    def finished(self) -> Record:
+        """Return what is to be kept."""
+        its = [(cell, cell.finished()) for cell in self.cells]
+        return Record({cell.key: curves for cell, curves in its if curves})
 
     def cell(self, task: str, algorithm: str) -> Cell | None:
         found = [each for each in self.cells if (each.task, each.algorithm) == (task, algorithm)]
@@ -144,7 +204,7 @@ def _cells(
     task: str,
     own: dict[str, Any],
     record: Record,
-) -> list[Cell]:
+) -> Iterator[Cell]:
     if not (CONFIG / "task" / f"{task}.yaml").exists():
         raise SettingsError(f"{file}: there is no task {task}")
     _require(file, task, own, {*COMMON, "published"})
@@ -152,7 +212,6 @@ def _cells(
     beside = values.get("beside") or {}
     asked = own.get("algorithms", common.get("algorithms")) or []
     extra = [] if "algorithms" in own else [name for name in beside if name not in asked]
-    found = []
     for algorithm in [*asked, *extra]:
         if algorithm not in algorithms():
             raise SettingsError(
@@ -161,30 +220,30 @@ def _cells(
         its = {**common, **own, **(beside.get(algorithm) or {})}
         if missing := [key for key in ("seeds", "steps") if key not in its]:
             raise SettingsError(f"{file}: {task} has no {' and no '.join(missing)}")
-        seeds, steps = tuple(its["seeds"]), int(its["steps"])
-        settings = [
-            *(f"task={task}", f"algorithm={algorithm}", f"steps={steps}"),
-            f"seeds={list(seeds) if len(seeds) > 1 else seeds[0]}".replace(" ", ""),
-            f"eval_interval={max(1, steps // its.get('evaluations', 10))}",
-            f"eval_episodes={its.get('episodes', 50)}",
-            *its.get("settings", []),
-        ]
-        job = Job(RECIPES / "offline.py", folder / task.replace("/", "-") / algorithm, settings)
-        published = (own.get("published") or {}).get(algorithm)
-        known = _known(record, task, algorithm, job, seeds, steps)
-        found.append(
-            Cell(task, algorithm, seeds, steps, algorithm in beside, published, job, known)
+        published = (own.get("published") or {}).get(algorithm, ())
+        yield Cell(
+            task,
+            algorithm,
+            seeds=tuple(its["seeds"]),
+            steps=int(its["steps"]),
+            env_steps=int(its.get("env_steps", 0)),
+            is_beside=algorithm in beside,
+            published=tuple(published) if isinstance(published, list | tuple) else (published,),
+            asked=tuple(_asked(task, algorithm, its)),
+            folder=folder / task.replace("/", "-") / algorithm,
+            record=record,
         )
-    return found
 
 
-def _known(
-    record: Record, task: str, algorithm: str, job: Job, seeds: tuple[int, ...], steps: int
-) -> Curves | None:
-    if not any(key[:2] == (task, algorithm) for key in record.curves):
-        return None
-    its = record.curves.get((task, algorithm, digest(job.settings)), {})
-    return its if all(steps in its.get(seed, {}) for seed in seeds) else None
+def _asked(task: str, algorithm: str, its: Mapping[str, Any]) -> Sequence[str]:
+    steps, env_steps = int(its["steps"]), int(its.get("env_steps", 0))
+    return [
+        *(f"task={task}", f"algorithm={algorithm}", f"steps={steps}"),
+        *([f"env_steps={env_steps}"] if env_steps else []),
+        f"eval_interval={max(1, (env_steps or steps) // its.get('evaluations', 10))}",
+        f"eval_episodes={its.get('episodes', 50)}",
+        *its.get("settings", []),
+    ]
 
 
 def _require(file: Path, what: str, values: Any, known: set[str]) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.files import whole
 
 __all__ = ["Curves", "Record", "digest"]
@@ -19,19 +19,20 @@ COLUMNS = ["task", "algorithm", "settings", "seed", "step", "score"]
 INDIFFERENT = {
     *("compute", "logger", "log_interval", "checkpoint_interval"),
     *("eval_workers", "on_eval_failure", "on_nonfinite"),
+    "seeds",  # each learner is what it would be alone
 }
-"""Settings that the scores of a run do not depend on."""
+"""Settings that the scores of a learner do not depend on, and its seed, by which they are kept."""
 
 Curves = Mapping[int, Mapping[int, float]]
 """By seed, the scores by step."""
 
 
-def digest(settings: Iterable[str]) -> str:
-    """Return what tells the settings of a run, given and default, from others.
+def digest(settings: Settings) -> str:
+    """Return what tells the settings of a run, given and default, from others, but for its seeds.
 
     Those that are off do not count: a setting that a later version adds changes nothing as long as it is.
     """
-    values = OFFLINE.settings(list(settings)).values
+    values = settings.values
     asked = {key: value for key, value in values.items() if value and key not in INDIFFERENT}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -45,6 +46,10 @@ class Record:
     """
 
     curves: Mapping[tuple[str, str, str], Curves] = field(default_factory=dict)
+
+    def has(self, task: str, algorithm: str) -> bool:
+        """Return whether there is anything of them, with whatever settings."""
+        return any(key[:2] == (task, algorithm) for key in self.curves)
 
     @classmethod
     def read(cls, file: Path) -> Record:

@@ -5,13 +5,14 @@
     python recipes/comparison/table.py --launcher joblib hydra.launcher.n_jobs=4
     python recipes/comparison/table.py --record runs/table/table.csv --folder runs/again
 
-What is compared is in ``table.yaml``. Each cell is one run of recipes/offline.py with one thread, several
-at a time; what is finished is kept, what was interrupted goes on: the same command goes on after anything.
-It leaves ``table.md``, ``table.csv``, ``curves.png`` and ``aggregates.png`` in the folder, made anew at each
-call from what is there, and from the ``table.csv`` of earlier runs that ``--record`` names: those are not
-done again, if their settings are still the plan's. Statistics are rliable's, over the tasks that all
-algorithms of the aggregates have finished: interquartile mean, performance profiles, and the probability
-that the last algorithm is better.
+What is compared is in ``table.yaml``. The seeds of each cell are one run of recipes/offline.py; or, with
+``env_steps`` in the plan, one run each of recipes/online.py. A run has one thread, several go at a time;
+what is finished is kept, what was interrupted goes on: the same command goes on after anything. It leaves
+``table.md``, ``table.csv``, ``curves.png`` and ``aggregates.png`` in the folder, made anew at each call from
+what is there, and from the ``table.csv`` of earlier runs that ``--record`` names: those are not done again,
+if their settings are still the plan's. Statistics are rliable's, over the tasks that all algorithms of the
+aggregates have finished: interquartile mean, performance profiles, and the probability that the last
+algorithm is better.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from torchrl_iql_recipes.comparison import aggregates
 from torchrl_iql_recipes.comparison.jobs import finish
 from torchrl_iql_recipes.comparison.plan import Cell, Plan
 from torchrl_iql_recipes.comparison.record import Record
-from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.results import half_width
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.files import shown, whole
@@ -43,9 +43,15 @@ def written(cell: Cell | None) -> str:
     scores = None if cell is None else cell.scores()
     if cell is None or scores is None:
         return "" if cell is None else "-"
-    interval = f" ± {half_width(scores):.1f}" if len(scores) >= aggregates.FEWEST else ""
     mark = "\\*" if cell.is_beside else ""
-    return f"{mean(scores):.1f}{interval} ({len(scores)}){mark}"
+    before = cell.before() if cell.env_steps else None
+    figures = [_mean(its) for its in (before, scores) if its is not None]
+    return f"{' → '.join(figures)} ({len(scores)}){mark}"
+
+
+def _mean(scores: Sequence[float]) -> str:
+    interval = f" ± {half_width(scores):.1f}" if len(scores) >= aggregates.FEWEST else ""
+    return f"{mean(scores):.1f}{interval}"
 
 
 def table(plan: Plan, its: aggregates.Aggregates | None) -> list[str]:
@@ -55,32 +61,39 @@ def table(plan: Plan, its: aggregates.Aggregates | None) -> list[str]:
     lines = [f"| task | steps | {' | '.join(titles)} |", f"| --- | ---: |{' ---: |' * len(names)}"]
     for task in plan.tasks:
         cells = [plan.cell(task, name) for name in names]
-        steps = {cell.steps for cell in cells if cell is not None and not cell.is_beside}
-        head = f"| `{task}` | {', '.join(f'{each:,}' for each in sorted(steps))} "
+        steps = dict.fromkeys(_steps(each) for each in cells if each and not each.is_beside)
+        head = f"| `{task}` | {', '.join(steps)} "
         lines.append(f"{head}| {' | '.join(map(written, cells))} |")
-        known = [cell.published if cell is not None else None for cell in cells]
-        if any(each is not None for each in known):
-            figures = ("" if each is None else f"*{each:.1f}*" for each in known)
-            lines.append(f"| *published, D4RL's data* | *1,000,000* | {' | '.join(figures)} |")
+        known = [cell.published if cell else () for cell in cells]
+        if longest := max(map(len, known)):
+            figures = (" → ".join(f"*{its:.1f}*" for its in each) for each in known)
+            steps = "*1,000,000*" + " + *1,000,000* online" * (longest - 1)
+            lines.append(f"| *published, D4RL's data* | {steps} | {' | '.join(figures)} |")
     if its is not None:
         figures = [_with_interval(its.means.get(name)) for name in names]
         lines.append(f"| interquartile mean of {len(its.tasks)} tasks | | {' | '.join(figures)} |")
         chances = [_with_interval(its.improvement.get(name), digits=2) for name in names]
         last = algorithms()[list(its.means)[-1]].title
         lines.append(f"| probability that {last} is better | | {' | '.join(chances)} |")
-    beside = sorted({(c.algorithm, c.steps) for c in plan.cells if c.is_beside})
+    beside = sorted({(c.algorithm, _steps(c)) for c in plan.cells if c.is_beside})
+    online = any(cell.env_steps for cell in plan.cells)
     notes = [
-        "Normalized score of the last step: mean over seeds, half the width of its 95% interval "
+        f"Normalized score {'after the steps offline, and then online' if online else 'of the last step'}: "
+        "mean over seeds, half the width of its 95% interval "
         f"(Student's t, from {aggregates.FEWEST} seeds on), number of seeds. Below, 95% intervals of a "
         "bootstrap stratified by task.",
         *(
-            f"\\* {algorithms()[name].title}: {steps:,} steps, outside of the aggregates."
+            f"\\* {algorithms()[name].title}: {steps} steps, outside of the aggregates."
             for name, steps in beside
         ),
         f"Made by `python recipes/comparison/table.py --plan {shown(plan.file)}`, "
         f"{datetime.date.today().isoformat()}.",
     ]
     return [*lines, "", *notes]
+
+
+def _steps(cell: Cell) -> str:
+    return f"{cell.steps:,}" + (f" + {cell.env_steps:,} online" if cell.env_steps else "")
 
 
 def _with_interval(value: tuple[float, float, float] | None, digits: int = 1) -> str:
@@ -91,13 +104,15 @@ def _with_interval(value: tuple[float, float, float] | None, digits: int = 1) ->
     return f"{middle:.{digits}f}{interval}"
 
 
-def launch(args: argparse.Namespace, cells: Sequence[int]) -> None:
-    """Finish cells, given by their places, by a launcher of Hydra, each as a job of its own."""
+def launch(args: argparse.Namespace, jobs: int) -> None:
+    """Finish all runs, so many, by a launcher of Hydra, each as a job of its own."""
+    record = [f"record='{args.record.resolve()}'"] if args.record else []
     command = [
         *(sys.executable, str(HERE / "job.py"), "-m", f"hydra/launcher={args.launcher}"),
         *(f"plan='{args.plan.resolve()}'", f"folder='{args.folder.resolve()}'"),
+        *record,
         *(
-            f"cell={','.join(map(str, cells))}",
+            f"job={','.join(map(str, range(jobs)))}",
             f"hydra.sweep.dir='{args.folder.resolve() / 'launcher'}'",
         ),
         *args.options,
@@ -115,9 +130,7 @@ def prepare(plan: Plan) -> None:
     """
     sources = {}
     for cell in plan.cells:
-        if cell.known is not None:
-            continue
-        given = OFFLINE.settings(cell.job.settings).data.dataset
+        given = cell.settings.data.dataset if cell.jobs else None
         sources |= dict.fromkeys([given] if isinstance(given, str) else given or ())
     for source in sources:
         collection.ensure(source)
@@ -131,7 +144,7 @@ def report(plan: Plan, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / "table.md") as new:
         new.write_text("\n".join(lines) + "\n")
-    plan.record().write(folder / "table.csv")
+    plan.finished().write(folder / "table.csv")
     aggregates.curves(plan, titles, folder / "curves.png")
     if its is not None:
         aggregates.draw_aggregates(its, titles, folder / "aggregates.png")
@@ -143,7 +156,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--plan", type=Path, default=HERE / "table.yaml")
-    parser.add_argument("--folder", type=Path, default=Path("runs/table"), help="of all runs")
+    parser.add_argument(
+        "--folder", type=Path, help="of all runs (default: runs/<name of the plan>)"
+    )
     parser.add_argument(
         "--jobs", type=int, default=2, help="runs at a time; 0 makes the table only"
     )
@@ -153,16 +168,16 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="the table.csv of runs that are not done again")
     parser.add_argument("options", nargs="*", help="of the launcher, as hydra.launcher.n_jobs=4")
     args = parser.parse_args()
+    args.folder = args.folder or Path("runs") / args.plan.stem
     try:
         record = Record.read(args.record) if args.record else Record()
         plan = Plan.load(args.plan, args.folder, record)
-        missing = [i for i, cell in enumerate(plan.cells) if cell.known is None]
         if args.launcher or args.jobs:
             prepare(plan)
-        if args.launcher and missing:
-            launch(args, missing)
-        elif args.jobs and missing:
-            finish([plan.cells[i].job for i in missing], args.jobs)
+        if args.launcher and plan.jobs:
+            launch(args, len(plan.jobs))
+        elif args.jobs and plan.jobs:
+            finish(plan.jobs, args.jobs)
     except (SettingsError, ValueError, RuntimeError) as error:
         sys.exit(f"table.py: {error}")
     except KeyboardInterrupt:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from torchrl_iql.antmaze import Map
 if TYPE_CHECKING:
     from gymnasium_robotics.envs.maze.maze_v4 import Maze
 
-__all__ = ["fine_tuning", "learning_curves", "value_map"]
+__all__ = ["learning_curves", "value_map"]
 
 BLUE = "#2a6f97"
 SLATE = "#2f3640"
@@ -88,41 +87,6 @@ def learning_curves(
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color=SLATE, alpha=0.12)
     figure.supxlabel("gradient steps", fontsize=9, color=SLATE)
-    figure.savefig(png, dpi=DPI)
-
-
-def fine_tuning(panels: Mapping[str, Sequence[tuple[Path, Path]]], png: Path) -> None:
-    """Draw how scores went on from offline to online training.
-
-    Args:
-        panels: by title, for each seed the metrics of the offline and those of the online run, both
-            evaluated by several episodes that have a normalized score.
-        png: the picture to write.
-    """
-    figure = Figure(figsize=(3.4 * len(panels), 2.9), layout="constrained")
-    for axes, (title, seeds) in zip(
-        np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True
-    ):
-        for color, phases in zip(itertools.cycle(SEEDS), seeds, strict=False):
-            before, after = map(_rows, phases)
-            switch = int(after[0]["step"])
-            curve = [row for row in before if int(row["step"]) < switch] + after
-            columns = ("step", "eval/normalized_score", "eval/normalized_score_stderr")
-            points = [[float(row[c]) for c in columns] for row in curve if row["eval/score"]]
-            steps, scores, errors = np.array(points).T
-            axes.plot(steps, scores, color=color, lw=1.5, marker=".")
-            axes.fill_between(
-                steps, scores - errors, scores + errors, color=color, alpha=0.15, lw=0
-            )
-            axes.axvline(switch, color=RED, lw=1, ls="--")
-        axes.set_title(title, fontsize=10, loc="left", color=SLATE)
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.tick_params(labelsize=8, colors=SLATE)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color=SLATE, alpha=0.12)
-    figure.supxlabel("gradient steps: offline, then online (dashed)", fontsize=9, color=SLATE)
-    figure.supylabel("normalized score", fontsize=9, color=SLATE)
     figure.savefig(png, dpi=DPI)
 
 
