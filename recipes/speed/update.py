@@ -176,8 +176,17 @@ def parse(
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
+    """Make a parser of what scripts are asked that compare gradient steps of :class:`Work`."""
+    work, parser = Work(), measuring(description)
+    parser.add_argument("--batch-size", type=int, default=work.batch_size)
+    parser.add_argument("--hidden", type=int, nargs="+", default=work.hidden_sizes)
+    parser.add_argument("--num-qvalue-nets", type=int, default=work.num_qvalue_nets)
+    parser.add_argument("--transitions", type=int, default=work.transitions)
+    return parser
+
+
+def measuring(description: str | None) -> argparse.ArgumentParser:
     """Make a parser of what all scripts that compare gradient steps are asked."""
-    work = Work()
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
     parser.add_argument(
@@ -194,10 +203,6 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=choices, default=precision, help="of products")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=2.0, help="of a round")
-    parser.add_argument("--batch-size", type=int, default=work.batch_size)
-    parser.add_argument("--hidden", type=int, nargs="+", default=work.hidden_sizes)
-    parser.add_argument("--num-qvalue-nets", type=int, default=work.num_qvalue_nets)
-    parser.add_argument("--transitions", type=int, default=work.transitions)
     parser.add_argument("--only", nargs="*", default=(), help="parts of names")
     parser.add_argument("--json", help="the file to write")
     return parser
