@@ -171,7 +171,7 @@ class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
         self.make_value_estimator(device=self._default_device)
         self.register_load_state_dict_pre_hook(_adapt_state_dict)
 
-        self._deterministic = _is_deterministic(networks["actor_network"])
+        self._deterministic = is_deterministic(networks["actor_network"])
         if self.reduction == "none" and scalar_output_mode is None:
             warnings.warn(
                 "With reduction='none' the scalars of the output (entropy and diagnostics) have no "
@@ -556,7 +556,7 @@ def takes_stacked_parameters(network: nn.Module) -> bool:
     return getattr(getattr(network, "module", None), "takes_stacked_parameters", False)
 
 
-def _is_deterministic(actor_network: TensorDictModule) -> bool:
+def is_deterministic(actor_network: TensorDictModule) -> bool:
     if isinstance(actor_network, Actor) or not hasattr(actor_network, "get_dist"):
         return True
     distributions = [getattr(m, "distribution_class", None) for m in actor_network.modules()]
