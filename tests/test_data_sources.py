@@ -16,6 +16,7 @@ from gymnasium import spaces
 
 from episodes import FORMATS, MARKS, PLANE, UNIT, assert_same, joined, walk, write
 from torchrl_iql.data import OfflineDataset, load
+from torchrl_iql.data.rewards import RewardTransform
 
 pytestmark = MARKS
 
@@ -329,6 +330,66 @@ class TestUse:
         assert (best.transitions == whole.transitions[rows]).all()
         assert best.transitions["next", "reward"].equal(rewards[rows])
         assert (best.name, best.reward_rule) == ("walks", "return_range")
+
+    @pytest.mark.parametrize("share", [1e-9, 0.1, 0.29, 0.5, 0.999])
+    def test_split(self, share):
+        lengths = np.random.default_rng(1).integers(1, 6, 100)
+        whole = joined(
+            *(walk(n, 1000.0 * i) for i, n in enumerate(lengths)), reward_rule="unit_rms"
+        )
+        rest, held_out = whole.split(share, seed=3)
+        number = {1e-9: 1, 0.1: 10, 0.29: 29, 0.5: 50, 0.999: 99}[share]
+        drawn = np.sort(np.random.default_rng(3).permutation(100)[:number])
+        owner = np.repeat(np.arange(100), lengths)
+        for part, chosen in ((rest, np.setdiff1d(np.arange(100), drawn)), (held_out, drawn)):
+            rows = torch.from_numpy(np.isin(owner, chosen).nonzero()[0])
+            assert (part.transitions == whole.transitions[rows]).all()
+            assert part.episode_lengths.tolist() == lengths[chosen].tolist()
+            assert part.episode_returns.equal(whole.episode_returns[torch.from_numpy(chosen)])
+            assert part.reward_transform == whole.reward_transform != RewardTransform()
+            assert (part.name, part.reward_rule) == ("walks", "unit_rms")
+            assert (
+                part.transitions["observation"].data_ptr()
+                != whole.transitions["observation"].data_ptr()
+            )
+
+    def test_a_seed_decides_what_is_held_out(self):
+        whole = joined(*(walk(2, 10.0 * i) for i in range(50)))
+        first, again, other = (
+            [part.transitions["observation"] for part in whole.split(0.2, seed=seed)]
+            for seed in (0, 0, 1)
+        )
+        assert all(one.equal(two) for one, two in zip(first, again, strict=True))
+        assert not first[1].equal(other[1])
+        more = whole.split(0.4)[1].transitions["observation"]
+        assert torch.isin(first[1], more).all()  # a larger share holds a smaller one
+
+    def test_parts_of_two_episodes_and_of_fragments(self):
+        for share in (0.001, 0.999):
+            parts = joined(walk(3), walk(4, 10.0)).split(share)
+            assert sorted(len(part.episode_lengths) for part in parts) == [1, 1]
+        cut = [walk(3, 10.0 * i, truncations=np.zeros(3, bool)) for i in range(10)]
+        for part in joined(*cut).split(0.3):
+            with pytest.raises(ValueError, match="a statistic of whole episodes"):
+                part.best_episodes(0.5)
+        windows = joined(walk(3), walk(4, 10.0)).windows(2).split(0.5)
+        assert [part.window for part in windows] == [2, 2]
+        assert sorted(len(part.transitions["time"]) for part in windows) == [3, 4]
+
+    @pytest.mark.parametrize(
+        ("share", "seed", "message"),
+        [
+            (0, 0, "share must be above 0 and below 1, got 0"),
+            (1.0, 0, "share must be above 0 and below 1, got 1.0"),
+            (float("nan"), 0, "share must be above 0 and below 1, got nan"),
+            (0.5, -1, "seed must be an integer of at least 0, got -1"),
+            (0.5, 0.5, "seed must be an integer of at least 0, got 0.5"),
+            (0.5, 0, "walks: 1 episodes can not be split, expected at least 2"),
+        ],
+    )
+    def test_splits_that_can_not_be(self, share, seed, message):
+        with pytest.raises(ValueError, match=message):
+            joined(walk(3)).split(share, seed=seed)
 
     @pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan")])
     def test_shares_and_discounts_out_of_range(self, share):

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from types import MappingProxyType
 from typing import Any, get_args
 
@@ -570,14 +571,70 @@ class OfflineDataset:
             )
         number = max(1, round(share * len(self.episode_returns)))
         order = self.episode_returns.argsort(descending=True, stable=True)
-        chosen = order[:number].sort().values
-        is_chosen = torch.zeros(len(order), dtype=torch.bool).index_fill(0, chosen, True)
+        return self._of_episodes(order[:number].sort().values, Recording())
+
+    def split(self, share: float, *, seed: int = 0) -> tuple[OfflineDataset, OfflineDataset]:
+        """Hold out episodes that are drawn uniformly, to validate on what was not learned from.
+
+        Both parts have the rules of the whole and the rewards that it has: of ``"return_range"`` and
+        ``"unit_rms"``, the scale is that of all episodes.
+
+        Args:
+            share: of the number of episodes that are held out, above 0 and below 1, rounded, but at least
+                one episode in each part.
+            seed: of the draw, at least 0; which episodes they are depends on it, on the share, and on how
+                many there are.
+
+        Returns:
+            the rest, and the share that is held out, their transitions copied, in the order they are in.
+
+        Raises:
+            ValueError: if an argument is out of range, or there are fewer than two episodes.
+
+        Example:
+            >>> dataset = OfflineDataset.from_arrays(
+            ...     "walks",
+            ...     observations=np.arange(10.0)[:, None],
+            ...     actions=np.zeros((10, 1)),
+            ...     rewards=np.ones(10),
+            ...     terminals=[0, 1] * 5,
+            ...     next_observations=np.arange(10.0)[:, None] + 1,
+            ... )
+            >>> rest, held_out = dataset.split(0.2)
+            >>> rest.episode_lengths, held_out.episode_lengths
+            (tensor([2, 2, 2, 2]), tensor([2]))
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"share must be above 0 and below 1, got {share!r}")
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+            raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
+        episodes = len(self.episode_lengths)
+        if episodes < 2:
+            raise ValueError(
+                f"{self.name}: {episodes} episodes can not be split, expected at least 2"
+            )
+        number = min(max(1, round(share * episodes)), episodes - 1)
+        drawn = torch.from_numpy(np.random.default_rng(seed).permutation(episodes))
+        parts = drawn[number:].sort().values, drawn[:number].sort().values
+        # Which of the episodes stopped is not known, but how many of them.
+        stopped = [round(self.recording.stopped * len(part) / episodes) for part in parts]
+        rest, held_out = (
+            self._of_episodes(part, Recording(number))
+            for part, number in zip(parts, stopped, strict=True)
+        )
+        return rest, held_out
+
+    def _of_episodes(self, chosen: Tensor, recording: Recording) -> OfflineDataset:
+        """Return those of some episodes, numbers ``[k]`` in ascending order, their transitions copied."""
+        is_chosen = torch.zeros(len(self.episode_lengths), dtype=torch.bool).index_fill(
+            0, chosen, True
+        )
         return replace(
             self,
             transitions=self.transitions[is_chosen.repeat_interleave(self.episode_lengths)],
             episode_lengths=self.episode_lengths[chosen],
             episode_returns=self.episode_returns[chosen],
-            recording=Recording(),
+            recording=recording,
         )
 
     def n_step(self, n: int, discount: float) -> OfflineDataset:
