@@ -225,4 +225,4 @@ def test_an_algorithm_with_columns_of_its_own_is_not_fine_tuned(
     monkeypatch.setattr(IQL, "data", data)
     settings = ONLINE.settings([f"dataset={maze_id}", "temperature=3", "steps=10"])
     with pytest.raises(SettingsError, match=r"algorithm=iql learns from \['weight'\]"):
-        online.dataset_for(settings)
+        online.data_for(settings)

@@ -45,6 +45,7 @@ BASE: dict[str, Any] = {
     "reward": "none",
     "episodes": "as_stored",
     "n_steps": 1,
+    "validation": 0.0,
     "policy": "gaussian",
     "action_bounds": "space",
     "hidden_sizes": [16],  # as wide as the stack, whose dropout draws as many numbers
@@ -83,6 +84,7 @@ CHANGED: dict[str, Any] = {
     "reward": "minus_one",
     "episodes": "until_success",
     "n_steps": 3,
+    "validation": 0.4,
     "policy": "squashed",
     "action_bounds": "data",
     "hidden_sizes": [6, 5],
@@ -138,6 +140,7 @@ ELSEWHERE = {
     "eval_interval": "test_what_is_watched_is_as_asked",
     "eval_episodes": "test_what_is_watched_is_as_asked",
     "eval_workers": "test_what_is_watched_is_as_asked",
+    "best_by": "test_held_out.py",
     "compute.device": "test_what_can_not_be_computed_changes_no_settings",
     "compute.execution": "test_how_it_is_computed_is_as_asked",
     "compute.streaming": "test_how_it_is_computed_is_as_asked",
@@ -245,6 +248,8 @@ class Plain:
         self.algorithm, self.values = algorithm, values
         rules = {"reward": values["reward"], "episodes": values["episodes"]}
         self.dataset = load_dataset(values["dataset"], **rules)
+        if values["validation"]:
+            self.dataset, _ = self.dataset.split(values["validation"])
         if "share" in values:
             self.dataset = self.dataset.best_episodes(values["share"])
         if "context" in values:

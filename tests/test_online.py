@@ -438,7 +438,7 @@ def test_each_worker_has_environments_of_its_own() -> None:
 def started(cfg: Settings, folder: Path) -> FineTuning:
     start = cfg.training.checkpoint and Path(cfg.training.checkpoint)
     last = folder / "last.ckpt"
-    dataset = online.dataset_for(cfg)
+    dataset, _ = online.data_for(cfg)
     known = last if last.exists() else start
     if known is None:
         architecture = online.architecture_for(cfg.networks, dataset)

@@ -426,7 +426,7 @@ def test_what_is_observed_and_kept_is_as_asked(maze_id: str, tmp_path: Path) -> 
     policy = load_policy(tmp_path / "run/last.ckpt")
     assert policy(observation=torch.zeros(1, 4))[-1].shape == (1, 2)
     with pytest.raises(SettingsError, match=r"columns=\['success'\]: are not collected"):
-        online.dataset_for(ONLINE.settings([f"dataset={maze_id}", "columns=[success]"]))
+        online.data_for(ONLINE.settings([f"dataset={maze_id}", "columns=[success]"]))
 
 
 def test_the_bounds_of_actions_are_as_asked(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ __all__ = ["Curves", "Record", "digest"]
 COLUMNS = ["task", "algorithm", "settings", "seed", "step", "score"]
 INDIFFERENT = {
     *("compute", "logger", "log_interval", "checkpoint_interval"),
-    *("eval_workers", "on_eval_failure", "on_nonfinite"),
+    *("eval_workers", "on_eval_failure", "on_nonfinite", "best_by"),
     "seeds",  # each learner is what it would be alone
 }
 """Settings that the scores of a learner do not depend on, and its seed, by which they are kept."""

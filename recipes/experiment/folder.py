@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from torchrl_iql_recipes.files import whole
 
 __all__ = ["RunFolder", "newest_common_step"]
 
+SCORE = "eval/score"
+
 KEPT = 2
 """Checkpoints by step: learners of a run that is killed while they are saved differ by one."""
 
@@ -26,15 +29,17 @@ class RunFolder:
 
     ``metrics.csv`` has one line per logged step, whose first column is ``step``; a new metric adds a
     column, and cells are empty where a metric was not logged. ``checkpoints`` holds the latest two, and
-    ``last.ckpt`` and ``best.ckpt`` are names of the latest and of the one that scored highest.
+    ``last.ckpt`` and ``best.ckpt`` are names of the latest and of the best one.
 
     Args:
         path: created if it does not exist.
+        best_by: the metric that is highest where it was best; with a minus, lowest.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, best_by: str = SCORE) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
+        self._best_by = best_by
         self.metrics = path / "metrics.csv"
         self.last = path / "last.ckpt"
         self.best = path / "best.ckpt"
@@ -87,15 +92,35 @@ class RunFolder:
 
     def scores(self) -> dict[int, float]:
         """Return the scores of all evaluations, by step."""
-        key = "eval/score"
-        rows = sorted(self._rows.items())
-        return {step: float(row[key]) for step, row in rows if row.get(key, "") != ""}
+        return self._values(SCORE)
 
-    def best_score(self) -> dict[str, Any] | None:
-        """Find the highest score and its step, the first of several; None before any evaluation."""
+    def best_row(self) -> dict[str, Any] | None:
+        """Find where it was best, the first of several such steps.
+
+        Returns:
+            the ``step``, its ``score`` if it was evaluated, and what was best there by its own name if that
+            is something else; None if nothing of that name is finite yet.
+        """
+        name = self._best_by.removeprefix("-")
+        sign = -1 if name != self._best_by else 1
+        values = {k: v for k, v in self._values(name).items() if math.isfinite(v)}
+        step = max(values, key=lambda at: sign * values[at], default=None)
+        if step is None:
+            return None
+        own = {} if name == SCORE else {name: values[step]}
         scores = self.scores()
-        step = max(scores, key=scores.__getitem__, default=None)
-        return None if step is None else {"score": scores[step], "step": step}
+        return {**({"score": scores[step]} if step in scores else {}), **own, "step": step}
+
+    def latest(self, prefix: str) -> dict[str, float]:
+        """Return the last value of every metric whose name begins so, without the beginning."""
+        names = [name for name in self._columns if name.startswith(prefix)]
+        found = {name: list(self._values(name).values()) for name in names}
+        return {name.removeprefix(prefix): its[-1] for name, its in found.items() if its}
+
+    def _values(self, name: str) -> dict[int, float]:
+        """Return all values of a metric, by step."""
+        rows = sorted(self._rows.items())
+        return {step: float(row[name]) for step, row in rows if row.get(name, "") != ""}
 
     # --- Checkpoints -------------------------------------------------------------------------------------
 
@@ -109,7 +134,7 @@ class RunFolder:
 
     def name_checkpoints(self) -> None:
         """Give ``last.ckpt`` and, if it is still there, ``best.ckpt`` to the right ones."""
-        kept, best = self.checkpoints(), self.best_score()
+        kept, best = self.checkpoints(), self.best_row()
         if kept:
             _link(kept[max(kept)], self.last)
         if best is not None and best["step"] in kept:

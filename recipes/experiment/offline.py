@@ -14,6 +14,7 @@ from torchrl_iql_recipes.experiment.networks import architecture_for, architectu
 from torchrl_iql_recipes.experiment.records import Records
 from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.experiment.stopping import Stop, stoppable
+from torchrl_iql_recipes.experiment.validation import HeldOut, hold_out
 from torchrl_iql_recipes.files import shown
 
 __all__ = ["report", "run", "train"]
@@ -42,8 +43,9 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
     build.set_up(settings.compute)
     played = settings.evaluation.eval_episodes > 0
     dataset = build.dataset_for(settings.data, played=played)
-    print(describe(dataset))
-    learned = build.learned_from(settings, dataset)
+    rest, held_out = hold_out(settings, dataset)
+    print(describe(dataset, held_out))
+    learned = build.learned_from(settings, rest)
     start = settings.training.checkpoint and Path(settings.training.checkpoint)
     lasts = [path / learner.name / "last.ckpt" for learner in settings.learners]
     if start is None:
@@ -70,7 +72,8 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
             done = checkpoint.load_metadata(last)["steps"]
             build.check_not_done("steps", settings.training.steps, done)
         build.claim(path, settings)
-        records = Records(path, settings, step, architecture, dataset.name, evaluations)
+        validation = None if held_out is None else HeldOut(settings, held_out)
+        records = Records(path, settings, step, architecture, dataset.name, evaluations, validation)
         if records.resume() is None and start is not None:
             checkpoint.load_learner(start, step, keep=("settings", "optimizer", "random"))
         with (
@@ -88,8 +91,9 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
             evaluation,
             steps=step.steps,
             interrupted=unfinished,
-            best=folder.best_score(),
+            best=folder.best_row(),
             skipped=skipped,
+            validation=folder.latest("validation/"),
         )
         for learner, evaluation, folder, skipped in zip(
             settings.learners, records.latest, records.folders, step.skipped, strict=True
@@ -137,7 +141,7 @@ def _chunk(seconds: float) -> int:
     return next((each for each in (STEPS_PER_CALL, 10) if each * seconds < 1), 1)
 
 
-def describe(dataset: OfflineDataset) -> str:
+def describe(dataset: OfflineDataset, held_out: OfflineDataset | None = None) -> str:
     """Write what the user reads first: the data, and what the rules make of them."""
     rows, recording = len(dataset.transitions), dataset.recording
     dropped = (recording.transitions or rows) - rows
@@ -150,6 +154,7 @@ def describe(dataset: OfflineDataset) -> str:
         f"environment: {dataset.env_spec and dataset.env_spec.id}\n"
         f"Rules: reward {dataset.reward_rule}, r -> {dataset.reward_transform}; episodes "
         f"{dataset.episode_rule}{share}"
+        + ("" if held_out is None else f"\nHeld out: {len(held_out.episode_lengths)} episodes")
     )
 
 
@@ -157,14 +162,15 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
     """Write what the user reads at the end."""
     replicas = scores["replicas"]
     lines = results.report(scores)
+    if not lines and not replicas[0]["interrupted"]:
+        lines.append("Not evaluated (eval_episodes=0).")
+    lines += results.held_out(replicas)
     lines += results.skipped(replicas)
     if replicas[0]["interrupted"]:
         lines.append(
             f"Interrupted after {replicas[0]['steps']} steps. "
             f"Continue with: {settings.command_to_resume(path)}"
         )
-    elif not lines:
-        lines.append("Not evaluated (eval_episodes=0).")
     policy = Path(shown(path), replicas[0]["name"], "last.ckpt")
     lines += [
         f"Results: {shown(path)} (scores.json, times.json; for each learner metrics.csv, *.png, *.ckpt)",

@@ -25,6 +25,7 @@ from torchrl_iql_recipes.experiment.records import Records
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.experiment.stopping import Stop, stoppable
+from torchrl_iql_recipes.experiment.validation import HeldOut, hold_out
 from torchrl_iql_recipes.files import shown
 
 __all__ = ["FineTuning", "report", "run"]
@@ -45,9 +46,9 @@ def run(settings: Settings, path: Path) -> dict[str, Any]:
 def _run(settings: Settings, path: Path) -> dict[str, Any]:
     _require_one_learner(settings)
     build.set_up(settings.compute)
-    dataset = dataset_for(settings)
+    dataset, held_out = data_for(settings)
     if len(dataset.transitions) and not settings.has_offline_phase():
-        print(offline.describe(dataset))
+        print(offline.describe(dataset, held_out))
     start = settings.training.checkpoint and Path(settings.training.checkpoint)
     last = path / "last.ckpt"
     if last.exists():
@@ -68,7 +69,7 @@ def _run(settings: Settings, path: Path) -> dict[str, Any]:
         architecture = architecture_of(known, dataset, settings.networks)
     with build.evaluations_for(settings, dataset, architecture) as evaluations:
         build.claim(path, settings)
-        its = FineTuning(settings, dataset, architecture, evaluations, path, start)
+        its = FineTuning(settings, dataset, architecture, evaluations, path, start, held_out)
         its.train()
         its.draw()
     return results.write(path, settings, dataset.name, [its.outcome()], results.rules(dataset))
@@ -87,8 +88,8 @@ def _offline(settings: Settings) -> Settings:
     return Settings.of({**values, "trust_env": settings.data.trust_env})
 
 
-def dataset_for(settings: Settings) -> OfflineDataset:
-    """Load the offline transitions; from scratch, none."""
+def data_for(settings: Settings) -> tuple[OfflineDataset, OfflineDataset | None]:
+    """Load the offline transitions, from scratch none; and those that are held out, if any."""
     data = settings.data
     if data.n_steps > 1:
         raise SettingsError(f"n_steps={data.n_steps}: transitions are collected one by one, give 1")
@@ -98,6 +99,7 @@ def dataset_for(settings: Settings) -> OfflineDataset:
         dataset = build.dataset_for(data)
         if dataset.env_spec is None:
             raise SettingsError(f"{dataset.name} does not name an environment: give env=<id>")
+        dataset, held_out = hold_out(settings, dataset)
         learned = build.learned_from(settings, dataset)
         stored, used = (set(each.transitions.keys(True, True)) for each in (dataset, learned))
         if used != stored:
@@ -105,7 +107,11 @@ def dataset_for(settings: Settings) -> OfflineDataset:
                 f"algorithm={settings.values['algorithm']} learns from {sorted(map(str, used - stored))}, "
                 "which are not collected: it is for offline.py"
             )
-        return learned
+        return learned, held_out
+    if settings.evaluation.validation:
+        raise SettingsError(
+            f"validation={settings.evaluation.validation:g}: without a data set there is nothing to hold out"
+        )
     env = build.environment(data.env)
     if env is None:
         raise SettingsError("without a data set there is no environment: give env=<id>")
@@ -113,7 +119,7 @@ def dataset_for(settings: Settings) -> OfflineDataset:
         raise SettingsError(
             "normalize_observation=true needs the statistics of a data set: from scratch, give false"
         )
-    return OfflineDataset.empty(env, reward_rule=data.reward, episode_rule=data.episodes)
+    return OfflineDataset.empty(env, reward_rule=data.reward, episode_rule=data.episodes), None
 
 
 class FineTuning:
@@ -126,6 +132,7 @@ class FineTuning:
         evaluations: plays with the policy.
         path: of the run.
         start: the checkpoint to begin with; None from scratch.
+        held_out: of the offline transitions, if there are any.
     """
 
     def __init__(
@@ -136,6 +143,7 @@ class FineTuning:
         evaluations: Evaluations | None,
         path: Path,
         start: Path | None,
+        held_out: OfflineDataset | None = None,
     ) -> None:
         self.settings = settings
         self.dataset = dataset
@@ -160,7 +168,10 @@ class FineTuning:
         self.step = build.step_for(
             learners, architecture, dataset, settings.compute, 0, on_nonfinite
         )
-        self.records = Records(path, settings, self.step, architecture, dataset.name, evaluations)
+        looks = None if held_out is None else HeldOut(settings, held_out)
+        self.records = Records(
+            path, settings, self.step, architecture, dataset.name, evaluations, looks
+        )
         (self.folder,) = self.records.folders
         self.policy = architecture.policy_network().eval()  # acts, on the CPU
         self.before: dict[str, float] | None = None
@@ -339,8 +350,9 @@ class FineTuning:
             latest,
             steps=self.step.steps,
             interrupted=self.frames < self.settings.online.env_steps,
-            best=self.folder.best_score(),
+            best=self.folder.best_row(),
             skipped=self.step.skipped[0],
+            validation=self.folder.latest("validation/"),
             frames=self.frames,
             before=self.before,
             after=latest.summary() if latest else None,

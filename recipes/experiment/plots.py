@@ -19,7 +19,7 @@ from torchrl_iql.antmaze import Map
 if TYPE_CHECKING:
     from gymnasium_robotics.envs.maze.maze_v4 import Maze
 
-__all__ = ["learning_curves", "value_map"]
+__all__ = ["calibration", "learning_curves", "value_map"]
 
 BLUE = "#2a6f97"
 SLATE = "#2f3640"
@@ -87,6 +87,30 @@ def learning_curves(
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color=SLATE, alpha=0.12)
     figure.supxlabel("gradient steps", fontsize=9, color=SLATE)
+    figure.savefig(png, dpi=DPI)
+
+
+def calibration(q: np.ndarray, returns: np.ndarray, png: Path) -> None:
+    """Draw values against the returns that followed, and the mean return of values that are alike.
+
+    Args:
+        q: Q(s, a), ``[n]``.
+        returns: the discounted return that followed, ``[n]``.
+        png: the picture to write.
+    """
+    figure = Figure(figsize=(4.6, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    low, high = min(q.min(), returns.min()), max(q.max(), returns.max())
+    axes.plot([low, high], [low, high], color=SLATE, lw=1, ls=":", label="as it came")
+    axes.scatter(q, returns, s=4, color=BLUE, alpha=0.15, lw=0)
+    bins = np.array_split(np.argsort(q), min(10, len(q)))
+    means = np.array([(q[rows].mean(), returns[rows].mean()) for rows in bins]).T
+    axes.plot(*means, color=RED, marker="o", ms=4, lw=1.5, label="mean of a tenth")
+    axes.set_xlabel("Q(s, a), by the rewards of the rule", fontsize=9, color=SLATE)
+    axes.set_ylabel("discounted return that followed", fontsize=9, color=SLATE)
+    axes.tick_params(labelsize=8, colors=SLATE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
     figure.savefig(png, dpi=DPI)
 
 

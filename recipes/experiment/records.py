@@ -28,6 +28,7 @@ from torchrl_iql_recipes.experiment.loggers import logger_for
 from torchrl_iql_recipes.experiment.schema import RunError
 from torchrl_iql_recipes.experiment.settings import OFFLINE_PHASE, Settings, check_continued
 from torchrl_iql_recipes.experiment.stopping import Stop
+from torchrl_iql_recipes.experiment.validation import HeldOut
 from torchrl_iql_recipes.files import whole
 
 __all__ = ["Records"]
@@ -50,6 +51,7 @@ class Records:
         architecture: of their networks.
         dataset: the name of what they learn from.
         evaluations: of the learners, if there are any.
+        held_out: what they are looked at with beside them, if there is anything.
 
     Attributes:
         folders: one per learner.
@@ -64,15 +66,20 @@ class Records:
         architecture: Architecture,
         dataset: str,
         evaluations: Evaluations | None,
+        held_out: HeldOut | None = None,
     ) -> None:
+        if held_out is not None:
+            held_out.check(step.losses)
+        best_by = settings.evaluation.best_by
         self.settings = settings
         self.step = step
         self.architecture = architecture
-        self.folders = [RunFolder(path / learner.name) for learner in settings.learners]
+        self.folders = [RunFolder(path / learner.name, best_by) for learner in settings.learners]
         self.latest: list[Evaluation | None] = [None] * len(self.folders)
         self._path = path
         self._dataset = dataset
         self._evaluations = evaluations
+        self._held_out = held_out
         self._unevaluated: list[int] = []  # after how many steps rounds are due
         self._whole = True
         self._saved_at = time.monotonic()
@@ -129,12 +136,16 @@ class Records:
         return [loss.get_stateful_net("actor_network").state_dict() for loss in self.step.losses]
 
     def evaluate(self, save: Callable[[], None], stop: Stop) -> None:
-        """Save, and then start a round, once the one before is over.
+        """Look at what is held out, save, and then start a round, once the one before is over.
 
         Args:
             save: writes a checkpoint, with which the run can go on if the round fails or does not end.
             stop: says whether to wait for it.
         """
+        if self._held_out is not None:
+            found = self._held_out(self.step.losses)
+            for folder, metrics in zip(self.folders, found, strict=True):
+                folder.log(self.step.steps, metrics)
         if self._evaluations is None:
             save()
             return
@@ -221,7 +232,7 @@ class Records:
                 self.architecture,
                 replica=r,
                 components=components,
-                best=folder.best_score(),
+                best=folder.best_row(),
                 unevaluated=self._unevaluated,
                 dataset=self._dataset,
                 config=self.settings.of_learner(learner),
@@ -319,6 +330,8 @@ class Records:
                 plots.learning_curves(
                     folder.metrics, folder.path / "learning_curves.png", **earlier
                 )
+            if self._held_out is not None:
+                self._held_out.draw(r, self.step.losses[r], folder.path / "calibration.png")
             value, evaluation = self._value_function(r), self.latest[r]
             if maze is not None and evaluation is not None and value is not None:
                 trajectories = evaluation.trajectories or []

@@ -18,6 +18,7 @@ from torchrl_iql_recipes.files import whole
 __all__ = [
     "VERSION",
     "half_width",
+    "held_out",
     "outcome",
     "read",
     "report",
@@ -26,6 +27,16 @@ __all__ = [
     "summaries",
     "write",
 ]
+
+HELD_OUT = {
+    "td_error": "TD error",
+    "action_error": "action error",
+    "log_likelihood": "log-likelihood",
+    "q_bias": "Q less the return that followed",
+    "q_correlation": "their rank correlation",
+    "effective_sample_size": "effective sample size",
+}
+"""What is said of what is held out, and how."""
 
 VERSION = 2
 """Of ``scores.json``. Without one: written before there were versions."""
@@ -168,6 +179,20 @@ def report(scores: Mapping[str, Any]) -> list[str]:
             f"{f'{title}, {name}' if name else title}: {score} {row['score']:.1f} ({seeds})"
         )
     return lines
+
+
+def held_out(replicas: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Write a line for each learner of what it makes of the episodes that it has not learned from."""
+    return [
+        f"{each['name'] and each['name'] + ': '}held out: "
+        + ", ".join(
+            f"{word} {each['validation'][key]:.3g}"
+            for key, word in HELD_OUT.items()
+            if key in each["validation"]
+        )
+        for each in replicas
+        if each.get("validation")
+    ]
 
 
 def skipped(replicas: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -55,6 +55,7 @@ __all__ = [
 ]
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
 Bound = Number | tuple[Number, ...]
 ActionRange = tuple[Bound, Bound] | None
 
@@ -127,7 +128,7 @@ class Networks(Part):
         "space", description="data: the policy keeps within the actions that the data hold"
     )
     hidden_sizes: tuple[Count, ...] = Field((256, 256), description="units of every hidden layer")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the policy")
+    dropout: Share = Field(0.0, description="of the policy")
     normalize_observation: Flag = Field(
         False, description="to mean 0 and deviation 1, within the networks"
     )
@@ -177,12 +178,34 @@ class Evaluation(Part):
     eval_episodes: Annotated[Natural, LATER] = Field(
         10, description="0 trains without an environment"
     )
+    validation: Share = Field(
+        0.0,
+        description="share of the episodes that is not learned from, but looked at with every evaluation",
+    )
+    best_by: Annotated[Text, LATER] = Field(
+        "eval/score",
+        description="the column of metrics.csv of which best.ckpt has the highest value, as "
+        "validation/log_likelihood; with a minus the lowest, as -validation/td_error",
+    )
     eval_workers: Annotated[Natural, LATER] = Field(
         0, description="processes that evaluate while training goes on; 0: it waits"
     )
     on_eval_failure: Annotated[Literal["continue", "stop"], LATER] = Field(
         "continue", description="what training does when an evaluation fails; it is saved before"
     )
+
+    @model_validator(mode="after")
+    def _best_is_by_what_there_is(self) -> Evaluation:
+        kind, _, name = self.best_by.removeprefix("-").partition("/")
+        if kind not in ("eval", "validation") or not name:
+            raise ValueError(
+                f"best_by={self.best_by}: expected eval/... or validation/..., with a minus for the lowest"
+            )
+        if kind == "validation" and not self.validation:
+            raise ValueError(
+                f"best_by={self.best_by}: nothing is held out, give validation=0.1 too"
+            )
+        return self
 
 
 class Online(Part):
