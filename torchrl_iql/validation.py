@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gymnasium.spaces import Discrete
+from gymnasium.spaces import Box, Discrete
 from scipy.stats import spearmanr
 from tensordict import TensorDictBase
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ class Validation:
             - ``td_error``: root mean square, of the network that is furthest off;
             - ``action_error``: of the policy's mean action, root mean square over transitions and
               dimensions, or for discrete actions the share that are others;
+            - ``actions_at_bounds``: the share of the policy's actions, each dimension by itself, within a
+              hundredth of the range of one of their bounds;
             - ``log_likelihood``: of the actions;
             - ``initial_value``: V(s) where episodes begin, else min_i Q_i(s, pi(s));
             - ``q_bias`` and ``q_correlation``: Q(s, a) less the discounted return that followed, and
@@ -70,27 +72,32 @@ class Validator:
         dataset: what a loss is tried on; of one with a ``window``, only the loss is.
         discount: of the loss; None if it has none.
         seed: of random numbers that a loss draws, the same every time.
+        rows: how many transitions, at most, evenly over the data.
 
     Raises:
         ValueError: there are no transitions.
     """
 
     def __init__(
-        self, dataset: OfflineDataset, discount: float | None = None, seed: int = 0
+        self,
+        dataset: OfflineDataset,
+        discount: float | None = None,
+        seed: int = 0,
+        rows: int = ROWS,
     ) -> None:
         n = len(dataset.transitions)
         if not n:
             raise ValueError(f"{dataset.name}: there are no transitions to look at")
         self._seed = seed
-        self._discrete = isinstance(dataset.action_space, Discrete)
+        self._action_space = dataset.action_space
         self._windows = dataset.window is not None
         self._batches: list[TensorDictBase]
-        self._rows = torch.linspace(0, n - 1, min(n, ROWS)).round().long()
+        self._rows = torch.linspace(0, n - 1, min(n, rows)).round().long()
         self._transitions = dataset.transitions
         if self._windows:
             with dataset.minibatches(BATCH // 10, seeds=[seed]) as minibatches:
                 source, indices = minibatches(0)
-                self._batches = [source[rows] for rows in indices[: ROWS // BATCH, 0]]
+                self._batches = [source[rows] for rows in indices[: max(1, rows // BATCH), 0]]
             return
         self._batches = [self._transitions[rows] for rows in self._rows.split(BATCH)]  # pyright: ignore
         starts = dataset.episode_starts
@@ -167,12 +174,22 @@ class Validator:
             found["log_likelihood"] = log_prob.reshape(len(batch))
         with set_exploration_type(ExplorationType.DETERMINISTIC):
             taken = policy(read.copy())["action"]
-        if self._discrete:
+        if isinstance(self._action_space, Discrete):
             found["action_error"] = (taken.reshape(-1) != action.reshape(-1)).float()
         else:
             squares = (taken - action).flatten(1).square()
             found["squared_action_error"] = squares.mean(1)
+            if isinstance(self._action_space, Box) and self._action_space.is_bounded():
+                share = self.at_bounds(taken.cpu(), self._action_space)
+                found["actions_at_bounds"] = torch.full((len(batch),), share)
         return found
+
+    @staticmethod
+    def at_bounds(actions: Tensor, space: Box) -> float:
+        """Return the share of actions, ``[n, A]``, each dimension by itself, that are at a bound."""
+        low, high = (torch.as_tensor(bound).flatten() for bound in (space.low, space.high))
+        near = (torch.minimum(actions - low, high - actions)) < (high - low) / 100
+        return near.float().mean().item()
 
     def _initial_value(self, loss: LossModule, device: torch.device) -> float | None:
         initial = self._initial.to(device)

@@ -82,6 +82,10 @@ class RunFolder:
             writer.writeheader()
             writer.writerows(row for _, row in sorted(self._rows.items()))
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return all lines, in order."""
+        return [row for _, row in sorted(self._rows.items())]
+
     def newest(self) -> int:
         """Return the step of the last line, 0 if there is none."""
         return max(self._rows, default=0)

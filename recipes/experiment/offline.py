@@ -9,6 +9,7 @@ from typing import Any
 from torchrl_iql import OfflineDataset, TrainStep, checkpoint
 from torchrl_iql.data import Minibatches
 from torchrl_iql_recipes.experiment import build, nonfinite, progress, results
+from torchrl_iql_recipes.experiment.diagnosis import diagnose
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
 from torchrl_iql_recipes.experiment.records import Records
@@ -85,6 +86,13 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
             train(settings, step, minibatches, records, stop)
     records.draw()
     unfinished = step.steps < settings.training.steps
+    seen = learned if held_out is None else held_out
+    diagnoses = [
+        {} if unfinished else diagnose(settings, learner, loss, seen, folder.rows())
+        for learner, loss, folder in zip(
+            settings.learners, step.losses, records.folders, strict=True
+        )
+    ]
     replicas = [
         results.outcome(
             learner,
@@ -94,9 +102,15 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
             best=folder.best_row(),
             skipped=skipped,
             validation=folder.latest("validation/"),
+            diagnosis=diagnosis,
         )
-        for learner, evaluation, folder, skipped in zip(
-            settings.learners, records.latest, records.folders, step.skipped, strict=True
+        for learner, evaluation, folder, skipped, diagnosis in zip(
+            settings.learners,
+            records.latest,
+            records.folders,
+            step.skipped,
+            diagnoses,
+            strict=True,
         )
     ]
     return results.write(path, settings, dataset.name, replicas, results.rules(dataset))
@@ -165,6 +179,7 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
     if not lines and not replicas[0]["interrupted"]:
         lines.append("Not evaluated (eval_episodes=0).")
     lines += results.held_out(replicas)
+    lines += results.diagnosis(replicas)
     lines += results.skipped(replicas)
     if replicas[0]["interrupted"]:
         lines.append(

@@ -17,6 +17,7 @@ from torchrl_iql_recipes.files import whole
 
 __all__ = [
     "VERSION",
+    "diagnosis",
     "half_width",
     "held_out",
     "outcome",
@@ -193,6 +194,20 @@ def held_out(replicas: Sequence[Mapping[str, Any]]) -> list[str]:
         for each in replicas
         if each.get("validation")
     ]
+
+
+def diagnosis(replicas: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Write a line for everything that is wrong, and which learners it is wrong with, if not with all."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for each in replicas:
+        for name in each.get("diagnosis", ()):
+            found.setdefault(name, []).append(each)
+    lines = []
+    for name, its in found.items():
+        others = f" and {len(its) - 1} more" if len(its) > 1 else ""
+        whom = f" ({its[0]['name']}{others})" if len(replicas) > 1 else ""
+        lines.append(f"Note{whom}: {its[0]['diagnosis'][name]}")
+    return lines
 
 
 def skipped(replicas: Sequence[Mapping[str, Any]]) -> list[str]:

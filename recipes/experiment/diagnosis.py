@@ -1,0 +1,162 @@
+"""What is wrong with a run, as far as it can be told without an environment: in words, with figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from torchrl.objectives.common import LossModule
+
+from torchrl_iql import OfflineDataset
+from torchrl_iql.validation import Validator
+from torchrl_iql_recipes.experiment.settings import Learner, Settings
+
+__all__ = ["diagnose"]
+
+MOVED = 0.1
+"""Of a value, between the last tenth of the steps and the one two before it."""
+
+FEW = 0.02
+"""Effective sample size of the weights: less is noise. On AntMaze at temperature 10 it is 0.07."""
+
+ALIKE = 0.98
+"""Effective sample size of weights that make no difference."""
+
+CLIPPED = 0.5
+"""Of the weights, from which on most of the good actions count alike."""
+
+SATURATED = 0.5
+"""Of the policy's actions, at their bounds, if less than half as many of the data's are."""
+
+EXPLAINED = 0.95
+"""Of the variance of the actions, by the policy's mean: they follow from the state, all in one way."""
+
+REACHED = 0.01
+"""Of the episodes, that have a reward unlike the others."""
+
+ROWS = 5_000
+"""Transitions that a learner is looked at with."""
+
+
+def diagnose(
+    settings: Settings,
+    learner: Learner,
+    loss: LossModule,
+    dataset: OfflineDataset,
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, str]:
+    """Say what is wrong with a learner at the end of a run.
+
+    Args:
+        settings: of the run.
+        learner: one of its learners.
+        loss: its loss.
+        dataset: what it is looked at with: what is held out, else what it has learned from.
+        rows: its lines of ``metrics.csv``.
+
+    Returns:
+        by name of what is wrong, a line; none if nothing is.
+    """
+    look = Validator(dataset, getattr(learner.algorithm, "discount", None), rows=ROWS)
+    metrics = look(loss).metrics
+    found = [
+        *_of_rewards(dataset, learner),
+        *_of_values(rows),
+        *_of_weights(settings, learner, metrics),
+        *_of_actions(dataset, metrics),
+    ]
+    return dict(found)
+
+
+def _of_rewards(dataset: OfflineDataset, learner: Learner) -> Iterator[tuple[str, str]]:
+    if not hasattr(learner.algorithm, "discount") or dataset.window is not None:
+        return
+    rewards = dataset.transitions["next", "reward"][:, 0]
+    usual = rewards.median()
+    if bool((rewards == usual).all()):
+        yield (
+            "rewards",
+            f"every reward is {usual:g}: nothing tells good from bad, and the policy can only imitate; look "
+            "at the data with python -m torchrl_iql.data inspect",
+        )
+        return
+    episodes = torch.arange(len(dataset.episode_lengths)).repeat_interleave(dataset.episode_lengths)
+    reached = len(episodes[rewards != usual].unique())
+    if reached < REACHED * len(dataset.episode_lengths):
+        yield (
+            "rewards",
+            f"{reached} of {len(dataset.episode_lengths)} episodes have a reward other than {usual:g}: V can "
+            "hardly know of it; give data that reach it, or a reward that leads there",
+        )
+
+
+def _of_values(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    values = np.array([float(row["qvalue"]) for row in rows if row.get("qvalue")])
+    tenth = max(1, len(values) // 10)
+    if len(values) < 5:
+        return
+    end = len(values)
+    before, last = values[end - 3 * tenth : end - 2 * tenth], values[end - tenth :]
+    change = abs(last.mean() - before.mean())
+    chance = 2 * np.hypot(before.std(), last.std()) / np.sqrt(tenth)
+    if change > max(MOVED * abs(last.mean()), chance):
+        yield (
+            "values",
+            f"the values are not converged: the mean of Q went from {before.mean():.3g} to {last.mean():.3g} "
+            "in the last fifth of the steps; give more steps, or a larger target_rate",
+        )
+
+
+def _of_weights(
+    settings: Settings, learner: Learner, metrics: Mapping[str, float]
+) -> Iterator[tuple[str, str]]:
+    temperature = getattr(learner.algorithm, "temperature", None)
+    if "effective_sample_size" not in metrics or not temperature:
+        return
+    share, clipped = metrics["effective_sample_size"], metrics["clip_fraction"]
+    if clipped > CLIPPED:
+        yield (
+            "clipped",
+            f"{clipped:.0%} of the weights are at their largest: good and very good actions count alike; "
+            f"give a smaller temperature than {temperature:g}, or the task's reward rule",
+        )
+    elif share < FEW:
+        batch = settings.training.batch_size
+        yield (
+            "weights",
+            f"the weights are noise: of a minibatch of {batch} {max(1.0, share * batch):.0f} count "
+            f"(effective sample size {share:.1%}); give a smaller temperature than {temperature:g}, or more "
+            "data",
+        )
+    elif share > ALIKE:
+        yield (
+            "weights",
+            f"the weights are all alike (effective sample size {share:.1%}): this is behaviour cloning; "
+            f"give a larger temperature than {temperature:g}, or data in which some actions are better",
+        )
+
+
+def _of_actions(dataset: OfflineDataset, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    actions, space = dataset.transitions["action"], dataset.action_space
+    if "action_error" not in metrics or not isinstance(space, Box):
+        return
+    if "actions_at_bounds" in metrics:
+        policys, datas = metrics["actions_at_bounds"], Validator.at_bounds(actions, space)
+        if policys > SATURATED and policys > 2 * datas:
+            yield (
+                "bounds",
+                f"{policys:.0%} of the policy's actions are at their bounds, of the data's {datas:.0%}: it "
+                "does what is not in the data; check the actions' bounds, or give a smaller temperature",
+            )
+    spread = float(actions.double().var(dim=0).mean())
+    explained = 1 - metrics["action_error"] ** 2 / spread if spread else 1.0
+    if explained > EXPLAINED:
+        yield (
+            "narrow",
+            f"the actions follow from the observations ({explained:.1%} of their variance): data of one "
+            "behaviour, between whose actions there is little to choose. If cloning (algorithm=bc) is "
+            "better, normalize_observation=true and more steps are the first things to try",
+        )
