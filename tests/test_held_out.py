@@ -35,7 +35,7 @@ def test_it_is_looked_at_with_every_evaluation(maze_id: str, tmp_path: Path) -> 
         step = build.step_for(its.learners[:1], described, dataset, its.compute, 30)
         checkpoint.load_learner(folder / "last.ckpt", step, keep=("settings",))
         expected = Validator(held_out, 0.99)(step.losses[0]).metrics
-        assert replica["validation"] == pytest.approx(expected)
+        assert replica["held_out"] == pytest.approx(expected)
         assert {k: float(v) for k, v in found[-1].items() if k.startswith("validation/")} == {
             f"validation/{k}": pytest.approx(v) for k, v in expected.items()
         }
@@ -97,7 +97,7 @@ def test_online_it_is_not_learned_from_either(maze_id: str, tmp_path: Path) -> N
         tuple(row) for row in rest.transitions["observation"].tolist()
     }
     scores = online.run(its, tmp_path)
-    assert np.isfinite(scores["replicas"][0]["validation"]["td_error"])
+    assert np.isfinite(scores["replicas"][0]["held_out"]["td_error"])
     steps = [row["step"] for row in rows(tmp_path) if row["validation/td_error"]]
     assert steps == ["10", "20", "30"]
     with pytest.raises(SettingsError, match="without a data set there is nothing to hold out"):

@@ -101,7 +101,7 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
             interrupted=unfinished,
             best=folder.best_row(),
             skipped=skipped,
-            validation=folder.latest("validation/"),
+            held_out=folder.latest("validation/"),
             diagnosis=diagnosis,
         )
         for learner, evaluation, folder, skipped, diagnosis in zip(

@@ -352,7 +352,7 @@ class FineTuning:
             interrupted=self.frames < self.settings.online.env_steps,
             best=self.folder.best_row(),
             skipped=self.step.skipped[0],
-            validation=self.folder.latest("validation/"),
+            held_out=self.folder.latest("validation/"),
             frames=self.frames,
             before=self.before,
             after=latest.summary() if latest else None,

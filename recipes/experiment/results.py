@@ -187,12 +187,12 @@ def held_out(replicas: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"{each['name'] and each['name'] + ': '}held out: "
         + ", ".join(
-            f"{word} {each['validation'][key]:.3g}"
+            f"{word} {each['held_out'][key]:.3g}"
             for key, word in HELD_OUT.items()
-            if key in each["validation"]
+            if key in each["held_out"]
         )
         for each in replicas
-        if each.get("validation")
+        if each.get("held_out")
     ]
 
 
