@@ -352,7 +352,7 @@ class TestFile:
             ),
             ({"terminals": np.arange(20)}, r"terminals\[2\] is 2, expected 0 or 1"),
             ({"timeouts": np.full(20, np.nan)}, r"timeouts\[0\] is nan, expected 0 or 1"),
-            ({"timeouts": None}, "without timeouts and next_observations, the environment's time"),
+            ({"timeouts": None}, "without timeouts, next_observations and episode_ids, the env"),
             (
                 {"actions": np.full((20, 1), 1.5)},
                 r"episode 0 \(rows \d.*\): actions\[0, 0\] is 1.5, outside \[-1, 1\]",

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import re
+import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import h5py
+import numpy as np
 import pytest
+from gymnasium.spaces import Box, flatten_space
 
+from runs import TINY
 from test_distributed import torchrun
-from torchrl_iql import checkpoint, load_policy
+from test_logs import write_lerobot
+from torchrl_iql import checkpoint, load_dataset, load_policy
+from torchrl_iql.data.__main__ import main as inspect
 from torchrl_iql_recipes import algorithms
-from torchrl_iql_recipes.experiment import offline
+from torchrl_iql_recipes.experiment import build, offline
+from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TRAINING = (ROOT / "torchrl_iql/training/README.md").read_text()
 RECIPES = (ROOT / "recipes/README.md").read_text()
+DATA = (ROOT / "torchrl_iql/data/README.md").read_text()
 
 
 def program(name: str, *replacements: tuple[str, str], page: str = README) -> str:
@@ -112,6 +123,81 @@ def test_an_algorithm_is_one_file(
     assert load_policy(tmp_path / "run/last.ckpt")
     monkeypatch.undo()
     algorithms.algorithms.cache_clear()
+
+
+class TestEveryEntranceOfData:
+    @pytest.fixture(autouse=True)
+    def elsewhere(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: Path
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+
+    def data(self, name: str, *replacements: tuple[str, str]) -> dict[str, Any]:
+        names: dict[str, Any] = {"__name__": "__main__"}
+        code = program(name, *replacements, page=DATA)
+        assert len(code.splitlines()) <= 10
+        exec(compile(code, "README.md", "exec"), names)
+        return names
+
+    def test_logs(self, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("logs").mkdir()
+        lines = [
+            "time,x,y,speed,force,reward,done",
+            *(f"{t},{t},0,1,{t - 2},1,{t // 4}" for t in range(5)),
+        ]
+        for run in range(20):
+            Path(f"logs/run-{run:02}.csv").write_text("\n".join(lines))
+        data = self.data("logs")["data"]
+        assert data.episode_lengths.tolist() == [5] * 20
+        shown = capsys.readouterr().out
+        commands = re.search(
+            r"```bash\n(python -m torchrl_iql.data inspect logs.*?)```", DATA, re.S
+        )
+        assert commands is not None
+        first, second = commands[1].replace("\\\n", "").strip().splitlines()
+        inspected, trained = (shlex.split(each) for each in (first, second))
+        assert inspect(inspected[3:]) == 0
+        assert capsys.readouterr().out == shown
+        settings = OFFLINE.settings([*trained[2:], *TINY[:1]])
+        assert build.dataset_for(settings.data).episode_lengths.tolist() == [5] * 20
+
+    def test_lerobot(self, tmp_path: Path) -> None:
+        write_lerobot(tmp_path / "pusher", video={"dtype": "video"})
+        assert self.data("lerobot")["data"].episode_lengths.tolist() == [4, 4, 5]
+
+    def test_arrays(self) -> None:
+        rng, n = np.random.default_rng(0), 300
+        rows = {"observations": rng.normal(size=(n, 3)), "actions": rng.uniform(-1, 1, (n, 2))}
+        np.savez("log.npz", **rows, rewards=np.zeros(n), terminals=np.arange(n) == 199)
+        assert self.data("arrays")["data"].episode_lengths.tolist() == [99, 100, 99]
+
+    def test_stored(self, maze_id: str, tmp_path: Path) -> None:
+        recorded = load_dataset(maze_id)
+        rows = recorded.transitions
+        with h5py.File("hopper_medium-v2.hdf5", "w") as file:
+            file["observations"], file["actions"] = rows["observation"], rows["action"]
+            file["rewards"], file["terminals"] = rows["next", "reward"], rows["next", "terminated"]
+            file["timeouts"] = rows["next", "truncated"]
+            file["next_observations"] = rows["next", "observation"]
+        flat = replace(recorded, observation_space=flatten_space(recorded.observation_space))
+        box = Box(-np.inf, np.inf, flat.observation_space.shape, np.float64)
+        replace(flat, observation_space=box, env_spec=None).save_minari("test/flat-v0")
+        names = self.data(
+            "stored",
+            ("mujoco/hopper/medium-v0", "test/flat-v0"),
+            ("Hopper-v5", "PointMaze_UMaze-v3"),
+            ('"return_range"', '"none"'),
+            ("\nogbench =", "\n# "),  # test_ogbench.py
+        )
+        assert len(names["both"].transitions) == 2 * len(recorded.transitions)
+
+    def test_episodes(self) -> None:
+        assert self.data("episodes")["data"].episode_lengths.tolist() == [2]
+
+    def test_torchrl(self) -> None:
+        names = self.data("torchrl")
+        assert (names["data"].transitions == names["again"].transitions).all()
+        assert names["again"].episode_lengths.tolist() == [200] * 3
 
 
 def test_the_test_command_is_what_ci_runs() -> None:

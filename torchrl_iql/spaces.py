@@ -22,20 +22,23 @@ __all__ = [
     "actions_within",
     "array",
     "column",
+    "differ_in_type_alone",
     "environment_action",
     "flags",
     "leaf_spaces",
     "numbers",
     "observation_dtype",
     "observation_rows",
+    "observations_of",
     "require_finite",
     "selected",
     "share_outside",
     "written",
 ]
 
-ActionBounds = Space | tuple[Any, Any]
-"""A space of actions; or the lowest and the highest, of all their dimensions or of each."""
+ActionBounds = Space | tuple[Any, Any] | int
+"""A space of actions; or the lowest and the highest, of all their dimensions or of each; or how many there
+are, numbered from 0."""
 
 KINDS = {"numbers": "biuf", "integers": "biu"}
 """Letters of numpy's ``dtype.kind``."""
@@ -83,13 +86,21 @@ def actions_within(bounds: ActionBounds, shape: Sequence[int]) -> Space:
     """Return the space of actions of a shape that is given by its bounds, or itself.
 
     Raises:
-        ValueError: if it is neither a space nor two bounds, the lower first, as wide as the actions.
+        ValueError: if it is neither a space, nor a number of actions, nor two bounds, the lower first, as
+            wide as the actions.
     """
     if isinstance(bounds, Space):
         return bounds
-    told = f"action_space={bounds!r}: expected a space, or (low, high), each a number or one per dimension"
+    told = (
+        f"action_space={bounds!r}: expected a space, the number of discrete actions, or (low, high), each a "
+        "number or one per dimension"
+    )
+    if isinstance(bounds, int | np.integer) and not isinstance(bounds, bool):
+        if bounds < 1:
+            raise ValueError(told)
+        return spaces.Discrete(int(bounds))
     try:
-        low, high = (np.broadcast_to(np.asarray(each, np.float32), shape) for each in bounds)
+        low, high = (np.broadcast_to(np.asarray(each, np.float32), shape) for each in bounds)  # pyright: ignore
     except (TypeError, ValueError) as error:
         raise ValueError(f"{told} of {list(shape)}") from error
     if not (low < high).all() or not np.isfinite([low, high]).all():
@@ -157,6 +168,51 @@ def observation_rows(
         leaves.append(rows)
     with np.errstate(over="ignore"):  # what becomes infinite is refused later
         return np.concatenate(leaves, axis=1, dtype=dtype)
+
+
+def observations_of(space: Space, rows: np.ndarray) -> Any:
+    """Return what :func:`observation_rows` made rows ``[T, D]`` of: one array ``[T, ...]`` per leaf."""
+    match space:
+        case spaces.Dict():
+            parts = _split(list(space.spaces.values()), rows)
+            return dict(zip(space.spaces, parts, strict=True))
+        case spaces.Tuple():
+            return tuple(_split(space.spaces, rows))
+        case spaces.Discrete():
+            return rows.argmax(1) + space.start
+        case spaces.MultiDiscrete():
+            ends = np.cumsum(space.nvec.ravel())[:-1]
+            chosen = [part.argmax(1) for part in np.split(rows, ends, axis=1)]
+            return np.stack(chosen, axis=1).reshape(len(rows), *space.shape) + space.start
+        case _:
+            return rows.reshape(len(rows), *space.shape).astype(space.dtype)  # pyright: ignore
+
+
+def _split(subspaces: Sequence[Space], rows: np.ndarray) -> list[Any]:
+    ends = np.cumsum([spaces.flatdim(each) for each in subspaces])[:-1]
+    parts = np.split(rows, ends, axis=1)
+    return [observations_of(each, part) for each, part in zip(subspaces, parts, strict=True)]
+
+
+def differ_in_type_alone(space: Space, other: Space) -> bool:
+    """Return whether two spaces are equal, or would be, were their real numbers of one type."""
+    match space, other:
+        case spaces.Dict(), spaces.Dict():
+            return space.spaces.keys() == other.spaces.keys() and all(
+                differ_in_type_alone(each, other.spaces[key]) for key, each in space.spaces.items()
+            )
+        case spaces.Tuple(), spaces.Tuple():
+            return len(space.spaces) == len(other.spaces) and all(
+                map(differ_in_type_alone, space.spaces, other.spaces)
+            )
+        case spaces.Box(), spaces.Box() if {space.dtype.kind, other.dtype.kind} == {"f"}:  # pyright: ignore
+            one, two = (
+                spaces.Box(its.low.astype(np.float32), its.high.astype(np.float32))
+                for its in (space, other)
+            )
+            return one == two
+        case _:
+            return space == other
 
 
 def _bytes(rows: np.ndarray, key: str) -> np.ndarray:

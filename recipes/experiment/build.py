@@ -113,7 +113,7 @@ def dataset_for(data: Data, *, played: bool = True) -> OfflineDataset:
     """
     if data.dataset is None:
         raise SettingsError(
-            "dataset=null: expected a Minari id, a folder, a D4RL file or an OGBench task, or several"
+            "dataset=null: expected a Minari id, a folder, a file or an OGBench task, or several"
         )
     sources = [data.dataset] if isinstance(data.dataset, str) else data.dataset
     env = environment(data.env)
@@ -121,6 +121,7 @@ def dataset_for(data: Data, *, played: bool = True) -> OfflineDataset:
         load = partial(
             load_dataset,
             [collection.ensure(source) for source in sources],
+            layout=data.layout,
             reward=data.reward,
             episodes=data.episodes,
             observation_keys=data.observation_keys,

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from torchrl_iql.data.layout import require_layout
 from torchrl_iql.nested import texts
 from torchrl_iql_recipes.algorithms import Algorithm, algorithms
 from torchrl_iql_recipes.experiment.schema import (
@@ -56,8 +57,9 @@ __all__ = [
 
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Entries = Annotated[dict, "given as a whole"]
 Bound = Number | tuple[Number, ...]
-ActionRange = tuple[Bound, Bound] | None
+ActionRange = tuple[Bound, Bound] | Count | None
 
 
 class Data(Part):
@@ -66,7 +68,14 @@ class Data(Part):
     dataset: Text | tuple[Text, ...] | None = Field(
         None,
         description="Minari id, OGBench single task, or path to a Minari data set, a D4RL or an OGBench "
-        "file; several are joined; null, online only: none",
+        "file, a CSV, Parquet, NPZ or HDF5 file, a folder of these, or a data set of LeRobot; several are "
+        "joined; null, online only: none",
+    )
+    layout: Entries | None = Field(
+        None,
+        description="of CSV, Parquet, NPZ and HDF5 files, which columns are what: {observations: [x,y], "
+        "actions: force, rewards: reward, terminals: done, episode_ids: run}, also timeouts, "
+        "next_observations and success; null for what was not recorded",
     )
     env: Text | dict | None = Field(
         None,
@@ -81,8 +90,8 @@ class Data(Part):
     )
     action_space: ActionRange = Field(
         None,
-        description="the lowest and the highest, [low,high], each a number or one per dimension; null: what "
-        "the data declare, for files that do not that of env, or [-1,1]",
+        description="the lowest and the highest, [low,high], each a number or one per dimension, or how many "
+        "discrete ones there are; null: what the data declare, for files that do not that of env, or [-1,1]",
     )
     maze: Literal["umaze", "medium", "large"] | None = Field(
         None,
@@ -106,6 +115,12 @@ class Data(Part):
     n_steps: Count = Field(
         1, description="rewards that are summed before V is asked; 1 is the paper's"
     )
+
+    @model_validator(mode="after")
+    def _layout_is_one(self) -> Data:
+        if self.layout is not None:
+            require_layout(self.layout)
+        return self
 
     @model_validator(mode="after")
     def _env_has_an_id(self) -> Data:

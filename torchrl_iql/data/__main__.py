@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.rewards import RewardRule
@@ -17,14 +18,34 @@ STATUS = {"match": 0, "mismatch": 1, "unknown": 3}
 """Exit status of a replay; 2 is an error."""
 
 
+def _role(text: str) -> tuple[str, str | list[str] | None]:
+    """Read ``rewards=reward``, ``observations=x,y`` or ``terminals=null``."""
+    role, _, names = text.partition("=")
+    return role, None if names == "null" else names.split(",") if "," in names else names
+
+
+def _bounds(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise argparse.ArgumentTypeError(f"{text}: expected [low,high], or a number") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m torchrl_iql.data")
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="print what is in a data set")
     inspect.add_argument(
-        "source", nargs="+", help="Minari id or folder, D4RL file, or OGBench task"
+        "source",
+        nargs="+",
+        help="Minari id or folder, D4RL file, OGBench task, or logs: CSV, Parquet, NPZ or HDF5 files, "
+        "folders of these, or a data set of LeRobot",
     )
+    layout = "of logs, which columns are what, as observations=x,y actions=force rewards=null"
+    inspect.add_argument("--layout", nargs="+", metavar="ROLE=COLUMNS", type=_role, help=layout)
+    bounds = "[LOW,HIGH], each a number or one per dimension, or how many discrete ones there are"
+    inspect.add_argument("--action-space", type=_bounds, metavar="BOUNDS", help=bounds)
     inspect.add_argument("--reward", choices=get_args(RewardRule), default="none")
     inspect.add_argument("--episodes", choices=get_args(EpisodeRule), default="as_stored")
     inspect.add_argument("--env", help="id of the environment to evaluate in")
@@ -60,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return STATUS[found.verdict]
         dataset = load(
             given.source,
+            layout=dict(given.layout) if given.layout else None,
+            action_space=given.action_space,
             reward=given.reward,
             episodes=given.episodes,
             env=given.env,

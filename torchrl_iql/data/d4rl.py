@@ -30,11 +30,12 @@ from tensordict import NestedKey
 from torch.hub import download_url_to_file
 
 from torchrl_iql.antmaze import MAZES, is_free
-from torchrl_iql.data.arrays import action_box, array_episodes, observation_box
+from torchrl_iql.data.arrays import action_space_of, array_episodes, observation_box
 from torchrl_iql.data.cache import unfinished
 from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.source import Source
-from torchrl_iql.environments import antmaze_id, spaces_of, spec_of
+from torchrl_iql.environments import antmaze_id, spec_of
+from torchrl_iql.spaces import ActionBounds
 
 __all__ = ["d4rl_episodes", "d4rl_source", "has_next_observations", "is_d4rl"]
 
@@ -70,6 +71,7 @@ def d4rl_source(
     env_spec: EnvSpec | None,
     download: bool,
     columns: Collection[str] | None = (),
+    action_space: ActionBounds | None = None,
 ) -> Source:
     """Find a D4RL file: at its path, and a mere name also where D4RL keeps its files.
 
@@ -80,6 +82,7 @@ def d4rl_source(
         env_spec: the environment whose actions they are, and whose time limit ends the episodes of a file
             that does not tell.
         columns: arrays or infos that are to be kept; None if it does not matter what is read.
+        action_space: the space of the actions, or their bounds.
         download: whether to download a name that is in neither place into that folder, if it is one of
             the locomotion files of version 2, as ``"hopper_medium-v2.hdf5"``, or of AntMaze.
 
@@ -96,9 +99,7 @@ def d4rl_source(
             _require_read(file, columns)
         transitions = cast(h5py.Dataset, file["rewards"]).shape[:1]
         observation_space = observation_box(file["observations"])
-        action_space = action_box(file["actions"])
-        if env_spec is not None and (of_env := spaces_of(env_spec)[1]).shape == action_space.shape:
-            action_space = of_env
+        space = action_space_of(file["actions"], action_space, env_spec)
         tells = any(key in file for key in OPTIONAL)
         env_spec = env_spec or _antmaze(path, file)
     time_limit = None if tells or env_spec is None else env_spec.max_episode_steps
@@ -107,7 +108,7 @@ def d4rl_source(
         path=path,
         transitions=math.prod(transitions),
         observation_space=observation_space,
-        action_space=action_space,
+        action_space=space,
         env_spec=env_spec,
         made_with=time_limit,
         episodes=partial(d4rl_episodes, path, time_limit),

@@ -21,6 +21,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorStorage
 
+from torchrl_iql.data import saving
 from torchrl_iql.data.arrays import array_episodes, require_rows
 from torchrl_iql.data.episodes import (
     EpisodeRule,
@@ -54,6 +55,9 @@ from torchrl_iql.spaces import (
 )
 
 __all__ = ["OfflineDataset", "Recording", "require_rules", "warn_of_fragments"]
+
+MAY_BE_MISSING = "timeouts", "next_observations", "episode_ids"
+"""What need not be given."""
 
 STD_FLOOR = 1e-6
 """A deviation of at most this share of a column's largest magnitude is float32 rounding."""
@@ -323,6 +327,7 @@ class OfflineDataset:
         terminals: ArrayLike | Tensor,
         timeouts: ArrayLike | Tensor | None = None,
         next_observations: ArrayLike | Tensor | Mapping[str, ArrayLike | Tensor] | None = None,
+        episode_ids: ArrayLike | Tensor | None = None,
         infos: Mapping[str, ArrayLike | Tensor] | None = None,
         observation_space: Space | None = None,
         action_space: ActionBounds | None = None,
@@ -346,14 +351,16 @@ class OfflineDataset:
             terminals: where the task ended, ``[n]`` or ``[n, 1]``, 0 or 1 of any type.
             timeouts: where an episode just stopped, likewise.
             next_observations: as ``observations``.
+            episode_ids: which episode, or log, a row is of, ``[n]``, numbers or text. An episode ends
+                with its rows, truncated if the last one is not terminal, and with a terminal.
             infos: arrays ``[n, ...]``, of which ``"until_success"`` reads ``"success"``.
             observation_space: by default that of the environment, if one is given, else a ``Box``
                 without bounds, of bytes for uint8. Of a compound one, observations may also be the
                 vectors that it is flattened to.
             action_space: a space, or ``(low, high)``, each a number or one per dimension; by default
                 that of the environment, else, for floats, ``(-1, 1)``.
-            env_spec: the environment to evaluate in, or its id. Without ``timeouts`` and
-                ``next_observations``, its time limit ends episodes.
+            env_spec: the environment to evaluate in, or its id. Without ``timeouts``,
+                ``next_observations`` and ``episode_ids``, its time limit ends episodes.
             reference_scores: the returns that score 0 and 1 when normalized.
             reward_rule: as in :meth:`from_episodes`.
             episode_rule: as in :meth:`from_episodes`.
@@ -387,12 +394,13 @@ class OfflineDataset:
             "terminals": terminals,
             "timeouts": timeouts,
             "next_observations": next_observations,
+            "episode_ids": episode_ids,
         }
         with errors_at(name):
             arrays: dict[str, Any] = {
                 key: given_arrays(values, key)
                 for key, values in given.items()
-                if values is not None or key not in ("timeouts", "next_observations")
+                if values is not None or key not in MAY_BE_MISSING
             }
             told: dict[NestedKey, np.ndarray] = {}
             for group, theirs in (("infos", infos or {}), ("columns", columns)):
@@ -805,6 +813,24 @@ class OfflineDataset:
         """
         with errors_at(self.name):
             return _statistics(self.transitions["next", "reward"])
+
+    def save_minari(self, dataset_id: str) -> None:
+        """Store the data set as one of Minari's, whole or not at all, which :func:`load` reads.
+
+        Loaded again, its transitions are the same, and it has the same spaces, environment and reference
+        scores. Episodes are those that it has: after the rule ``"until_success"`` they end there. Further
+        columns become infos. It is in the folder of the environment variable ``MINARI_DATASETS_PATH``, or
+        Minari's own.
+
+        Args:
+            dataset_id: of the new data set, as ``"own/walks-v0"``.
+
+        Raises:
+            FileExistsError: if there is one of this id.
+            ValueError: if it is no id, the rewards are not those that were paid, or the environment is a
+                function, which no file can hold.
+        """
+        saving.save_minari(self, dataset_id)
 
     def report(self) -> Report:
         """Describe what is in the data set, to be printed before it is trained on."""

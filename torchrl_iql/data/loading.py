@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces import Box
 from minari import EpisodeData
 from tensordict import TensorDict
 
@@ -16,12 +17,14 @@ from torchrl_iql.data.cache import entry_path, read, write
 from torchrl_iql.data.d4rl import d4rl_source, is_d4rl
 from torchrl_iql.data.dataset import OfflineDataset, Recording, require_rules, warn_of_fragments
 from torchrl_iql.data.episodes import EpisodeRule, errors_at, require_names
+from torchrl_iql.data.layout import Layout, require_layout
+from torchrl_iql.data.logs import is_logs, logs_source
 from torchrl_iql.data.minari import minari_source
 from torchrl_iql.data.ogbench import is_ogbench, ogbench_source
 from torchrl_iql.data.rewards import RewardRule, RewardTransform
 from torchrl_iql.data.source import Source
 from torchrl_iql.environments import Env, observing, spec_of
-from torchrl_iql.spaces import ActionBounds, actions_within, selected
+from torchrl_iql.spaces import ActionBounds, actions_within, differ_in_type_alone, selected
 
 __all__ = ["load"]
 
@@ -29,9 +32,14 @@ CACHED = "transitions", "episode_lengths", "episode_returns"
 """What is expensive to make of an OfflineDataset; the rest is in the metadata of the source."""
 
 
+NAMED = 5
+"""Sources that the name of a data set names, if there are no more."""
+
+
 def load(
     source: str | Path | Sequence[str | Path],
     *,
+    layout: Layout | None = None,
     reward: RewardRule = "none",
     episodes: EpisodeRule = "as_stored",
     env: Env | None = None,
@@ -43,7 +51,7 @@ def load(
     download: bool = True,
     cache: bool = True,
 ) -> OfflineDataset:
-    """Read a Minari data set, a D4RL file, a single task of OGBench, or several of them as one.
+    """Read a Minari data set, a D4RL file, a single task of OGBench, logs, or several of them as one.
 
     The result, rules applied, is kept as one file in ``~/.cache/torchrl_iql``, or in the folder that
     the environment variable ``TORCHRL_IQL_CACHE`` names. A later call with the same rules and
@@ -57,34 +65,40 @@ def load(
             there, or a name that ends as ``"hopper_medium-v2.hdf5"``, see
             :mod:`torchrl_iql.data.d4rl`. Or one of OGBench's single tasks, as
             ``"antmaze-medium-navigate-singletask-v0"``, or its ``.npz`` file, see
-            :mod:`torchrl_iql.data.ogbench`. Several are joined in their order; their spaces must be
-            equal.
+            :mod:`torchrl_iql.data.ogbench`. Or logs: a CSV, Parquet, NPZ or HDF5 file, a folder of
+            them, or a data set of LeRobot, see :mod:`torchrl_iql.data.logs`. Several are joined in
+            their order; their spaces must be equal, but for the type of their numbers.
+        layout: of logs, which columns are what: columns, one or several, by their names in
+            :meth:`OfflineDataset.from_arrays`, as ``{"observations": ["x", "y"], "rewards": "reward"}``.
+            Those that it does not name are called as there, or as LeRobot calls them; None says that no
+            rewards, no terminals, or no others were recorded.
         reward: reward rule: ``"none"``, ``"minus_one"`` (AntMaze), ``"return_range"`` (locomotion), or
             ``"unit_rms"`` (rewards of unknown scale). It sees the episodes of all sources.
         episodes: episode rule: ``"as_stored"``, or ``"until_success"`` for mazes, whose recordings
             go on after the goal: each episode terminates at its first success.
         env: the environment to evaluate in, as an id, a specification or a function that makes it,
-            instead of the first that a source names; a D4RL file names none. Its actions are those of
-            D4RL's files, its time limit ends the episodes of D4RL files
+            instead of the first that a source names; a D4RL file and logs name none. Its actions are
+            those of such files, its time limit ends the episodes of D4RL files
             that do not tell where they end, and its task gives the rewards of OGBench's files.
             Reference scores are the first that a source names.
         with_env: whether the environment that a Minari data set names is looked up. Without, it may be one
             that is not installed here, or not trusted.
         trust_env: whether the environment that a Minari data set names may be made by code that only the
             data set names, see :func:`~torchrl_iql.environments.registered`. Beside ``env`` it is not used.
-        action_space: the space of the actions, or ``(low, high)``, each a number or one per dimension,
-            instead of what a source declares, of a D4RL file that of the environment, or [-1, 1].
+        action_space: the space of the actions, ``(low, high)``, each a number or one per dimension, or how
+            many discrete ones there are, instead of what a source declares, of files that of the
+            environment, or [-1, 1].
         observation_keys: the entries of compound observations that are observed, in the data and in the
             environment; all by default.
-        columns: infos, of D4RL's files also arrays, that become further columns of the transitions, see
-            :meth:`OfflineDataset.from_episodes`.
+        columns: infos, of D4RL's files also arrays, of logs columns, that become further columns of the
+            transitions, see :meth:`OfflineDataset.from_episodes`.
         download: whether to download what is not there locally: a Minari id, one of D4RL's
             locomotion files of version 2, or the file of a single task of OGBench.
         cache: whether to use that folder. A folder that can not be written to is a warning.
 
     Raises:
         FileNotFoundError: if there is no such data set, or its download failed.
-        ModuleNotFoundError: if it is OGBench's, and OGBench is not installed.
+        ModuleNotFoundError: if it is OGBench's, or Parquet, and OGBench or pyarrow is not installed.
         TypeError: if a space can not be turned into rows.
         ValueError: if a rule is unknown or does not apply, the data are damaged or incomplete, the
             spaces of the sources differ, or an environment needs ``trust_env``.
@@ -95,19 +109,29 @@ def load(
     if not names:
         raise ValueError("there is no source to load")
     require_names(columns)
+    if layout is not None:
+        require_layout(layout)
     sources = [
-        _open(name, env_spec, with_env, trust_env, download, observation_keys, columns)
+        _open(
+            name,
+            layout=layout,
+            env_spec=env_spec,
+            with_env=with_env,
+            trust_env=trust_env,
+            action_space=action_space,
+            download=download,
+            observation_keys=observation_keys,
+            columns=columns,
+        )
         for name in names
     ]
-    if action_space is not None:
-        sources = [_with_actions(each, action_space) for each in sources]
     if observation_keys is not None and env_spec is not None:
         env_spec = observing(env_spec, observation_keys)
     _require_equal_spaces(sources)
     first_env = next((each.env_spec for each in sources if each.env_spec), None)
     scores = next((each.reference_scores for each in sources if each.reference_scores), None)
     known: dict[str, Any] = {
-        "name": " + ".join(each.name for each in sources),
+        "name": _name(sources),
         "observation_space": sources[0].observation_space,
         "action_space": sources[0].action_space,
         "env_spec": env_spec or first_env,
@@ -118,8 +142,10 @@ def load(
     made_with = [each.made_with for each in sources]
     paths = [each.path for each in sources]
     recorded = sum(each.transitions for each in sources)
-    told = None if action_space is None else str(sources[0].action_space)
-    chosen = observation_keys and list(observation_keys), list(columns), told
+    space = sources[0].action_space
+    by_env = env_spec is not None and space != Box(-1.0, 1.0, space.shape)
+    actions = str(space) if by_env or action_space is not None else None
+    chosen = observation_keys and list(observation_keys), list(columns), actions
     rules = reward, episodes, made_with, *chosen
     entry = entry_path(paths, *rules) if cache else None
     if entry and (arrays := read(entry)) is not None:
@@ -144,21 +170,36 @@ def load(
     return replace(loaded, recording=replace(loaded.recording, transitions=recorded))
 
 
+def _name(sources: Sequence[Source]) -> str:
+    names = [each.name for each in sources]
+    return " + ".join(names if len(names) <= NAMED else [names[0], f"{len(names) - 1} more"])
+
+
 def _open(
     source: str | Path,
+    *,
+    layout: Layout | None,
     env_spec: EnvSpec | None,
     with_env: bool,
     trust_env: bool,
+    action_space: ActionBounds | None,
     download: bool,
     observation_keys: Sequence[str] | None,
     columns: Sequence[str],
 ) -> Source:
-    if is_ogbench(source):
+    told = {"env_spec": env_spec, "action_space": action_space, "columns": columns}
+    if layout is None and is_ogbench(source):
         found = ogbench_source(source, env_spec=env_spec, download=download)
+    elif is_logs(source, layout):
+        found = logs_source(source, layout, **told)
+    elif layout is not None:
+        raise ValueError(
+            f"{source}: a layout is of CSV, Parquet, NPZ and HDF5 files, and of folders of these"
+        )
     elif is_d4rl(source):
-        found = d4rl_source(source, env_spec=env_spec, download=download, columns=columns)
+        found = d4rl_source(source, download=download, **told)
     else:
-        return minari_source(
+        found = minari_source(
             source,
             env_spec=env_spec,
             download=download,
@@ -166,9 +207,10 @@ def _open(
             trust_env=trust_env,
             with_env=with_env,
         )
+        return found if action_space is None else _with_actions(found, action_space)
     with errors_at(found.name):
         selected(found.observation_space, observation_keys)
-    return found
+    return found if action_space is None else _with_actions(found, action_space)
 
 
 def _with_actions(source: Source, action_space: ActionBounds) -> Source:
@@ -183,7 +225,7 @@ def _require_equal_spaces(sources: Sequence[Source]) -> None:
     for other in sources[1:]:
         for kind in ("observation", "action"):
             space, expected = (getattr(each, f"{kind}_space") for each in (other, first))
-            if space != expected:
+            if not differ_in_type_alone(space, expected):
                 raise ValueError(
                     f"{other.name} can not be joined with {first.name}: "
                     f"its {kind} space is {space}, not {expected}"

@@ -23,9 +23,7 @@ from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from minari import EpisodeData
 
@@ -33,6 +31,7 @@ from torchrl_iql.data.arrays import action_box, array_episodes, observation_box
 from torchrl_iql.data.cache import unfinished
 from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.source import Source
+from torchrl_iql.data.tables import Column, npz_headers
 from torchrl_iql.environments import flat_environment, spec_of
 from torchrl_iql.ogbench import ogbench_package
 
@@ -48,8 +47,21 @@ REQUIRED = "observations", "actions", "terminals", "qpos"
 
 
 def is_ogbench(source: str | Path) -> bool:
-    """Return whether this is the name of a single task, or of a file of OGBench."""
-    return Path(source).suffix == SUFFIX or DATASET.fullmatch(str(source)) is not None
+    """Return whether this is the name of a single task, or a file of OGBench.
+
+    That is an NPZ file with a name as OGBench's or with states, and without rewards.
+    """
+    path = Path(source)
+    if path.suffix != SUFFIX:
+        return DATASET.fullmatch(str(source)) is not None
+    is_named = FILE.fullmatch(path.stem) is not None
+    if not path.is_file():
+        return is_named
+    try:
+        found = npz_headers(path)
+    except ValueError:
+        return is_named
+    return "rewards" not in found and (is_named or "qpos" in found)
 
 
 def ogbench_source(source: str | Path, *, env_spec: EnvSpec | None, download: bool) -> Source:
@@ -163,21 +175,14 @@ def _reading(path: Path) -> Iterator[None]:
             raise ValueError(f"is no intact NPZ file: {error}") from error
 
 
-def _headers(path: Path, required: list[str]) -> dict[str, SimpleNamespace]:
+def _headers(path: Path, required: list[str]) -> dict[str, Column]:
     """Read shape and dtype of the required arrays, not what is in them."""
-    headers = {}
-    with _reading(path), zipfile.ZipFile(path) as archive:
-        found = [name.removesuffix(".npy") for name in archive.namelist()]
-        if missing := [key for key in required if key not in found]:
-            raise ValueError(
-                f"has no array {', '.join(missing)}; found {', '.join(sorted(found)[:10]) or 'nothing'}"
-            )
-        for key in required:
-            with archive.open(f"{key}.npy") as file:
-                np.lib.format.read_magic(file)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            headers[key] = SimpleNamespace(shape=shape, dtype=dtype)
-    return headers
+    with errors_at(str(path)):
+        headers = npz_headers(path)
+    if missing := [key for key in required if key not in headers]:
+        found = ", ".join(sorted(headers)[:10]) or "nothing"
+        raise ValueError(f"{path}: has no array {', '.join(missing)}; found {found}")
+    return {key: headers[key] for key in required}
 
 
 def _episodes(path: Path, spec: EnvSpec, _: Collection[str]) -> Iterator[EpisodeData]:
