@@ -17,6 +17,8 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from torchrl_iql.data import OfflineDataset
+from torchrl_iql.data.__main__ import main
+from torchrl_iql.data.picture import DIMENSIONS, page
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is set to None")
 
@@ -228,3 +230,53 @@ class TestCommand:
         assert f"error: {path}: is no intact HDF5 file: " in done.stderr
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "cache").exists()
+
+
+class TestPicture:
+    def test_bars_count_what_is_there(self):
+        dataset = walks([[1.0, 2.0, 3.0], [0.5], [-4.0, 4.0]], "t|t", action_space=(-2, 3))
+        figure = page(dataset)
+        panels = {axes.get_title(loc="left").split(":")[0]: axes for axes in figure.axes}
+        for name, values in (
+            ("return of an episode", [6.0, 0.5, 0.0]),
+            ("steps of an episode", [3, 1, 2]),
+            ("reward of a step", [1, 2, 3, 0.5, -4, 4]),
+        ):
+            bars: Any = panels[name].patches
+            counts, edges = np.histogram(values, len(bars))
+            assert [bar.get_height() for bar in bars] == counts.tolist()
+            np.testing.assert_allclose([bar.get_x() for bar in bars], edges[:-1], atol=1e-5)
+        for i in range(2):
+            bars = panels[f"action {i}"].patches
+            assert sum(bar.get_height() for bar in bars) == 6
+            lines: Any = panels[f"action {i}"].lines
+            assert [line.get_xdata()[0] for line in lines] == [-2, 3]
+        assert "1 of 2 columns are constant" in panels["observations"].get_title(loc="left")
+        assert (
+            figure._suptitle.get_text() == "walks: 6 transitions, 3 episodes, of which 2 terminate"
+        )  # pyright: ignore
+
+    def test_of_any_data(self, tmp_path: Path):
+        many = spaces.Box(-np.inf, np.inf, (30,))
+        for name, changes in {
+            "discrete": {"actions": [5, 6, 5], "action_space": spaces.Discrete(3, start=5)},
+            "unbounded": {"actions": np.zeros((3, 30)), "action_space": many},
+            "bytes": {"observations": np.zeros((3, 500), np.uint8), "next_observations": None},
+            "wide": {"reward_rule": "minus_one", "actions": [[1.0, 0], [0, 0], [0, -1]]},
+        }.items():
+            figure = page(walks([[1e9, -1e-9, 0.0]], "|", **changes))
+            figure.savefig(tmp_path / f"{name}.png")
+            assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+            drawn = [axes for axes in figure.axes if axes.get_visible()]
+            assert len(drawn) == 4 + {"unbounded": DIMENSIONS, "discrete": 1}.get(name, 2)
+        with pytest.raises(ValueError, match="there are no transitions to draw"):
+            page(OfflineDataset.empty("CartPole-v1"))
+
+    def test_the_command_draws(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        source, png = tmp_path / "log.csv", tmp_path / "log.png"
+        source.write_text("observations,actions,rewards,terminals\n" + "0.5,0.1,1,0\n" * 9)
+        assert main(["inspect", str(source), "--plot", str(png)]) == 0
+        assert png.read_bytes().startswith(b"\x89PNG")
+        assert main(["inspect", str(source), "--plot", str(tmp_path / "log.xyz")]) == 1
+        assert "error: Format 'xyz' is not supported" in capsys.readouterr().err
+        assert main(["inspect", str(source), "--plot", str(tmp_path / "none/log.png")]) == 1

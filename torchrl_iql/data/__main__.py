@@ -54,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keys, columns = "entries of compound observations that are observed", "further columns to keep"
     inspect.add_argument("--observation-keys", nargs="+", metavar="KEY", help=keys)
     inspect.add_argument("--columns", nargs="+", metavar="NAME", default=(), help=columns)
+    picture = (
+        "also draw it: returns, lengths, rewards, actions and their bounds, ranges of observations"
+    )
+    inspect.add_argument("--plot", metavar="FILE.png", help=picture)
     compare = commands.add_parser(
         "replay",
         help="compare recorded transitions with a simulator's",
@@ -90,6 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             observation_keys=given.observation_keys,
             columns=given.columns,
         )
+        if given.plot is not None:
+            from torchrl_iql.data.picture import page  # it loads matplotlib
+
+            page(dataset).savefig(given.plot)
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if given.command == "replay" else 1
