@@ -7,6 +7,9 @@ import importlib
 import json
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
 
@@ -15,6 +18,7 @@ import pytest
 import torchrl_iql
 import torchrl_iql.data
 
+ROOT = Path(__file__).parents[1]
 PACKAGES = [torchrl_iql, torchrl_iql.data]
 LIGHT = {"cloudpickle", "farama_notifications", "gymnasium", "torchrl_iql"}
 """What the loss may load beside TorchRL's."""
@@ -53,6 +57,14 @@ def test_names_are_those_that_a_type_checker_sees(package: ModuleType) -> None:
     assert set(package.__all__) <= set(dir(package))
     with pytest.raises(AttributeError, match=f"{package.__name__}' has no attribute 'nothing'"):
         _ = package.nothing
+
+
+def test_the_version_is_known_without_pytorch() -> None:
+    """From one place: the package says it, and what is installed has it from there."""
+    code = "import sys, torchrl_iql\nprint(torchrl_iql.__version__, 'torch' in sys.modules)"
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]
+    assert version == {"version": {"attr": "torchrl_iql.__version__"}}
+    assert python(code).stdout.split() == [metadata.version("torchrl-iql"), "False"]
 
 
 def test_names_are_there_before_they_are_used() -> None:

@@ -14,13 +14,16 @@ __all__ = [
     "OfflineDataset",
     "TrainStep",
     "load_dataset",
+    "load_networks",
     "load_policy",
     "models",
 ]
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from torchrl_iql import models
-    from torchrl_iql.checkpoint import load_policy
+    from torchrl_iql.checkpoint import load_networks, load_policy
     from torchrl_iql.data import OfflineDataset
     from torchrl_iql.data import load as load_dataset
     from torchrl_iql.evaluation import Evaluation, Evaluator
@@ -38,6 +41,7 @@ else:
             "OfflineDataset": "data",
             "TrainStep": "training",
             "load_dataset": "data:load",
+            "load_networks": "checkpoint",
             "load_policy": "checkpoint",
             "models": "models",
         },

@@ -3,8 +3,8 @@
 A checkpoint is a TorchRL :class:`~torchrl.checkpoint.Checkpoint` archive with the components
 ``policy`` (the network alone), ``learner`` (networks, targets, coefficients, optimiser, counter) and
 ``rng`` (every global random number generator), others that the run adds, and in its metadata a format
-number, the architecture of the networks and whatever the run adds. It holds one learner, also of several
-that are trained together.
+number, the architecture of the networks and whatever the run adds, as :func:`described` what the data were.
+It holds one learner, also of several that are trained together.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from tensordict.nn import TensorDictModuleBase
+from gymnasium import Space, spaces
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from torch import Tensor, nn
 from torchrl.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -29,18 +32,30 @@ from torchrl.checkpoint import (
     StateDictCheckpointAdapter,
 )
 
+from torchrl_iql.acting import Acting
+from torchrl_iql.environments import written_spec
 from torchrl_iql.models import Architecture
 from torchrl_iql.training import TrainStep
 from torchrl_iql.training.step import FORMAT, Own
 
+if TYPE_CHECKING:
+    from torchrl_iql.data import OfflineDataset
+
 __all__ = [
+    "Networks",
+    "described",
     "load_architecture",
     "load_learner",
     "load_metadata",
+    "load_networks",
     "load_policy",
+    "load_spaces",
     "load_tensors",
     "save",
 ]
+
+RANGE_ROWS = 100_000
+"""Of observations, that their range is taken of."""
 
 
 def save(
@@ -92,12 +107,40 @@ def save(
         ) from error
 
 
+def described(dataset: OfflineDataset) -> dict[str, Any]:
+    """Return what those who use a policy later need to know of its data, as metadata for :func:`save`.
+
+    Returns:
+        ``dataset``, its name; ``spaces``, of one observation and one action; ``observed``, the lowest and
+        the highest observation, ``[D]`` each, of 100,000 at most, None if there is none; ``env``, the
+        environment, None if none is known; and its ``reference_scores``, None where success counts.
+    """
+    from minari.serialization import serialize_space
+
+    rows = dataset.transitions["observation"]
+    rows = rows[:: max(1, len(rows) // RANGE_ROWS)]
+    by_success = dataset.episode_rule == "until_success"
+    return {
+        "dataset": dataset.name,
+        # As text: of an image they hold tens of thousands of numbers.
+        "spaces": [
+            serialize_space(its) for its in (dataset.observation_space, dataset.action_space)
+        ],
+        "observed": [each.tolist() for each in (rows.amin(0), rows.amax(0))] if len(rows) else None,
+        "env": dataset.env_spec and written_spec(dataset.env_spec),
+        "reference_scores": None if by_success else dataset.reference_scores,
+    }
+
+
 def load_policy(path: str | Path, device: torch.device | str = "cpu") -> TensorDictModuleBase:
     """Load the policy of a checkpoint, in evaluation mode.
 
-    It reads ``"observation"`` ``[*B, D]``, normalises it if it was trained so, and writes ``"action"``.
-    Wrap calls in ``torchrl.envs.set_exploration_type("DETERMINISTIC")`` for the mean action. A Decision
-    Transformer goes on with an episode by more than that:
+    ``policy.act(observation)`` returns the action of the environment for what it observes, without
+    exploration: see :class:`~torchrl_iql.acting.Acting`.
+
+    As a module it reads ``"observation"`` ``[*B, D]``, normalises it if it was trained so, and writes
+    ``"action"``. Wrap calls in ``torchrl.envs.set_exploration_type("DETERMINISTIC")`` for the mean action. A
+    Decision Transformer goes on with an episode by more than that:
     :class:`~torchrl_iql.decision_transformer.ReturnConditioned`.
 
     Args:
@@ -110,7 +153,133 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> TensorD
     """
     policy = load_architecture(path).policy_network()
     _restore(path, {"policy": policy}, "cpu")
+    policy.act = Acting(policy, *load_spaces(path))  # pyright: ignore
     return policy.to(device).eval()
+
+
+class Networks(dict[str, TensorDictModuleBase]):
+    """The networks of a checkpoint by name: ``"policy"``, and if it has them ``"qvalue"`` and ``"value"``."""
+
+    def __init__(self, path: str | Path, networks: Mapping[str, TensorDictModuleBase]) -> None:
+        super().__init__(networks)
+        self.path = path
+
+    def __missing__(self, name: str) -> TensorDictModuleBase:
+        raise KeyError(f"{self.path} has no network {name!r}, but {' and '.join(self)}")
+
+
+def load_networks(path: str | Path, device: torch.device | str = "cpu") -> Networks:
+    """Load all networks of a checkpoint, in evaluation mode and without gradients of their parameters.
+
+    Args:
+        path: as of :func:`load_policy`.
+        device: where the networks should be.
+
+    Returns:
+        ``"policy"``, as of :func:`load_policy`; if the algorithm learns them ``"qvalue"``, the N networks Q,
+        which write ``"state_action_value"``, ``[*B, N, 1]`` for ``"observation"`` and ``"action"``, or of
+        discrete actions ``[*B, N, A]`` for ``"observation"`` alone; and ``"value"``, V, which writes
+        ``"state_value"``, ``[*B, 1]``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as of :func:`load_policy`, or the networks are not of the architecture that it names.
+    """
+    architecture, saved = load_architecture(path), _Saved()
+    networks = {"policy": load_policy(path)}
+    _restore(path, {"learner": saved}, "cpu")
+    qvalues, value = (saved.parameters(f"{name}_network_params") for name in ("qvalue", "value"))
+    if qvalues:
+        networks["qvalue"] = _ensemble(path, architecture, qvalues)
+    if value:
+        networks["value"] = architecture.value_network()
+        _load(path, networks["value"], value)
+    for network in networks.values():
+        network.to(device).eval().requires_grad_(False)
+    return Networks(path, networks)
+
+
+def _ensemble(
+    path: str | Path, architecture: Architecture, parameters: Mapping[str, Tensor]
+) -> TensorDictModule:
+    network = architecture.qvalue_network()
+    name, one = next(iter(network.state_dict().items()))
+    is_stacked = name in parameters and parameters[name].ndim > one.ndim  # a single one is not
+    members = []
+    for i in range(len(parameters[name]) if is_stacked else 1):
+        its = {key: each[i] if is_stacked else each for key, each in parameters.items()}
+        members.append(architecture.qvalue_network())
+        _load(path, members[-1], its)
+    modules = [member.module for member in members]
+    return TensorDictModule(_Ensemble(modules), network.in_keys, network.out_keys[-1:])
+
+
+def _load(path: str | Path, network: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    try:
+        network.load_state_dict(dict(parameters))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: its networks are not those it describes: {' '.join(str(error).split())}"
+        ) from error
+
+
+class _Ensemble(nn.ModuleList):
+    """Networks of the same inputs; their outputs, ``[*B, F]`` each, as ``[*B, N, F]``."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return torch.stack([network(*inputs) for network in self], dim=-2)
+
+
+class _Saved:
+    """The state of a learner, without a learner."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loss = state["loss"]
+
+    def parameters(self, name: str) -> dict[str, Tensor]:
+        """Return the state dict of a network of the loss; empty if there is none of the name."""
+        prefix = f"{name}."
+        return {
+            key.removeprefix(prefix): its
+            for key, its in self._loss.items()
+            if key.startswith(prefix)
+        }
+
+
+def load_spaces(path: str | Path) -> tuple[Space, Space]:
+    """Load the spaces of one observation and one action.
+
+    Those of a checkpoint that does not hold them are those of the rows that its networks read and write.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no checkpoint, or they are damaged or not of its networks.
+    """
+    from minari.serialization import deserialize_space
+
+    stored, architecture = load_metadata(path).get("spaces"), load_architecture(path)
+    if stored is None:
+        return _spaces_of(architecture)
+    try:
+        observation, action = map(deserialize_space, stored)
+        sizes = tuple(map(spaces.flatdim, (observation, action)))
+    except Exception as error:  # whatever Minari meets in damaged text
+        raise ValueError(f"{path}: its spaces can not be read: {error!r}") from error
+    known = architecture.observation_size, architecture.action_size
+    if sizes != known or isinstance(action, spaces.Discrete) != architecture.discrete:
+        raise ValueError(
+            f"{path}: its spaces, {observation} and {action}, are not those of its networks, of sizes {known}"
+        )
+    return observation, action
+
+
+def _spaces_of(architecture: Architecture) -> tuple[Space, Space]:
+    observation = spaces.Box(-np.inf, np.inf, (architecture.observation_size,))
+    if architecture.discrete:
+        return observation, spaces.Discrete(architecture.action_size)
+    ones = [1.0] * architecture.action_size
+    low, high = map(np.array, architecture.action_bounds or (np.negative(ones), ones))
+    return observation, spaces.Box(low.astype(np.float32), high.astype(np.float32))
 
 
 def load_learner(

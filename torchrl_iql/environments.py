@@ -44,6 +44,7 @@ __all__ = [
     "spaces_of",
     "spec_of",
     "success",
+    "written_spec",
 ]
 
 Env = str | EnvSpec | Callable[[], gymnasium.Env]
@@ -243,6 +244,17 @@ def _foreign(env_spec: EnvSpec, known: Collection[str | None]) -> Iterator[str]:
             yield f"the wrapper {name!r}"
     arguments = [env_spec.kwargs, *(wrapper.kwargs for wrapper in env_spec.additional_wrappers)]
     yield from (f"the argument {text!r}" for text in texts(arguments) if CODE.fullmatch(text))
+
+
+def written_spec(env_spec: EnvSpec) -> str | None:
+    """Write an environment down for ``EnvSpec.from_json``, with code by its name; None if that can not be."""
+    entry_points = {
+        name: _entry_name(getattr(env_spec, name)) for name in ("entry_point", "vector_entry_point")
+    }
+    try:
+        return replace(env_spec, **entry_points).to_json()
+    except (TypeError, ValueError):  # an argument that JSON can not hold
+        return None
 
 
 def observing(env_spec: EnvSpec, keys: Sequence[str]) -> EnvSpec:

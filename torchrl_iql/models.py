@@ -502,14 +502,15 @@ class Torso(nn.Module):
 
     def forward(self, observation: Tensor, action: Tensor | None = None) -> Tensor:
         batch = observation.shape[:-1]
-        if observation.dtype is torch.uint8:  # images are kept in bytes until here
-            observation = observation.to(self.layers[0].weight.dtype)
-        stacked = self.mlp[0].weight.shape[:-2]  # pyright: ignore
+        weight: Tensor = self.mlp[0].weight  # pyright: ignore
+        # Images are kept in bytes until here, and environments give float64.
+        observation = observation.to(weight.dtype)
+        stacked = weight.shape[:-2]
         if stacked:
             observation = observation.reshape(-1, observation.shape[-1])
         inputs = self.normalize(observation)
         if action is not None:
-            flat = action.reshape(*observation.shape[:-1], action.shape[-1])
+            flat = action.reshape(*observation.shape[:-1], action.shape[-1]).to(weight.dtype)
             actions: Tensor = self.scale_action(flat)
             lead = torch.broadcast_shapes(inputs.shape[:-1], actions.shape[:-1])
             inputs = torch.cat([inputs.expand(*lead, -1), actions.expand(*lead, -1)], dim=-1)

@@ -24,12 +24,14 @@ __all__ = [
     "column",
     "differ_in_type_alone",
     "environment_action",
+    "environment_actions",
     "flags",
     "leaf_spaces",
     "numbers",
     "observation_dtype",
     "observation_rows",
     "observations_of",
+    "observed_rows",
     "require_finite",
     "selected",
     "share_outside",
@@ -163,9 +165,79 @@ def observation_rows(
             raise ValueError(
                 f"{name} has {len(rows)} entries, expected {length}, one more than rewards"
             )
-        if dtype is np.uint8:
-            rows = _bytes(rows, name)
-        leaves.append(rows)
+        leaves.append(_bytes(rows, name) if dtype is np.uint8 else rows)
+    return _joined(leaves, dtype)
+
+
+def observed_rows(
+    space: Space, observation: Any, key: str = "observation"
+) -> tuple[np.ndarray, bool]:
+    """Flatten what an environment gives, one observation or a batch, as :func:`observation_rows`.
+
+    Of a dictionary the entries of the space are read, and others left alone.
+
+    Args:
+        space: space of one observation, of flattened size D.
+        observation: of the space, of any number type; or with a dimension B in front of every leaf.
+        key: what messages call it.
+
+    Returns:
+        array ``[B, D]``, uint8 of images and else float32, and whether it is of a batch; B is 1 if not.
+
+    Raises:
+        TypeError: if a leaf of the space has no fixed size.
+        ValueError: if a leaf is missing, is not finite, has another shape, type or number of entries than
+            the others, or a category outside its space.
+    """
+    dtype, leaves = observation_dtype(space), []
+    several: bool | None = None
+    for name, leaf, given in _observed(space, observation, key):
+        if isinstance(given, Mapping):
+            raise ValueError(
+                f"{name} is a dictionary of {sorted(given)}, expected {_shape_of(leaf)} numbers, as "
+                "gymnasium.spaces.flatten makes them"
+            )
+        values, shape = array(given, name), leaf.shape or ()
+        is_batch = values.ndim == len(shape) + 1
+        found = f"{name} has shape {list(values.shape)}, expected"
+        if values.shape[is_batch:] != shape:
+            raise ValueError(
+                f"{found} {_shape_of(leaf)} or a batch of them, {_shape_of(leaf, 'B')}"
+            )
+        if several not in (None, is_batch):
+            raise ValueError(f"{found} {_shape_of(leaf, *'B' * several)}, as the entries before it")
+        several = is_batch
+        for _, rows in _leaves(leaf, values if is_batch else values[None], name):
+            require_finite(rows, name)
+            leaves.append(_bytes(rows, name) if dtype is np.uint8 else rows)
+    lengths = {len(rows) for rows in leaves}
+    if len(lengths) != 1:
+        raise ValueError(
+            f"{key} has entries of {sorted(lengths)} observations, expected as many of each"
+        )
+    return _joined(leaves, dtype), bool(several)
+
+
+def _observed(space: Space, observation: Any, key: str) -> Iterator[tuple[str, Space, Any]]:
+    """Yield name, space and value of every leaf."""
+    match space:
+        case spaces.Dict():
+            if not hasattr(observation, "keys"):
+                raise ValueError(f"{key} is no dictionary, expected one of {list(space.spaces)}")
+            for name, subspace in space.spaces.items():
+                yield from _observed(subspace, _entry(observation, name, key), f"{key}/{name}")
+        case spaces.Tuple():
+            for i, subspace in enumerate(space.spaces):
+                yield from _observed(subspace, _entry(observation, i, key), f"{key}/{i}")
+        case _:
+            yield key, space, observation
+
+
+def _shape_of(space: Space, *batch: str) -> str:
+    return f"[{', '.join(map(str, (*batch, *(space.shape or ()))))}]"
+
+
+def _joined(leaves: Sequence[np.ndarray], dtype: DTypeLike) -> np.ndarray:
     with np.errstate(over="ignore"):  # what becomes infinite is refused later
         return np.concatenate(leaves, axis=1, dtype=dtype)
 
@@ -367,12 +439,19 @@ def environment_action(space: Space, row: Any) -> Any:
         row: ``[A]``, or a category counted from 0.
     """
     if isinstance(space, spaces.Discrete):
-        return space.dtype.type(space.start + int(np.asarray(row).item()))  # pyright: ignore
+        row = np.asarray(row).reshape(())
+    return environment_actions(space, np.asarray(row)[None])[0]
+
+
+def environment_actions(space: Space, rows: np.ndarray) -> np.ndarray:
+    """Return :func:`environment_action` of rows ``[B, A]``, or ``[B]`` if discrete: ``[B, *shape]``."""
+    if isinstance(space, spaces.Discrete):
+        return (space.start + rows.astype(np.int64)).astype(space.dtype)
     assert isinstance(space, spaces.Box)
-    action = np.reshape(row, space.shape)
+    actions = rows.reshape(len(rows), *space.shape)
     if space.dtype.kind != "f":  # pyright: ignore
-        action = np.rint(np.asarray(action, np.float64))
-    return np.clip(action, space.low, space.high).astype(space.dtype)
+        actions = np.rint(actions.astype(np.float64))
+    return np.clip(actions, space.low, space.high).astype(space.dtype)
 
 
 def action_support(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:

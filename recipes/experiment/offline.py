@@ -74,7 +74,7 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
             build.check_not_done("steps", settings.training.steps, done)
         build.claim(path, settings)
         validation = None if held_out is None else HeldOut(settings, held_out)
-        records = Records(path, settings, step, architecture, dataset.name, evaluations, validation)
+        records = Records(path, settings, step, architecture, dataset, evaluations, validation)
         if records.resume() is None and start is not None:
             checkpoint.load_learner(start, step, keep=("settings", "optimizer", "random"))
         with (

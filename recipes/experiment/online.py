@@ -169,9 +169,7 @@ class FineTuning:
             learners, architecture, dataset, settings.compute, 0, on_nonfinite
         )
         looks = None if held_out is None else HeldOut(settings, held_out)
-        self.records = Records(
-            path, settings, self.step, architecture, dataset.name, evaluations, looks
-        )
+        self.records = Records(path, settings, self.step, architecture, dataset, evaluations, looks)
         (self.folder,) = self.records.folders
         self.policy = architecture.policy_network().eval()  # acts, on the CPU
         self.before: dict[str, float] | None = None

@@ -19,7 +19,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from tqdm import tqdm
 
-from torchrl_iql import Evaluation, TrainStep, checkpoint
+from torchrl_iql import Evaluation, OfflineDataset, TrainStep, checkpoint
 from torchrl_iql.models import Architecture
 from torchrl_iql_recipes.experiment import progress
 from torchrl_iql_recipes.experiment.evaluations import Evaluations, Round
@@ -49,7 +49,7 @@ class Records:
         settings: of the run.
         step: what trains the learners.
         architecture: of their networks.
-        dataset: the name of what they learn from.
+        dataset: what they learn from.
         evaluations: of the learners, if there are any.
         held_out: what they are looked at with beside them, if there is anything.
 
@@ -64,7 +64,7 @@ class Records:
         settings: Settings,
         step: TrainStep,
         architecture: Architecture,
-        dataset: str,
+        dataset: OfflineDataset,
         evaluations: Evaluations | None,
         held_out: HeldOut | None = None,
     ) -> None:
@@ -77,7 +77,7 @@ class Records:
         self.folders = [RunFolder(path / learner.name, best_by) for learner in settings.learners]
         self.latest: list[Evaluation | None] = [None] * len(self.folders)
         self._path = path
-        self._dataset = dataset
+        self._described = checkpoint.described(dataset)
         self._evaluations = evaluations
         self._held_out = held_out
         self._unevaluated: list[int] = []  # after how many steps rounds are due
@@ -234,7 +234,7 @@ class Records:
                 components=components,
                 best=folder.best_row(),
                 unevaluated=self._unevaluated,
-                dataset=self._dataset,
+                **self._described,
                 config=self.settings.of_learner(learner),
                 **metadata,
             )
