@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from torchrl_iql.files import whole
+
 __all__ = ["shown", "whole"]
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Give a file to write instead of another one, which it replaces when it is complete; else it is removed.
-
-    Args:
-        path: to be replaced, if it is there.
-    """
-    new = path.with_suffix(".new")
-    try:
-        yield new
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-    new.replace(path)
 
 
 def shown(path: Path) -> Path:

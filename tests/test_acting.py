@@ -79,14 +79,13 @@ def saved(
     torch.manual_seed(0)
     space = data.action_space
     discrete = isinstance(space, Discrete)
-    bounds = None if discrete else (space.low.ravel().tolist(), space.high.ravel().tolist())  # pyright: ignore
+    bounds = None if discrete else (space.low.ravel().tolist(), space.high.ravel().tolist())
     architecture = Architecture(
         observation_size=data.transitions["observation"].shape[-1],
         action_size=spaces.flatdim(space),
-        action_bounds=bounds,
         policy="categorical" if discrete else policy,  # pyright: ignore
         hidden_sizes=(16, 16),
-        **{"normalize_observation": True, **more},
+        **{"normalize_observation": True, "action_bounds": bounds, **more},
     )
     networks = built(architecture, data.observation_statistics())
     loss = (

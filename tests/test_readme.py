@@ -11,13 +11,16 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from gymnasium.spaces import Box, flatten_space
 
+from iql_losses import built
 from runs import TINY
 from test_distributed import torchrun
 from test_logs import write_lerobot
-from torchrl_iql import checkpoint, load_dataset, load_policy
+from torchrl_iql import IQLLoss, OfflineDataset, TrainStep, checkpoint, load_dataset, load_policy
 from torchrl_iql.data.__main__ import main as inspect
+from torchrl_iql.models import Architecture
 from torchrl_iql_recipes import algorithms
 from torchrl_iql_recipes.experiment import build, offline
 from torchrl_iql_recipes.experiment.door import OFFLINE
@@ -26,6 +29,7 @@ from torchrl_iql_recipes.experiment.settings import Settings
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TRAINING = (ROOT / "torchrl_iql/training/README.md").read_text()
+USE = (ROOT / "torchrl_iql/README.md").read_text()
 RECIPES = (ROOT / "recipes/README.md").read_text()
 DATA = (ROOT / "torchrl_iql/data/README.md").read_text()
 
@@ -107,6 +111,29 @@ def test_several_processes_train(maze_id: str, tmp_path: Path) -> None:
     script.write_text(text + "\nprint(sum(x.double().sum().item() for x in loss.parameters()))\n")
     sums = re.findall(r"^-?\d+\.\d+$", torchrun(script, 2), re.M)
     assert len(sums) == 2 and len(set(sums)) == 1  # the same networks in both
+
+
+def test_a_policy_is_used(tmp_path: Path) -> None:
+    """As the two pages say it, in an environment and on rows of data."""
+    data = OfflineDataset.empty("Hopper-v5")
+    architecture = Architecture(observation_size=11, action_size=3, hidden_sizes=(8,))
+    described = checkpoint.described(data)
+    step = TrainStep(IQLLoss(*built(architecture)))
+    path = str(checkpoint.save(tmp_path / "last.ckpt", step, architecture, **described))
+    code = program("act", ("runs/hopper/last.ckpt", path), page=USE)
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["over"] and names["observation"].shape == (11,)
+    shown = {"observation": names["observation"]}
+    code = program("use a policy", ("runs/pointmaze/stitch/.../last.ckpt", path))
+    exec(compile(code, "README.md", "exec"), shown)
+    assert shown["action"].shape == (3,)
+    exec(compile(program("module", page=USE), "README.md", "exec"), shown)
+    torch.testing.assert_close(shown["action"].numpy(), names["policy"].act(names["observation"]))
+    rows = {"observations": torch.zeros(5, 11), "actions": torch.zeros(5, 3)}
+    code = program("networks", ("runs/hopper/last.ckpt", path), page=USE)
+    exec(compile(code, "README.md", "exec"), rows)
+    assert (rows["q"].shape, rows["advantage"].shape) == ((5, 2, 1), (5, 1))
 
 
 def test_an_algorithm_is_one_file(
