@@ -127,6 +127,7 @@ ELSEWHERE = {
     "env": "test_recipe.py::test_the_environment_is_an_id_with_arguments",
     "trust_env": "test_trust.py",
     "maze": "test_antmaze.py",
+    "encoder": "test_images.py::test_the_recipes_train_on_images",
     "layout": "test_logs.py::test_the_recipe_trains_on_logs",
     "observation_keys": "test_recipe.py::test_what_is_observed_and_kept_is_as_asked",
     "action_space": "test_recipe.py::test_the_bounds_of_actions_are_as_asked",

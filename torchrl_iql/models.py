@@ -21,6 +21,7 @@ from torchrl.data import Bounded, Categorical, OneHot, TensorSpec
 from torchrl.modules import (
     MLP,
     Actor,
+    ConvNet,
     IndependentNormal,
     ProbabilisticActor,
     TanhNormal,
@@ -45,6 +46,9 @@ __all__ = [
 ]
 
 Statistics = tuple[Tensor, Tensor]
+Images = Sequence[tuple[int, Sequence[int]]]
+"""Images within observations ``[*B, D]``: the column that each begins at, and its shape, ``[H, W, C]``,
+``[C, H, W]`` or ``[H, W]``, channels being on the shorter side."""
 PolicyKind = Literal[
     "gaussian",
     "squashed",
@@ -54,6 +58,8 @@ PolicyKind = Literal[
     "decision_transformer",
 ]
 HIDDEN_SIZES = (256, 256)
+SMALLEST = 36
+"""Pixels that the convolutions need, of each side."""
 LOG_STD_BOUNDS = (-5.0, 2.0)
 SAC_LOG_STD_BOUNDS = (-20.0, 2.0)
 
@@ -73,6 +79,7 @@ class Architecture:
         dropout: of the policy.
         normalize_observation: whether the networks hold observation statistics.
         policy_options: further arguments of the function that makes the policy.
+        images: what of an observation are images: the column that each begins at, and its shape.
 
     Raises:
         ValueError: if ``policy`` is not one of those.
@@ -86,6 +93,7 @@ class Architecture:
     dropout: float = 0.0
     normalize_observation: bool = False
     policy_options: Mapping[str, Any] = field(default_factory=dict)
+    images: Images = ()
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(PolicyKind):
@@ -145,7 +153,8 @@ class Architecture:
         elif statistics is None:
             size = self.observation_size
             statistics = torch.zeros(size), torch.ones(size)
-        return {"hidden_sizes": self.hidden_sizes, "observation_statistics": statistics}
+        seen = {"images": self.images} if self.images else {}
+        return {"hidden_sizes": self.hidden_sizes, "observation_statistics": statistics, **seen}
 
 
 def gaussian_policy(
@@ -155,6 +164,7 @@ def gaussian_policy(
     hidden_sizes: Sequence[int] = HIDDEN_SIZES,
     dropout: float = 0.0,
     observation_statistics: Statistics | None = None,
+    images: Images = (),
 ) -> ProbabilisticActor:
     """Make the paper's policy: a Gaussian whose mean is squashed by tanh and whose actions are not.
 
@@ -168,17 +178,19 @@ def gaussian_policy(
         dropout: probability of dropping a hidden unit in training; the paper has 0.1 on Kitchen and
             Adroit.
         observation_statistics: mean and standard deviation of the observations, ``[D]`` each.
+        images: what of an observation are images, which are seen through convolutions.
 
     Returns:
         a module that writes ``loc``, ``scale`` and ``action``, ``[*B, A]``.
     """
     low, high = _bounds(action)
-    torso = Torso(
+    torso = _torso(
         _size(observation),
         len(low),
         hidden_sizes,
         dropout=dropout,
         statistics=observation_statistics,
+        images=images,
     )
     return _continuous_actor(
         GaussianParameters(torso, low, high, squash_mean=True), action, IndependentNormal
@@ -192,6 +204,7 @@ def squashed_policy(
     hidden_sizes: Sequence[int] = HIDDEN_SIZES,
     dropout: float = 0.0,
     observation_statistics: Statistics | None = None,
+    images: Images = (),
 ) -> ProbabilisticActor:
     """Make a Gaussian squashed by tanh into the action bounds, with a state-independent deviation.
 
@@ -199,12 +212,13 @@ def squashed_policy(
     log-likelihoods. Arguments and returns as there.
     """
     low, high = _bounds(action)
-    torso = Torso(
+    torso = _torso(
         _size(observation),
         len(low),
         hidden_sizes,
         dropout=dropout,
         statistics=observation_statistics,
+        images=images,
     )
     bounds = {"low": low, "high": high}
     return _continuous_actor(
@@ -219,18 +233,20 @@ def heteroscedastic_policy(
     hidden_sizes: Sequence[int] = HIDDEN_SIZES,
     dropout: float = 0.0,
     observation_statistics: Statistics | None = None,
+    images: Images = (),
 ) -> ProbabilisticActor:
     """Make SAC's policy: a Gaussian squashed by tanh into the action bounds, its deviation one of the state.
 
     The log standard deviation is clipped to [-20, 2]. Arguments and returns as :func:`gaussian_policy`.
     """
     low, high = _bounds(action)
-    torso = Torso(
+    torso = _torso(
         _size(observation),
         2 * len(low),
         hidden_sizes,
         dropout=dropout,
         statistics=observation_statistics,
+        images=images,
     )
     bounds = {"low": low, "high": high, "tanh_loc": False}
     return _continuous_actor(_LocAndScale(torso), action, TanhNormal, bounds)
@@ -243,15 +259,17 @@ def deterministic_policy(
     hidden_sizes: Sequence[int] = HIDDEN_SIZES,
     dropout: float = 0.0,
     observation_statistics: Statistics | None = None,
+    images: Images = (),
 ) -> Actor:
     """Make a policy without a distribution, within bounds; arguments as :func:`gaussian_policy`."""
     low, high = _bounds(action)
-    torso = Torso(
+    torso = _torso(
         _size(observation),
         len(low),
         hidden_sizes,
         dropout=dropout,
         statistics=observation_statistics,
+        images=images,
     )
     spec = action if isinstance(action, TensorSpec) else None
     return Actor(nn.Sequential(torso, _TanhTo(low, high)), spec=spec)
@@ -264,6 +282,7 @@ def categorical_policy(
     hidden_sizes: Sequence[int] = HIDDEN_SIZES,
     dropout: float = 0.0,
     observation_statistics: Statistics | None = None,
+    images: Images = (),
 ) -> ProbabilisticActor:
     """Make a policy over discrete actions.
 
@@ -274,16 +293,18 @@ def categorical_policy(
         hidden_sizes: units of each hidden layer.
         dropout: probability of dropping a hidden unit in training.
         observation_statistics: mean and standard deviation of the observations, ``[D]`` each.
+        images: what of an observation are images, which are seen through convolutions.
 
     Returns:
         a module that writes ``logits`` and ``action``.
     """
-    torso = Torso(
+    torso = _torso(
         _size(observation),
         _choices(action),
         hidden_sizes,
         dropout=dropout,
         statistics=observation_statistics,
+        images=images,
     )
     integers = isinstance(action, (int, Categorical))
     return ProbabilisticActor(
@@ -355,9 +376,12 @@ def value_network(
     *,
     hidden_sizes: Sequence[int] = HIDDEN_SIZES,
     observation_statistics: Statistics | None = None,
+    images: Images = (),
 ) -> ValueOperator:
     """Make V(s): reads ``observation`` ``[*B, D]`` and writes ``state_value`` ``[*B, 1]``."""
-    torso = Torso(_size(observation), 1, hidden_sizes, statistics=observation_statistics)
+    torso = _torso(
+        _size(observation), 1, hidden_sizes, statistics=observation_statistics, images=images
+    )
     return ValueOperator(torso, in_keys=["observation"])
 
 
@@ -367,16 +391,18 @@ def qvalue_network(
     *,
     hidden_sizes: Sequence[int] = HIDDEN_SIZES,
     observation_statistics: Statistics | None = None,
+    images: Images = (),
 ) -> ValueOperator:
     """Make Q(s, a): reads ``observation``, ``action``; writes ``state_action_value`` ``[*B, 1]``.
 
     With an action spec, the network sees actions in units of its bounds, from -1 to 1.
     """
-    torso = Torso(
+    torso = _torso(
         _size(observation),
         1,
         hidden_sizes,
         statistics=observation_statistics,
+        images=images,
         action_bounds=_bounds(action),
     )
     return ValueOperator(torso, in_keys=["observation", "action"])
@@ -395,10 +421,15 @@ def discrete_qvalue_network(
     *,
     hidden_sizes: Sequence[int] = HIDDEN_SIZES,
     observation_statistics: Statistics | None = None,
+    images: Images = (),
 ) -> TensorDictModule:
     """Make Q(s, .): ``observation`` to ``state_action_value`` ``[*B, A]``, one per action."""
-    torso = Torso(
-        _size(observation), _choices(action), hidden_sizes, statistics=observation_statistics
+    torso = _torso(
+        _size(observation),
+        _choices(action),
+        hidden_sizes,
+        statistics=observation_statistics,
+        images=images,
     )
     return TensorDictModule(torso, in_keys=["observation"], out_keys=["state_action_value"])
 
@@ -516,6 +547,103 @@ class Torso(nn.Module):
             inputs = torch.cat([inputs.expand(*lead, -1), actions.expand(*lead, -1)], dim=-1)
         outputs = self.mlp(inputs)
         return outputs.reshape(*stacked, *batch, outputs.shape[-1]) if stacked else outputs
+
+
+class Vision(nn.Module):
+    """The convolutions of the DQN (Mnih et al., 2015) over each image of an observation, and the rest of it.
+
+    Observations are ``[*B, D]``, as everywhere; images lie in their columns, from 0 to 255.
+
+    Attributes:
+        features: the width of what comes out.
+    """
+
+    def __init__(self, inputs: int, images: Images, statistics: Statistics | None = None) -> None:
+        super().__init__()
+        self.images = [(start, tuple(shape)) for start, shape in images]
+        is_rest = torch.ones(inputs, dtype=torch.bool)
+        self.convolutions = nn.ModuleList()
+        self.features = 0
+        for start, shape in self.images:
+            is_rest[start : start + math.prod(shape)] = False
+            sample = _channels_first(torch.zeros(1, *shape))
+            if min(sample.shape[-2:]) < SMALLEST:
+                raise ValueError(
+                    f"an image has shape {list(shape)}, expected at least {SMALLEST} x {SMALLEST} pixels"
+                )
+            convolutions = ConvNet(
+                in_features=sample.shape[1],
+                num_cells=[32, 64, 64],
+                kernel_sizes=[8, 4, 3],
+                strides=[4, 2, 1],
+                activation_class=nn.ReLU,
+            )
+            for layer in convolutions:
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
+                    nn.init.zeros_(layer.bias)  # pyright: ignore
+            self.convolutions.append(convolutions)
+            self.features += convolutions(sample).shape[-1]
+        rest = is_rest.nonzero()[:, 0]
+        self.rest = _runs(rest.tolist())
+        self.features += len(rest)
+        self.normalize = nn.Identity()
+        if statistics is not None and len(rest):
+            self.normalize = _Normalize(*(each[rest] for each in statistics))
+
+    def forward(self, observation: Tensor) -> Tensor:
+        first: Any = self.convolutions[0]
+        batch, kind = observation.shape[:-1], first[0].weight.dtype
+        rest = [observation[..., start:stop] for start, stop in self.rest]
+        seen = [self.normalize(torch.cat(rest, dim=-1).to(kind))] if rest else []
+        for (start, shape), convolutions in zip(self.images, self.convolutions, strict=True):
+            pixels = observation[..., start : start + math.prod(shape)].reshape(-1, *shape)
+            features = convolutions(_channels_first(pixels.to(kind)) / 255)
+            seen.append(features.reshape(*batch, features.shape[-1]))
+        return torch.cat(seen, dim=-1)
+
+
+def _runs(columns: Sequence[int]) -> list[tuple[int, int]]:
+    """Return ascending numbers as ranges, from the first to behind the last of each."""
+    starts = [c for i, c in enumerate(columns) if i == 0 or columns[i - 1] != c - 1]
+    stops = [
+        c + 1 for i, c in enumerate(columns) if i == len(columns) - 1 or columns[i + 1] != c + 1
+    ]
+    return list(zip(starts, stops, strict=True))
+
+
+def _channels_first(images: Tensor) -> Tensor:
+    """Return images ``[n, H, W, C]``, ``[n, C, H, W]`` or ``[n, H, W]`` as ``[n, C, H, W]``."""
+    if images.ndim == 3:
+        return images.unsqueeze(1)
+    return images.movedim(-1, 1) if images.shape[-1] <= images.shape[1] else images
+
+
+class SeeingTorso(nn.Module):
+    """A :class:`Torso` behind :class:`Vision`."""
+
+    def __init__(self, vision: Vision, torso: Torso) -> None:
+        super().__init__()
+        self.vision = vision
+        self.torso = torso
+
+    def forward(self, observation: Tensor, action: Tensor | None = None) -> Tensor:
+        return self.torso(self.vision(observation), action)
+
+
+def _torso(
+    inputs: int,
+    outputs: int,
+    hidden_sizes: Sequence[int],
+    *,
+    statistics: Statistics | None = None,
+    images: Images = (),
+    **options: Any,
+) -> nn.Module:
+    if not images:
+        return Torso(inputs, outputs, hidden_sizes, statistics=statistics, **options)
+    vision = Vision(inputs, images, statistics)
+    return SeeingTorso(vision, Torso(vision.features, outputs, hidden_sizes, **options))
 
 
 class _TanhTo(nn.Module):

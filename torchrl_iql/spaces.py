@@ -26,6 +26,7 @@ __all__ = [
     "environment_action",
     "environment_actions",
     "flags",
+    "images_of",
     "leaf_spaces",
     "numbers",
     "observation_dtype",
@@ -128,6 +129,24 @@ def leaf_spaces(space: Space) -> Iterator[Space]:
                 yield from leaf_spaces(subspace)
         case _:
             yield space
+
+
+def images_of(space: Space, smallest: int) -> list[tuple[int, list[int]]]:
+    """Return where images of bytes lie in the rows of observations, and their shapes, as the space has them.
+
+    Args:
+        space: of one observation.
+        smallest: pixels of the shorter side of an image; what is smaller, as a grid of symbols, is none.
+    """
+    found, start = [], 0
+    for leaf in leaf_spaces(space):
+        is_picture = (
+            isinstance(leaf, spaces.Box) and leaf.dtype == np.uint8 and len(leaf.shape) in (2, 3)
+        )
+        if is_picture and sorted(leaf.shape)[-2] >= smallest:  # pyright: ignore
+            found.append((start, list(leaf.shape)))  # pyright: ignore
+        start += spaces.flatdim(leaf)
+    return found
 
 
 def observation_rows(

@@ -71,6 +71,8 @@ class DT(Algorithm):
                 f"policy={architecture.policy}: without effect, a Decision Transformer is deterministic; "
                 "give policy=deterministic"
             )
+        if architecture.images:
+            raise SettingsError("encoder=cnn: the Decision Transformer here sees no images")
         sizes = list(architecture.hidden_sizes)
         if len(set(sizes)) != 1:
             raise SettingsError(

@@ -14,8 +14,8 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor
 
 from torchrl_iql import OfflineDataset, checkpoint
-from torchrl_iql.models import Architecture, Statistics
-from torchrl_iql.spaces import share_outside
+from torchrl_iql.models import SMALLEST, Architecture, Statistics
+from torchrl_iql.spaces import images_of, share_outside
 from torchrl_iql_recipes.experiment import settings
 from torchrl_iql_recipes.experiment.schema import SettingsError, written
 
@@ -106,12 +106,19 @@ def architecture_for(networks: settings.Networks, dataset: OfflineDataset) -> Ar
             "action_size": data.shape[-1],
             "action_bounds": bounds[networks.action_bounds],
         }
+    images = images_of(dataset.observation_space, SMALLEST) if networks.encoder == "cnn" else []
+    if networks.encoder == "cnn" and not images:
+        raise SettingsError(
+            f"encoder=cnn: {dataset.name} has no images, of bytes and at least {SMALLEST} x {SMALLEST} "
+            f"pixels, but {dataset.observation_space}: give encoder=mlp"
+        )
     return Architecture(
         observation_size=dataset.transitions["observation"].shape[-1],
         policy="categorical" if isinstance(space, Discrete) else networks.policy,
         hidden_sizes=networks.hidden_sizes,
         dropout=networks.dropout,
         normalize_observation=networks.normalize_observation,
+        images=images,
         **actions,
     )
 

@@ -144,6 +144,10 @@ class Networks(Part):
     )
     hidden_sizes: tuple[Count, ...] = Field((256, 256), description="units of every hidden layer")
     dropout: Share = Field(0.0, description="of the policy")
+    encoder: Literal["mlp", "cnn"] = Field(
+        "mlp",
+        description="cnn: convolutions over the images of observations, bytes of 36x36 pixels or more",
+    )
     normalize_observation: Flag = Field(
         False, description="to mean 0 and deviation 1, within the networks"
     )
