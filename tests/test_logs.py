@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import h5py
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from gymnasium.spaces import Box, Discrete
 from episodes import MARKS, leaves
 from runs import TINY
 from torchrl_iql import load_policy
-from torchrl_iql.data import OfflineDataset, load
+from torchrl_iql.data import OfflineDataset, load, replay
 from torchrl_iql.data.__main__ import main as inspect
 from torchrl_iql_recipes.experiment import build, offline
 from torchrl_iql_recipes.experiment.door import OFFLINE
@@ -623,6 +624,27 @@ def test_the_command_inspects_logs(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         inspect(["inspect", str(path), "--action-space", "wide"])
     assert "wide: expected [low,high], or a number" in capsys.readouterr().err
+
+
+def test_logs_are_replayed_as_minaris(root: Path) -> None:
+    env = gymnasium.make("Pendulum-v1", max_episode_steps=20)
+    env.action_space.seed(0)
+    observation, _ = env.reset(seed=0)
+    rows = []
+    for _ in range(20):
+        action = env.action_space.sample()
+        seen, (observation, reward, *_) = observation, env.step(action)
+        rows.append([*seen, *action, reward])
+    path = root / "pendulum.csv"
+    write_csv(path, dict(zip("xyvur", np.array(rows, np.float64).T, strict=True)))
+    with pytest.raises(
+        ValueError, match=f"^{path}: logs are replayed as a data set of Minari's: store"
+    ):
+        replay(path, "Pendulum-v1")
+    layout = {"observations": ["x", "y", "v"], "actions": "u", "rewards": "r", "terminals": None}
+    load(path, layout=layout, env="Pendulum-v1").save_minari("own/pendulum-v0")
+    assert load("own/pendulum-v0").env_spec is not None
+    assert replay("own/pendulum-v0").environment == "Pendulum-v1"
 
 
 def test_csv_needs_no_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

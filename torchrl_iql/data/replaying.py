@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from torchrl_iql.data.d4rl import d4rl_episodes, d4rl_source, has_next_observations, is_d4rl
 from torchrl_iql.data.episodes import errors_at
+from torchrl_iql.data.logs import is_logs
 from torchrl_iql.data.minari import minari_source, opened, stored_env
 from torchrl_iql.data.simulator import Simulator
 from torchrl_iql.environments import spec_of
@@ -320,6 +321,11 @@ def _recorded(
     trust_env: bool,
 ) -> tuple[EnvSpec | None, Iterator[_Episode]]:
     """Find the environment, if the data name it, and the episodes in a random order."""
+    if is_logs(source, None):
+        raise ValueError(
+            f"{source}: logs are replayed as a data set of Minari's: store them by "
+            "load_dataset(...).save_minari(id)"
+        )
     if is_d4rl(source):
         found = d4rl_source(source, env_spec=env_spec, download=download, columns=None)
         time_limit = cast(int | None, found.made_with)
