@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Dict as GymDict
 
 from iql_losses import built
 from test_acting import COMPOUND, KINDS, SPACES, batch_of, dataset, saved
@@ -270,3 +271,31 @@ def test_a_loop_of_ones_own_is_exported(tmp_path: Path) -> None:
     step = TrainStep(IQLLoss(*built(architecture)))
     path = checkpoint.save(tmp_path / "a.ckpt", step, architecture)
     assert export_policy(path, tmp_path / "policy.npz").metadata["action"]["low"] == -1.0
+
+
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("joints", [False, True])
+def test_a_policy_that_sees_images_leaves_with_its_convolutions(
+    suffix: str, joints: bool, tmp_path: Path
+) -> None:
+    camera = Box(0, 255, (3, 40, 36), np.uint8)
+    observed = GymDict({"camera": camera, "joints": Box(-1, 1, (2,))}) if joints else camera
+    data = dataset(observed, BOUNDED)
+    path = saved(tmp_path, data, images=[(0, [3, 40, 36])])
+    its = export_policy(path, tmp_path / f"policy{suffix}", observations=20)
+    assert its.metadata["observation"]["dtype"] == ("float32" if joints else "uint8")
+    policy, rows = load_policy(path), data.transitions["observation"].numpy()
+    expected = policy.act.rows(rows)  # pyright: ignore
+    names = [
+        "observations = np.load('rows.npy')",
+        "assert np.allclose(action, expected, atol=1e-5)",
+    ]
+    np.save(tmp_path / "rows.npy", rows)
+    np.save(tmp_path / "expected.npy", expected)
+    code = [
+        *("import numpy as np", "import torch" * (suffix == ".pt2"), names[0]),
+        *(consumer(suffix, BOUNDED), "expected = np.load('expected.npy')", names[1]),
+    ]
+    alone("\n".join(code), tmp_path)
+    with pytest.raises(ValueError, match=r"give a file that ends in \.pt2 or \.onnx"):
+        export_policy(path, tmp_path / "policy.npz")

@@ -91,6 +91,7 @@ def test_of_iql_it_is_what_numpy_says() -> None:
     expected = {
         "td_error": np.sqrt(((q - target) ** 2).max(0).mean()),
         "action_error": np.sqrt(((mean - a) ** 2).mean()),
+        "actions_at_bounds": (np.abs(mean) > 0.98).mean(),
         "advantage": advantage.mean(),
         "value": v.mean(),
         "qvalue": q.mean(),

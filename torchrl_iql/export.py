@@ -29,7 +29,7 @@ import torchrl_iql
 from torchrl_iql.acting import Acting
 from torchrl_iql.checkpoint import load_architecture, load_metadata, load_policy
 from torchrl_iql.files import whole
-from torchrl_iql.models import Architecture, Torso
+from torchrl_iql.models import Architecture, Torso, Vision
 from torchrl_iql.spaces import environment_actions, observation_dtype
 
 __all__ = ["SUFFIXES", "Exported", "export_policy"]
@@ -100,6 +100,11 @@ def export_policy(
             f"{checkpoint}: a {architecture.policy} can not be exported, it acts by its rewards and earlier "
             "steps, and a file is a function of one observation: play it with torchrl_iql.Evaluator"
         )
+    if architecture.images and output.suffix == ".npz":
+        raise ValueError(
+            f"{output}: a policy that sees images is more than a few products of matrices: give a file that "
+            "ends in .pt2 or .onnx"
+        )
     metadata = _metadata(checkpoint, act)
     function = _Function(architecture, act).eval().requires_grad_(False)
     write, opened = _FORMATS[output.suffix]
@@ -132,7 +137,11 @@ class _Function(nn.Module):
     def __init__(self, architecture: Architecture, act: Acting) -> None:
         super().__init__()
         torso = next(each for each in act.policy.modules() if isinstance(each, Torso))
-        size = architecture.observation_size
+        self.vision = next(
+            (each for each in act.policy.modules() if isinstance(each, Vision)), None
+        )
+        # Which normalises what is no image.
+        size = architecture.observation_size if self.vision is None else self.vision.features
         for name, default in (("mean", torch.zeros(size)), ("std", torch.ones(size))):
             self.register_buffer(name, getattr(torso.normalize, name, default).clone())
         weights = [layer.weight.detach().clone() for layer in torso.layers]
@@ -151,7 +160,8 @@ class _Function(nn.Module):
                 self.register_buffer(name, torch.from_numpy(bound.astype(dtype).reshape(-1)))
 
     def outputs(self, observation: Tensor) -> Tensor:
-        x = (observation.to(self.mean.dtype) - self.mean) / self.std
+        x = observation if self.vision is None else self.vision(observation)
+        x = (x.to(self.mean.dtype) - self.mean) / self.std
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = nn.functional.linear(x.relu() if i else x, weight, bias)
         return x
@@ -331,6 +341,8 @@ def _observations(function: _Function, metadata: Mapping[str, Any], number: int)
     known = observation.get("observed")
     if known is not None:
         low, high = np.array(known["low"]), np.array(known["high"])
+    elif function.vision is not None:
+        low, high = 0, 256
     else:
         low, high = ((function.mean + sign * function.std).numpy() for sign in (-3, 3))
     if observation["dtype"] == "uint8":
