@@ -70,8 +70,9 @@ def table(plan: Plan, its: aggregates.Aggregates | None) -> list[str]:
             steps = "*1,000,000*" + " + *1,000,000* online" * (longest - 1)
             lines.append(f"| *published, D4RL's data* | {steps} | {' | '.join(figures)} |")
     if its is not None:
+        number = f"{len(its.tasks)} task" + "s" * (len(its.tasks) > 1)
         figures = [_with_interval(its.means.get(name)) for name in names]
-        lines.append(f"| interquartile mean of {len(its.tasks)} tasks | | {' | '.join(figures)} |")
+        lines.append(f"| interquartile mean of {number} | | {' | '.join(figures)} |")
         chances = [_with_interval(its.improvement.get(name), digits=2) for name in names]
         last = algorithms()[list(its.means)[-1]].title
         lines.append(f"| probability that {last} is better | | {' | '.join(chances)} |")
