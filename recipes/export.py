@@ -24,10 +24,11 @@ def run(settings: Export, path: Path) -> None:
         raise SettingsError(str(error)) from error
     except RuntimeError as error:
         raise RunError(str(error)) from error
-    size = its.path.stat().st_size
+    size, close = its.path.stat().st_size, ""
+    if "n" not in its.metadata["action"]:
+        close = f" to {its.difference:.1e} of half their range (at most {its.tolerance:.1e})"
     print(
-        f"{its.path}: {size / 1e3:.0f} kB, actions of {its.observations} observations as the policy's to "
-        f"{its.difference:.1e} of half their range (at most {its.tolerance:.1e})"
+        f"{its.path}: {size / 1e3:.0f} kB, actions for {its.observations} observations as the policy's{close}"
     )
 
 

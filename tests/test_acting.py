@@ -290,6 +290,8 @@ def test_what_is_described_is_what_the_data_are() -> None:
     known = checkpoint.described(data)
     assert known["observed"] == [rows.amin(0).tolist(), rows.amax(0).tolist()]
     assert (known["dataset"], known["env"], known["reference_scores"]) == ("numbers", None, None)
+    for nothing in (dataset(SPACES["image"], Discrete(2)), OfflineDataset.empty("Hopper-v5")):
+        assert checkpoint.described(nothing)["observed"] is None
     made = gymnasium.envs.registration.EnvSpec("Made-v0", entry_point=lambda: None)  # pyright: ignore
     assert "<lambda>" in (written_spec(made) or "")
     made.kwargs["noise"] = object()

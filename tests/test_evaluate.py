@@ -223,7 +223,7 @@ def test_what_can_not_be_filmed_is_told_before_it_is_played(
             play(path, video=str(tmp_path / "film.mp4"))
     for render, message in [
         (lambda self: None, "has no pictures, its render"),
-        (lambda self: 1 / 0, r"can not be rendered on this machine: division by zero \(without a"),
+        (lambda self: 1 / 0, r"can not be rendered on this machine: division by zero \(MuJoCo ren"),
     ]:
         monkeypatch.setattr(Walker, "render", render)
         with pytest.raises(SettingsError, match=message):
@@ -254,3 +254,24 @@ def test_the_first_frame_is_of_the_environment(walker: str, tmp_path: Path) -> N
     spec = gymnasium.spec(walker)
     film.require(tmp_path / "film.png", spec)
     assert "render_mode" not in spec.kwargs
+
+
+def test_whoever_walks_is_followed() -> None:
+    """From where Gymnasium's camera stands, a hopper leaves the picture after a second."""
+    env = film._rendered(gymnasium.spec("Hopper-v5"))
+    renderer: Any = env.unwrapped.mujoco_renderer  # pyright: ignore
+    assert renderer.model.camera(renderer.camera_id).name == "track"
+    theirs = gymnasium.spec("Hopper-v5")
+    theirs.kwargs = {"camera_id": 0}
+    assert film._rendered(theirs).unwrapped.mujoco_renderer.camera_id == 0  # pyright: ignore
+    assert film._rendered(gymnasium.spec("Reacher-v5")).unwrapped.mujoco_renderer.camera_id == -1  # pyright: ignore
+
+
+def test_a_package_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    with pytest.raises(
+        SettingsError, match=r"on this machine: pygame is not installed, run `[^`]*`$"
+    ):
+        film.require(tmp_path / "film.png", gymnasium.spec("CartPole-v1"))

@@ -244,7 +244,7 @@ def test_the_script_writes_a_file(tmp_path: Path) -> None:
         (
             "policy.npz",
             0,
-            r"policy\.npz: \d kB, actions of 1000 observations as the policy's to \S*e-0",
+            r"policy\.npz: \d kB, actions for 1000 observations as the policy's to \S*e-0",
         ),
         ("policy.txt", 1, r"export\.py: output=policy\.txt: expected a file that ends in \.pt2 or"),
     ]:

@@ -9,6 +9,7 @@ It holds one learner, also of several that are trained together.
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import shutil
@@ -54,7 +55,7 @@ __all__ = [
     "save",
 ]
 
-RANGE_ROWS = 100_000
+RANGE_BYTES = 64_000_000
 """Of observations, that their range is taken of."""
 
 
@@ -112,13 +113,15 @@ def described(dataset: OfflineDataset) -> dict[str, Any]:
 
     Returns:
         ``dataset``, its name; ``spaces``, of one observation and one action; ``observed``, the lowest and
-        the highest observation, ``[D]`` each, of 100,000 at most, None if there is none; ``env``, the
-        environment, None if none is known; and its ``reference_scores``, None where success counts.
+        the highest observation, ``[D]`` each, of 64 MB at most, evenly, None of images and of no data;
+        ``env``, the environment, None if none is known; and its ``reference_scores``, None where success
+        counts.
     """
     from minari.serialization import serialize_space
 
     rows = dataset.transitions["observation"]
-    rows = rows[:: max(1, len(rows) // RANGE_ROWS)]
+    is_known = len(rows) > 0 and rows.dtype != torch.uint8
+    rows = rows[:: math.ceil(max(1, rows.nbytes) / RANGE_BYTES)]
     by_success = dataset.episode_rule == "until_success"
     return {
         "dataset": dataset.name,
@@ -126,7 +129,7 @@ def described(dataset: OfflineDataset) -> dict[str, Any]:
         "spaces": [
             serialize_space(its) for its in (dataset.observation_space, dataset.action_space)
         ],
-        "observed": [each.tolist() for each in (rows.amin(0), rows.amax(0))] if len(rows) else None,
+        "observed": [each.tolist() for each in (rows.amin(0), rows.amax(0))] if is_known else None,
         "env": dataset.env_spec and written_spec(dataset.env_spec),
         "reference_scores": None if by_success else dataset.reference_scores,
     }

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
+import mujoco
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import RenderCollection
@@ -40,7 +41,7 @@ def require(path: Path, spec: EnvSpec) -> None:
     try:
         with warnings.catch_warnings():  # of a backend that is not there, before another is tried
             warnings.simplefilter("ignore")
-            env = flat_environment(_rendered(spec))
+            env = _rendered(spec)
             try:
                 env.reset(seed=0)
                 frame = env.render()
@@ -48,9 +49,10 @@ def require(path: Path, spec: EnvSpec) -> None:
                 env.close()
     except Exception as error:  # of OpenGL, of MuJoCo, of the environment
         reason = " ".join(str(error).split())
+        if not isinstance(error, gymnasium.error.DependencyNotInstalled):
+            reason += " (MuJoCo renders without a screen by EGL or OSMesa, libegl1 or libosmesa6)"
         raise SettingsError(
-            f"video={path}: {spec.id} can not be rendered on this machine: {reason} (without a screen, "
-            "MuJoCo renders by EGL or OSMesa: apt install libegl1 or libosmesa6)"
+            f"video={path}: {spec.id} can not be rendered on this machine: {reason}"
         ) from error
     if not isinstance(frame, np.ndarray):
         raise SettingsError(
@@ -70,7 +72,7 @@ def write(path: Path, spec: EnvSpec, policy: TensorDictModuleBase, seed: int) ->
     films: list[RenderCollection] = []
 
     def make() -> gymnasium.Env:
-        films.append(RenderCollection(flat_environment(_rendered(spec)), pop_frames=False))
+        films.append(RenderCollection(_rendered(spec), pop_frames=False))
         return films[-1]
 
     with warnings.catch_warnings():
@@ -85,8 +87,13 @@ def write(path: Path, spec: EnvSpec, policy: TensorDictModuleBase, seed: int) ->
         _strip(path, frames, f"{spec.id}, return {evaluation.returns[0]:.1f}")
 
 
-def _rendered(spec: EnvSpec) -> EnvSpec:
-    return replace(spec, kwargs={**spec.kwargs, "render_mode": "rgb_array"})
+def _rendered(spec: EnvSpec) -> gymnasium.Env:
+    env = flat_environment(replace(spec, kwargs={**spec.kwargs, "render_mode": "rgb_array"}))
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is not None and renderer.camera_id == -1:
+        # Gymnasium 1.4 looks from where it stands, and whoever walks leaves the picture.
+        renderer.camera_id = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+    return env
 
 
 def _video(path: Path, frames: np.ndarray, fps: float) -> None:

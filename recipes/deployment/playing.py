@@ -99,7 +99,8 @@ def _own(settings: Play) -> EnvSpec:
 def report(name: str, settings: Play, evaluation: Evaluation) -> str:
     """Write means with their standard errors."""
     summary, last = evaluation.summary(), settings.seed + settings.episodes - 1
-    lines = [f"{name}, {settings.episodes} episodes, seeds {settings.seed} to {last}"]
+    played = f"{settings.episodes} episodes, seeds {settings.seed} to {last}"
+    lines = [f"{name}, {played if settings.episodes > 1 else f'1 episode, seed {last}'}"]
     for key, title in [
         ("normalized_score", "normalized score"),
         ("success", "success"),
