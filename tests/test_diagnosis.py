@@ -9,7 +9,7 @@ import pytest
 
 from torchrl_iql import OfflineDataset
 from torchrl_iql_recipes.experiment import build, results
-from torchrl_iql_recipes.experiment.diagnosis import diagnose
+from torchrl_iql_recipes.experiment.diagnosis import Diagnosis
 from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.networks import architecture_for
 
@@ -53,7 +53,7 @@ def found(dataset: OfflineDataset, *given: str, steps: int = 300) -> dict[str, s
     for _ in range(20):
         metrics = step.run(minibatches, steps // 20)
         rows.append({key: value.item() for key, value in metrics.items()})
-    return diagnose(settings, learner, step.losses[0], learned, rows)
+    return Diagnosis(settings, learned)(learner, step.losses[0], rows)
 
 
 def of_the_action(s: np.ndarray, a: np.ndarray, rng: np.random.Generator) -> np.ndarray:

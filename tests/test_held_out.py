@@ -52,6 +52,16 @@ def test_without_an_environment_it_is_what_is_said(maze_id: str, tmp_path: Path)
     assert told[1].startswith("held out: TD error ")
 
 
+def test_of_a_decision_transformer_it_is_windows(maze_id: str, tmp_path: Path) -> None:
+    given = [each for each in GIVEN if "temperature" not in each]
+    its = OFFLINE.settings(
+        [f"dataset={maze_id}", *given, "algorithm=dt", "context=3", "steps=20", "eval_episodes=0"]
+    )
+    (replica,) = offline.run(its, tmp_path)["replicas"]
+    assert replica["held_out"].keys() == {"loss_actor"}
+    assert np.isfinite(replica["held_out"]["loss_actor"])
+
+
 @pytest.mark.parametrize("asked", ["-validation/td_error", "validation/log_likelihood"])
 def test_the_best_is_by_what_is_asked(asked: str, maze_id: str, tmp_path: Path) -> None:
     its = settings(

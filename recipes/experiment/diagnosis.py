@@ -14,7 +14,7 @@ from torchrl_iql import OfflineDataset
 from torchrl_iql.validation import Validator
 from torchrl_iql_recipes.experiment.settings import Learner, Settings
 
-__all__ = ["diagnose"]
+__all__ = ["Diagnosis"]
 
 MOVED = 0.1
 """Of a value, between the last tenth of the steps and the one two before it."""
@@ -40,40 +40,55 @@ REACHED = 0.01
 ROWS = 5_000
 """Transitions that a learner is looked at with."""
 
+Found = dict[str, str]
+"""By name of what is wrong, a line."""
 
-def diagnose(
-    settings: Settings,
-    learner: Learner,
-    loss: LossModule,
-    dataset: OfflineDataset,
-    rows: Sequence[Mapping[str, Any]],
-) -> dict[str, str]:
-    """Say what is wrong with a learner at the end of a run.
+
+class Diagnosis:
+    """Says what is wrong with the learners of a run, at its end.
 
     Args:
         settings: of the run.
-        learner: one of its learners.
-        loss: its loss.
-        dataset: what it is looked at with: what is held out, else what it has learned from.
-        rows: its lines of ``metrics.csv``.
-
-    Returns:
-        by name of what is wrong, a line; none if nothing is.
+        dataset: what they are looked at with: what is held out, else what they have learned from.
     """
-    look = Validator(dataset, getattr(learner.algorithm, "discount", None), rows=ROWS)
-    metrics = look(loss).metrics
-    found = [
-        *_of_rewards(dataset, learner),
-        *_of_values(rows),
-        *_of_weights(settings, learner, metrics),
-        *_of_actions(dataset, metrics),
-    ]
-    return dict(found)
+
+    def __init__(self, settings: Settings, dataset: OfflineDataset) -> None:
+        self._settings = settings
+        self._look = Validator(dataset, rows=ROWS)
+        asks_for_rewards = hasattr(settings.algorithm, "discount") and dataset.window is None
+        self._of_rewards = dict(_of_rewards(dataset)) if asks_for_rewards else {}
+        actions, space = dataset.transitions["action"], dataset.action_space
+        self._spread, self._at_bounds = None, 0.0
+        if isinstance(space, Box):
+            actions = actions[:: max(1, len(actions) // ROWS)]
+            self._spread = float(actions.double().var(dim=0).mean())
+            self._at_bounds = Validator.at_bounds(actions, space)
+
+    def __call__(
+        self, learner: Learner, loss: LossModule, rows: Sequence[Mapping[str, Any]]
+    ) -> Found:
+        """Look at one.
+
+        Args:
+            learner: of the run.
+            loss: its loss.
+            rows: its lines of ``metrics.csv``.
+
+        Returns:
+            a line for each thing that is wrong; none if nothing is.
+        """
+        metrics = self._look(loss).metrics
+        of_actions = _of_actions(metrics, self._spread, self._at_bounds)
+        of_weights = _of_weights(self._settings, learner, metrics)
+        return {
+            **self._of_rewards,
+            **dict(_of_values(rows)),
+            **dict(of_weights),
+            **dict(of_actions),
+        }
 
 
-def _of_rewards(dataset: OfflineDataset, learner: Learner) -> Iterator[tuple[str, str]]:
-    if not hasattr(learner.algorithm, "discount") or dataset.window is not None:
-        return
+def _of_rewards(dataset: OfflineDataset) -> Iterator[tuple[str, str]]:
     rewards = dataset.transitions["next", "reward"][:, 0]
     usual = rewards.median()
     if bool((rewards == usual).all()):
@@ -83,8 +98,8 @@ def _of_rewards(dataset: OfflineDataset, learner: Learner) -> Iterator[tuple[str
             "at the data with python -m torchrl_iql.data inspect",
         )
         return
-    episodes = torch.arange(len(dataset.episode_lengths)).repeat_interleave(dataset.episode_lengths)
-    reached = len(episodes[rewards != usual].unique())
+    is_unlike = (rewards != usual).float()
+    reached = int(torch.segment_reduce(is_unlike, "max", lengths=dataset.episode_lengths).sum())
     if reached < REACHED * len(dataset.episode_lengths):
         yield (
             "rewards",
@@ -139,19 +154,19 @@ def _of_weights(
         )
 
 
-def _of_actions(dataset: OfflineDataset, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    actions, space = dataset.transitions["action"], dataset.action_space
-    if "action_error" not in metrics or not isinstance(space, Box):
+def _of_actions(
+    metrics: Mapping[str, float], spread: float | None, datas: float
+) -> Iterator[tuple[str, str]]:
+    """Compare the policy's actions with the data's, of which these are variance and share at bounds."""
+    policys = metrics.get("actions_at_bounds", 0.0)
+    if policys > SATURATED and policys > 2 * datas:
+        yield (
+            "bounds",
+            f"{policys:.0%} of the policy's actions are at their bounds, of the data's {datas:.0%}: it does "
+            "what is not in the data; check the actions' bounds, or give a smaller temperature",
+        )
+    if "action_error" not in metrics or spread is None:
         return
-    if "actions_at_bounds" in metrics:
-        policys, datas = metrics["actions_at_bounds"], Validator.at_bounds(actions, space)
-        if policys > SATURATED and policys > 2 * datas:
-            yield (
-                "bounds",
-                f"{policys:.0%} of the policy's actions are at their bounds, of the data's {datas:.0%}: it "
-                "does what is not in the data; check the actions' bounds, or give a smaller temperature",
-            )
-    spread = float(actions.double().var(dim=0).mean())
     explained = 1 - metrics["action_error"] ** 2 / spread if spread else 1.0
     if explained > EXPLAINED:
         yield (

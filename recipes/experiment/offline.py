@@ -9,7 +9,7 @@ from typing import Any
 from torchrl_iql import OfflineDataset, TrainStep, checkpoint
 from torchrl_iql.data import Minibatches
 from torchrl_iql_recipes.experiment import build, nonfinite, progress, results
-from torchrl_iql_recipes.experiment.diagnosis import diagnose
+from torchrl_iql_recipes.experiment.diagnosis import Diagnosis
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
 from torchrl_iql_recipes.experiment.records import Records
@@ -87,12 +87,7 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
     records.draw()
     unfinished = step.steps < settings.training.steps
     seen = learned if held_out is None else held_out
-    diagnoses = [
-        {} if unfinished else diagnose(settings, learner, loss, seen, folder.rows())
-        for learner, loss, folder in zip(
-            settings.learners, step.losses, records.folders, strict=True
-        )
-    ]
+    diagnosis = None if unfinished else Diagnosis(settings, seen)
     replicas = [
         results.outcome(
             learner,
@@ -102,14 +97,14 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
             best=folder.best_row(),
             skipped=skipped,
             held_out=folder.latest("validation/"),
-            diagnosis=diagnosis,
+            diagnosis={} if diagnosis is None else diagnosis(learner, loss, folder.rows()),
         )
-        for learner, evaluation, folder, skipped, diagnosis in zip(
+        for learner, loss, evaluation, folder, skipped in zip(
             settings.learners,
+            step.losses,
             records.latest,
             records.folders,
             step.skipped,
-            diagnoses,
             strict=True,
         )
     ]

@@ -21,7 +21,7 @@ SEED = 0
 def hold_out(
     settings: Settings, dataset: OfflineDataset
 ) -> tuple[OfflineDataset, OfflineDataset | None]:
-    """Return what may be learned from, and the episodes that are held out, if any.
+    """Return what may be learned from, and the episodes that are held out, as losses read them, if any.
 
     Raises:
         SettingsError: there are too few episodes.
@@ -30,9 +30,12 @@ def hold_out(
     if not share:
         return dataset, None
     try:
-        return dataset.split(share, seed=SEED)
+        rest, held_out = dataset.split(share, seed=SEED)
     except ValueError as error:
         raise SettingsError(f"validation={share:g}: {error}") from None
+    if settings.algorithm.is_offline:  # its loss is of windows
+        held_out = settings.algorithm.data(held_out)
+    return rest, held_out
 
 
 class HeldOut:
@@ -44,8 +47,6 @@ class HeldOut:
     """
 
     def __init__(self, settings: Settings, dataset: OfflineDataset) -> None:
-        if settings.algorithm.is_offline:  # its loss is of windows
-            dataset = settings.algorithm.data(dataset)
         discounts = [getattr(each.algorithm, "discount", None) for each in settings.learners]
         looks = {discount: Validator(dataset, discount) for discount in dict.fromkeys(discounts)}
         self._settings = settings
