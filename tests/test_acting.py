@@ -28,6 +28,7 @@ from torchrl_iql import (
 )
 from torchrl_iql.environments import written_spec
 from torchrl_iql.models import Architecture, Torso
+from torchrl_iql.objectives import DTLoss
 from torchrl_iql.spaces import observation_dtype, observed_rows
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment import offline
@@ -93,6 +94,19 @@ def saved(
     )
     described = checkpoint.described(data) if known else {}
     return checkpoint.save(path / f"{policy}.ckpt", TrainStep(loss), architecture, **described)
+
+
+def saved_transformer(path: Path) -> Path:
+    """Save a freshly initialised Decision Transformer."""
+    architecture = Architecture(
+        observation_size=3,
+        action_size=2,
+        policy="decision_transformer",
+        hidden_sizes=(8,),
+        policy_options={"context": 2, "episode_length": 5, "target_return": 1.0},
+    )
+    step = TrainStep(DTLoss(architecture.policy_network().on_windows()))  # pyright: ignore
+    return checkpoint.save(path / "a.ckpt", step, architecture)
 
 
 def by_hand(torso: Torso, inputs: np.ndarray) -> np.ndarray:
@@ -386,17 +400,7 @@ def test_q_of_discrete_actions_has_a_value_for_each(tmp_path: Path) -> None:
 
 
 def test_a_decision_transformer_does_not_act_by_an_observation(tmp_path: Path) -> None:
-    architecture = Architecture(
-        observation_size=3,
-        action_size=2,
-        policy="decision_transformer",
-        hidden_sizes=(8,),
-        policy_options={"context": 2, "episode_length": 5, "target_return": 1.0},
-    )
-    from torchrl_iql.objectives import DTLoss
-
-    step = TrainStep(DTLoss(architecture.policy_network().on_windows()))  # pyright: ignore
-    policy = load_policy(checkpoint.save(tmp_path / "a.ckpt", step, architecture))
+    policy = load_policy(saved_transformer(tmp_path))
     with pytest.raises(
         ValueError, match=r"ReturnConditioned acts by observation, context, .* torchrl_iql.Eval"
     ):

@@ -17,11 +17,10 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.spaces import Dict as GymDict
 
 from iql_losses import built
-from test_acting import COMPOUND, KINDS, SPACES, batch_of, dataset, saved
+from test_acting import COMPOUND, KINDS, SPACES, batch_of, dataset, saved, saved_transformer
 from torchrl_iql import IQLLoss, TrainStep, __version__, checkpoint, export, load_policy
 from torchrl_iql.export import SUFFIXES, export_policy
 from torchrl_iql.models import Architecture
-from torchrl_iql.objectives import DTLoss
 from torchrl_iql.spaces import observed_rows
 from torchrl_iql_recipes.deployment.settings import Export, Play
 from torchrl_iql_recipes.experiment.schema import SettingsError
@@ -190,15 +189,7 @@ def test_a_policy_that_is_not_finite_is_not_exported(
 
 
 def test_a_decision_transformer_is_refused_by_name(tmp_path: Path) -> None:
-    architecture = Architecture(
-        observation_size=3,
-        action_size=2,
-        policy="decision_transformer",
-        hidden_sizes=(8,),
-        policy_options={"context": 2, "episode_length": 5, "target_return": 1.0},
-    )
-    step = TrainStep(DTLoss(architecture.policy_network().on_windows()))  # pyright: ignore
-    path = checkpoint.save(tmp_path / "a.ckpt", step, architecture)
+    path = saved_transformer(tmp_path)
     for suffix in SUFFIXES:
         with pytest.raises(ValueError, match="a decision_transformer can not be exported, it acts"):
             export_policy(path, tmp_path / f"policy{suffix}")

@@ -210,7 +210,7 @@ def test_of_a_record_counts_what_had_the_same_settings(maze_id: str, tmp_path: P
 
     def scores(text: str, record: Record) -> list[float] | None:
         (of, *_) = Plan.load(plan_of(tmp_path, "", text), tmp_path, record).cells[1:]
-        assert (of.scores() is None) == bool(of.jobs)
+        assert (of.scores() is None) == bool(of.runs)
         return of.scores()
 
     text = file.read_text()

@@ -13,9 +13,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.experiment import results
+from torchrl_iql_recipes.experiment.settings import Settings
 
-__all__ = ["Job", "finish"]
+__all__ = ["Job", "ensure_data", "finish"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,14 @@ class Job:
             raise RuntimeError(f"{self.script.name} failed, see {log}")
         if self.result() is None:
             raise RuntimeError(f"{self.script.name} was interrupted, see {log}: start it again")
+
+
+def ensure_data(settings: Sequence[Settings]) -> None:
+    """Make the data of runs that are not there, once each."""
+    given = [each.data.dataset or () for each in settings]
+    sources = [source for its in given for source in ([its] if isinstance(its, str) else its)]
+    for source in dict.fromkeys(sources):
+        collection.ensure(source)
 
 
 def finish(jobs: Sequence[Job], processes: int) -> None:

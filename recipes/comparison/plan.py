@@ -76,40 +76,37 @@ class Cell:
         return self.task, self.algorithm, digest(self.settings)
 
     @cached_property
-    def jobs(self) -> list[Job]:
-        """The runs of the other seeds: offline one of all, online one of each."""
-        missing = [seed for seed in self.seeds if seed not in self.known]
-        if not missing:
-            return []
+    def runs(self) -> Mapping[tuple[int, ...], Job]:
+        """Those of the other seeds, by these: offline one of all, online one of each."""
+        missing = tuple(seed for seed in self.seeds if seed not in self.known)
         if self.env_steps:
-            return [
-                Job(RECIPES / "online.py", self._folder_of(seed), [*self.asked, f"seeds={seed}"])
+            return {
+                (seed,): self._run("online.py", f"seeds={seed}", self.folder / f"seed={seed}")
                 for seed in missing
-            ]
+            }
         part = "" if not self.known else "-" + "-".join(map(str, missing))
         folder = self.folder.with_name(self.folder.name + part)
         seeds = f"seeds=[{','.join(map(str, missing))}]"
-        return [Job(RECIPES / "offline.py", folder, [*self.asked, seeds])]
+        return {missing: self._run("offline.py", seeds, folder)} if missing else {}
 
-    def _folder_of(self, seed: int) -> Path:
-        """Return that of a learner."""
-        if self.env_steps:
-            return self.folder / f"seed={seed}"
-        (job,) = self.jobs
-        alone = len(self.seeds) - len(self.known) == 1
-        return job.folder if alone else job.folder / f"seed={seed}"
+    def _run(self, script: str, seeds: str, folder: Path) -> Job:
+        return Job(RECIPES / script, folder, [*self.asked, seeds])
 
     def curves(self) -> dict[int, Mapping[int, float]]:
         """Return the scores so far: by seed, and by gradient step."""
-        return {seed: self.known.get(seed) or dict(self._read(seed)) for seed in self.seeds}
+        found = dict(self.known)
+        for seeds, run in self.runs.items():
+            for seed in seeds:
+                own = run.folder / f"seed={seed}" if len(seeds) > 1 else run.folder
+                found[seed] = dict(_scores_in(own))
+        return {seed: found[seed] for seed in self.seeds}
 
     def finished(self) -> Curves:
         """Return the scores of the seeds whose run is finished."""
-        if all(job.result() is not None for job in self.jobs):
-            return self.curves()
-        done = {job.settings[-1] for job in self.jobs if job.result() is not None}
-        its = self.curves()
-        return {s: its[s] for s in self.seeds if s in self.known or f"seeds={s}" in done}
+        done = {
+            seed for seeds, run in self.runs.items() if run.result() is not None for seed in seeds
+        }
+        return {s: its for s, its in self.curves().items() if s in self.known or s in done}
 
     def scores(self) -> list[float] | None:
         """Return the score of each seed after the last step; None before all runs are finished."""
@@ -121,14 +118,15 @@ class Cell:
         its = self.finished()
         return [its[s][self.steps] for s in self.seeds] if len(its) == len(self.seeds) else None
 
-    def _read(self, seed: int) -> Iterator[tuple[int, float]]:
-        folder = self._folder_of(seed)
-        for metrics in (folder / "offline/metrics.csv", folder / "metrics.csv"):
-            if metrics.exists():
-                with metrics.open(newline="") as lines:
-                    for row in csv.DictReader(lines):
-                        if row.get("eval/score"):
-                            yield int(row["step"]), float(row["eval/score"])
+
+def _scores_in(folder: Path) -> Iterator[tuple[int, float]]:
+    """Read the steps and scores of a learner, of an offline phase too."""
+    for metrics in (folder / "offline/metrics.csv", folder / "metrics.csv"):
+        if metrics.exists():
+            with metrics.open(newline="") as lines:
+                for row in csv.DictReader(lines):
+                    if row.get("eval/score"):
+                        yield int(row["step"]), float(row["eval/score"])
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ class Plan:
     @property
     def jobs(self) -> list[Job]:
         """All runs."""
-        return [job for cell in self.cells for job in cell.jobs]
+        return [run for cell in self.cells for run in cell.runs.values()]
 
     def finished(self) -> Record:
         """Return what is to be kept."""

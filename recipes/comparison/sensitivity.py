@@ -21,8 +21,7 @@ from statistics import mean
 import numpy as np
 from matplotlib.figure import Figure
 
-from torchrl_iql_recipes.behaviors import collection
-from torchrl_iql_recipes.comparison.jobs import Job, finish
+from torchrl_iql_recipes.comparison.jobs import Job, ensure_data, finish
 from torchrl_iql_recipes.comparison.plan import RECIPES
 from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.plots import DPI, SLATE
@@ -138,11 +137,9 @@ def main() -> None:
         found = recorded(args.record, args) if args.record else {}
         missing = [task for task in args.tasks if task not in found]
         if args.jobs:
-            for task in missing:  # all of them are checked before the first begins
-                dataset = OFFLINE.settings(job(task, args).settings).data.dataset
-                for each in [dataset] if isinstance(dataset, str) else dataset or ():
-                    collection.ensure(each)
-            finish([job(task, args) for task in missing], args.jobs)
+            jobs = [job(task, args) for task in missing]
+            ensure_data([OFFLINE.settings(each.settings) for each in jobs])
+            finish(jobs, args.jobs)
     except (SettingsError, ValueError, RuntimeError) as error:
         sys.exit(f"sensitivity.py: {error}")
     except KeyboardInterrupt:

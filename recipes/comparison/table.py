@@ -26,9 +26,8 @@ from pathlib import Path
 from statistics import mean
 
 from torchrl_iql_recipes.algorithms import algorithms
-from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.comparison import aggregates
-from torchrl_iql_recipes.comparison.jobs import finish
+from torchrl_iql_recipes.comparison.jobs import ensure_data, finish
 from torchrl_iql_recipes.comparison.plan import Cell, Plan
 from torchrl_iql_recipes.comparison.record import Record
 from torchrl_iql_recipes.experiment.results import half_width
@@ -129,12 +128,7 @@ def prepare(plan: Plan) -> None:
     Raises:
         SettingsError: a run can not have its settings.
     """
-    sources = {}
-    for cell in plan.cells:
-        given = cell.settings.data.dataset if cell.jobs else None
-        sources |= dict.fromkeys([given] if isinstance(given, str) else given or ())
-    for source in sources:
-        collection.ensure(source)
+    ensure_data([cell.settings for cell in plan.cells if cell.runs])
 
 
 def report(plan: Plan, folder: Path) -> list[str]:

@@ -12,12 +12,9 @@ taken within a round. The exit status is 1 if an algorithm fails.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -39,8 +36,15 @@ from torchrl_iql_recipes.experiment import build
 from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.networks import Networks, architecture_for
 from torchrl_iql_recipes.speed import update
-from torchrl_iql_recipes.speed.timing import Contender, Result, hardware, measure, synchronize
-from torchrl_iql_recipes.speed.update import chosen, configure, measuring, parse
+from torchrl_iql_recipes.speed.timing import Contender, Result, synchronize
+from torchrl_iql_recipes.speed.update import (
+    chosen,
+    conclude,
+    configure,
+    measuring,
+    parse,
+    race,
+)
 
 __all__ = ["LOSSES", "Recipe", "Torchrl", "contenders", "row"]
 
@@ -268,25 +272,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not chosen(algorithm, options.only):
             continue
         builders = contenders(algorithm, options.device, options.settings, options.ways)
-        ready = update.build(builders, (), setting)
-        its = {"rounds": options.rounds, "seconds_per_round": options.seconds}
-        results[algorithm] = measure(ready, **its) if ready else []
+        results[algorithm] = race(builders, options, setting)
         measured = {result.name for result in results[algorithm]}
-        for contender in ready:
-            if contender.name in measured:
-                contender.close()
         failed += [] if Recipe.name in measured else [algorithm]
         print(row(algorithm, results[algorithm], options.ways), flush=True)
-    machine = hardware()
-    print()
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    if options.json:
-        written = {name: [asdict(result) for result in its] for name, its in results.items()}
-        context = {"settings": options.settings, "hardware": machine, "algorithms": written}
-        Path(options.json).write_text(json.dumps(context, indent=2) + "\n")
-    if failed:
-        print(f"Failed: {', '.join(failed)}.")
-    return 1 if failed else 0
+    return conclude(options, failed, {"algorithms": results}, settings=options.settings)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,12 +13,10 @@ step fails.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -43,8 +41,16 @@ from torchrl_iql.data import Minibatches
 from torchrl_iql.training import Execution
 from torchrl_iql_recipes.speed import update
 from torchrl_iql_recipes.speed.ours import replay_buffer
-from torchrl_iql_recipes.speed.timing import Contender, Result, hardware, measure, synchronize
-from torchrl_iql_recipes.speed.update import build, chosen, configure, parse, parser, work_of
+from torchrl_iql_recipes.speed.timing import Contender, Result, synchronize
+from torchrl_iql_recipes.speed.update import (
+    chosen,
+    conclude,
+    configure,
+    parse,
+    parser,
+    race,
+    work_of,
+)
 from torchrl_iql_recipes.speed.work import Work
 
 __all__ = [
@@ -352,25 +358,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not chosen(loss, options.only):
             continue
         builders = contenders(loss, work, options.ways)
-        ready = build(builders, (), setting)
-        results[loss] = measure(ready, rounds=options.rounds, seconds_per_round=options.seconds)
+        results[loss] = race(builders, options, setting)
         measured = {result.name for result in results[loss]}
-        for contender in ready:
-            if contender.name in measured:
-                contender.close()
         steps = [step_name(execution) for _, execution in compared]
         failed += [f"{loss} in {step}" for step in steps if step not in measured]
         print(row(loss, results[loss], compared), flush=True)
-    machine = hardware()
-    print()
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    if options.json:
-        written = {loss: [asdict(result) for result in its] for loss, its in results.items()}
-        context = {"work": asdict(work), "hardware": machine, "losses": written}
-        Path(options.json).write_text(json.dumps(context, indent=2) + "\n")
-    if failed:
-        print(f"Failed: {', '.join(failed)}.")
-    return 1 if failed else 0
+    return conclude(options, failed, {"losses": results}, work=asdict(work))
 
 
 def _parser() -> argparse.ArgumentParser:

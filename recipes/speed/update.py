@@ -10,11 +10,13 @@ that the eager contenders work. The exit status is 1 if a contender of this proj
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -238,6 +240,55 @@ def build(
         except RuntimeError as error:  # no JAX, or none for this device
             print(f"{name} is left out: {error}")
     return contenders
+
+
+def race(
+    builders: Mapping[str, Callable[[], Contender]],
+    options: argparse.Namespace,
+    configure: Callable[[], None],
+) -> list[Result]:
+    """Build the contenders as far as possible, measure those that are, and end them."""
+    ready = build(builders, (), configure)
+    if not ready:
+        return []
+    results = measure(ready, rounds=options.rounds, seconds_per_round=options.seconds)
+    measured = {result.name for result in results}
+    for contender in ready:
+        if contender.name in measured:
+            contender.close()
+    return results
+
+
+def conclude(
+    options: argparse.Namespace,
+    failed: Sequence[str],
+    measured: Mapping[str, Mapping[str, Sequence[Result]]],
+    **context: Any,
+) -> int:
+    """Print the machine and what failed, and write what was measured where it was asked for.
+
+    Args:
+        options: of :func:`measuring`.
+        failed: what did.
+        measured: by one name of all, the results of each.
+        **context: what else it takes to understand them.
+
+    Returns:
+        the exit status: 1 if something failed.
+    """
+    machine = hardware()
+    print()
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    if options.json:
+        written = {
+            kind: {name: [asdict(result) for result in its] for name, its in results.items()}
+            for kind, results in measured.items()
+        }
+        text = json.dumps({**context, "hardware": machine, **written}, indent=2)
+        Path(options.json).write_text(text + "\n")
+    if failed:
+        print(f"Failed: {', '.join(failed)}.")
+    return 1 if failed else 0
 
 
 def chosen(name: str, only: Sequence[str]) -> bool:
