@@ -15,7 +15,7 @@ from scipy.stats import trim_mean
 from torchrl_iql_recipes.comparison import aggregates, table
 from torchrl_iql_recipes.comparison.jobs import Job
 from torchrl_iql_recipes.comparison.plan import Plan
-from torchrl_iql_recipes.comparison.record import Record, digest
+from torchrl_iql_recipes.comparison.record import Known, Record
 from torchrl_iql_recipes.experiment.schema import SettingsError
 
 SETTINGS = ["hidden_sizes=[8,8]", "batch_size=32", "compute.execution=eager", "temperature=3"]
@@ -92,13 +92,13 @@ def test_the_table_is_that_of_the_runs(by: list[str], maze_id: str, tmp_path: Pa
     assert again.returncode == 0, again.stderr
     assert (of / "iql/log.txt").read_text().count("Results:") == 1  # what is finished is kept
 
-    record = str(tmp_path / "runs/table.csv")
+    record = str(tmp_path / "runs/record.json")
     elsewhere = started(tmp_path / "elsewhere", plan, *by, "--record", record)
     assert elsewhere.returncode == 0, elsewhere.stderr
     assert {each.name for each in (tmp_path / "elsewhere").iterdir()} == {
-        *("table.md", "table.csv", "curves.png", "aggregates.png")
+        *("table.md", "table.csv", "record.json", "curves.png", "aggregates.png")
     }  # nothing was done again
-    for name in ("table.md", "table.csv"):
+    for name in ("table.md", "table.csv", "record.json"):
         its = (tmp_path / "elsewhere" / name).read_bytes()
         assert its == (tmp_path / "runs" / name).read_bytes()
 
@@ -144,14 +144,14 @@ tasks:
     assert lines[3].endswith("| *1,000,000* + *1,000,000* online | *86.7* → *96.0* |")
 
     # Of a record, one seed is known: the other one is done again.
-    record = Record.read(tmp_path / "runs/table.csv")
-    (key,) = record.curves
-    Record({key: {1: record.curves[key][1]}}).write(tmp_path / "one.csv")
-    again = started(tmp_path / "again", plan, "--record", str(tmp_path / "one.csv"))
+    record = Record.read(tmp_path / "runs/record.json")
+    (its,) = record.known
+    Record((Known(its.settings, {1: its.curves[1]}),)).write(tmp_path / "one.json")
+    again = started(tmp_path / "again", plan, "--record", str(tmp_path / "one.json"))
     assert again.returncode == 0, again.stderr
     folders = (tmp_path / "again/mini-pointmaze-medium/iql").iterdir()
     assert [each.name for each in folders] == ["seed=0"]
-    assert Record.read(tmp_path / "again/table.csv") == record
+    assert Record.read(tmp_path / "again/record.json") == record
 
 
 @pytest.mark.slow
@@ -163,15 +163,16 @@ def test_seeds_that_a_record_lacks_are_done(known: list[int], maze_id: str, tmp_
     )
     plan = plan_of(tmp_path, maze_id, text)
     assert started(tmp_path / "runs", plan).returncode == 0
-    record = Record.read(tmp_path / "runs/table.csv")
-    (key,) = record.curves
-    Record({key: {seed: record.curves[key][seed] for seed in known}}).write(tmp_path / "some.csv")
-    again = started(tmp_path / "again", plan, "--record", str(tmp_path / "some.csv"))
+    record = Record.read(tmp_path / "runs/record.json")
+    (its,) = record.known
+    some = Known(its.settings, {seed: its.curves[seed] for seed in known})
+    Record((some,)).write(tmp_path / "some.json")
+    again = started(tmp_path / "again", plan, "--record", str(tmp_path / "some.json"))
     assert again.returncode == 0, again.stderr
     folders = (tmp_path / "again/mini-pointmaze-medium").iterdir()
     missing = "-".join(str(seed) for seed in (0, 1, 2) if seed not in known)
     assert [each.name for each in folders] == [f"iql-{missing}"]
-    assert Record.read(tmp_path / "again/table.csv") == record  # each as it would be alone
+    assert Record.read(tmp_path / "again/record.json") == record  # each as it would be alone
 
 
 def test_a_folder_that_something_else_has_filled_is_not_taken_over(tmp_path: Path) -> None:
@@ -203,10 +204,10 @@ def test_of_a_record_counts_what_had_the_same_settings(maze_id: str, tmp_path: P
     file = plan_of(tmp_path, maze_id)
     (_, cell, _) = Plan.load(file, tmp_path).cells
     assert cell.algorithm == "iql"
-    key = (cell.task, "iql", digest(cell.settings))
+    settings = dict(cell.settings.values)
     curves = {seed: {10: 1.5, 20: 2.0 + seed} for seed in cell.seeds}
-    Record({key: curves}).write(tmp_path / "record.csv")
-    record = Record.read(tmp_path / "record.csv")
+    Record((Known(settings, curves),)).write(tmp_path / "record.json")
+    record = Record.read(tmp_path / "record.json")
 
     def scores(text: str, record: Record) -> list[float] | None:
         (of, *_) = Plan.load(plan_of(tmp_path, "", text), tmp_path, record).cells[1:]
@@ -220,10 +221,38 @@ def test_of_a_record_counts_what_had_the_same_settings(maze_id: str, tmp_path: P
     for old, new in (("temperature=3", "temperature=4"), ("steps: 20", "steps: 40")):
         assert scores(text.replace(old, new), record) is None
     assert scores(text.replace("=eager", "=auto"), record) == [2.0, 3.0, 4.0]
-    assert scores(text, Record({key: {0: curves[0], 1: curves[1]}})) is None
-    (tmp_path / "record.csv").write_text("task,step\na,b\n")
-    with pytest.raises(SettingsError, match="expected the columns"):
-        Record.read(tmp_path / "record.csv")
+    assert scores(text, Record((Known(settings, {0: curves[0], 1: curves[1]}),))) is None
+    # A setting that came later is, in what was recorded before, as its default now.
+    for later in ("encoder", "validation", "action_bounds", "loss", "best_by"):
+        before = {name: value for name, value in settings.items() if name != later}
+        assert scores(text, Record((Known(before, curves),))) == [2.0, 3.0, 4.0], later
+        other = before | {later: "another"}
+        found = scores(text, Record((Known(other, curves),)))
+        assert found == ([2.0, 3.0, 4.0] if later == "best_by" else None), later
+    # A setting that is no more is unknown.
+    gone = settings | {"target_noise": 0.1}
+    assert scores(text, Record((Known(gone, curves),))) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task,step\na,b\n", "expected the record.json of a comparison"),
+        ('[{"settings": {"task": "a"}, "scores": {}}]', "algorithm"),
+        ('[{"settings": {}}]', "scores"),
+        ("[3]", "expected the record.json"),
+        ('[{"settings": {"task": "a", "algorithm": "iql"}, "scores": {"0": 3}}]', "expected"),
+    ],
+)
+def test_another_file_is_no_record(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(text)
+    with pytest.raises(SettingsError, match=message):
+        Record.read(tmp_path / "record.json")
+
+
+def test_a_record_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"none\.json: No such file"):
+        Record.read(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize(

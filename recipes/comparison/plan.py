@@ -13,7 +13,7 @@ import yaml
 
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.comparison.jobs import Job
-from torchrl_iql_recipes.comparison.record import Curves, Record, digest
+from torchrl_iql_recipes.comparison.record import Curves, Known, Record
 from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
@@ -65,15 +65,10 @@ class Cell:
     @cached_property
     def known(self) -> Curves:
         """The scores of those seeds that the record has, with these settings."""
-        if not self.record.has(self.task, self.algorithm):
+        if not self.record.tells_of(self.task, self.algorithm):
             return {}
-        its = self.record.curves.get(self.key, {})
+        its = self.record.of(self.settings.values)
         return {seed: its[seed] for seed in self.seeds if seed in its}
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What a record has its scores by."""
-        return self.task, self.algorithm, digest(self.settings)
 
     @cached_property
     def runs(self) -> Mapping[tuple[int, ...], Job]:
@@ -188,7 +183,7 @@ class Plan:
     def finished(self) -> Record:
         """Return what is to be kept."""
         its = [(cell, cell.finished()) for cell in self.cells]
-        return Record({cell.key: curves for cell, curves in its if curves})
+        return Record(tuple(Known(cell.settings.values, curves) for cell, curves in its if curves))
 
     def cell(self, task: str, algorithm: str) -> Cell | None:
         found = [each for each in self.cells if (each.task, each.algorithm) == (task, algorithm)]

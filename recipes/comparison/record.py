@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment.schema import SettingsError
-from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.settings import PARTS, flat
 from torchrl_iql_recipes.files import whole
 
-__all__ = ["Curves", "Record", "digest"]
+__all__ = ["Curves", "Known", "Record"]
 
-COLUMNS = ["task", "algorithm", "settings", "seed", "step", "score"]
 INDIFFERENT = {
-    *("compute", "logger", "log_interval", "checkpoint_interval"),
-    *("eval_workers", "on_eval_failure", "on_nonfinite", "best_by"),
+    *PARTS["compute"].names(),
+    *PARTS["logger"].names(),
+    *("log_interval", "checkpoint_interval", "on_nonfinite"),
+    *("eval_workers", "on_eval_failure", "best_by"),
     "seeds",  # each learner is what it would be alone
 }
 """Settings that the scores of a learner do not depend on, and its seed, by which they are kept."""
@@ -27,14 +28,41 @@ Curves = Mapping[int, Mapping[int, float]]
 """By seed, the scores by step."""
 
 
-def digest(settings: Settings) -> str:
-    """Return what tells the settings of a run, given and default, from others, but for its seeds.
+@dataclass(frozen=True)
+class Known:
+    """The scores of learners that differ in their seeds only.
 
-    Those that are off do not count: a setting that a later version adds changes nothing as long as it is.
+    Attributes:
+        settings: of a run, as ``config.yaml`` has them.
+        curves: of its learners.
     """
-    values = settings.values
-    asked = {key: value for key, value in values.items() if value and key not in INDIFFERENT}
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+
+    settings: Mapping[str, Any]
+    curves: Curves
+
+    def has(self, settings: Mapping[str, Any]) -> bool:
+        """Return whether a run with these settings would be the same, but for its seeds.
+
+        A setting that only one of the two has, because a version of this project came between, is as its
+        default in the other: what is added changes no record.
+        """
+        its, asked = flat(self.settings), flat(settings)
+        otherwise = _defaults(settings["algorithm"])
+        return all(
+            _plain(its.get(name, otherwise.get(name)))
+            == _plain(asked.get(name, otherwise.get(name)))
+            for name in {*its, *asked} - INDIFFERENT
+        )
+
+
+def _defaults(algorithm: str) -> dict[str, Any]:
+    parts = (*PARTS.values(), algorithms()[algorithm])
+    return {given: part.defaults()[name] for part in parts for given, name in part.names().items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as it is after it was written and read."""
+    return json.loads(json.dumps(value))
 
 
 @dataclass(frozen=True)
@@ -42,14 +70,19 @@ class Record:
     """The scores of finished runs.
 
     Attributes:
-        curves: by task, algorithm and :func:`digest` of the settings.
+        known: those of each settings.
     """
 
-    curves: Mapping[tuple[str, str, str], Curves] = field(default_factory=dict)
+    known: tuple[Known, ...] = ()
 
-    def has(self, task: str, algorithm: str) -> bool:
-        """Return whether there is anything of them, with whatever settings."""
-        return any(key[:2] == (task, algorithm) for key in self.curves)
+    def of(self, settings: Mapping[str, Any]) -> Curves:
+        """Return the scores of runs with these settings, of whatever seeds."""
+        return next((each.curves for each in self.known if each.has(settings)), {})
+
+    def tells_of(self, task: str, algorithm: str) -> bool:
+        """Return whether there is anything of them, with whatever other settings."""
+        its = ((each.settings["task"], each.settings["algorithm"]) for each in self.known)
+        return (task, algorithm) in its
 
     @classmethod
     def read(cls, file: Path) -> Record:
@@ -58,22 +91,29 @@ class Record:
         Raises:
             SettingsError: it is no such file.
         """
-        found: dict[tuple[str, str, str], dict[int, dict[int, float]]] = {}
         try:
-            with file.open(newline="") as lines:
-                for row in csv.DictReader(lines):
-                    key = row["task"], row["algorithm"], row["settings"]
-                    curve = found.setdefault(key, {}).setdefault(int(row["seed"]), {})
-                    curve[int(row["step"])] = float(row["score"])
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise SettingsError(f"{file}: expected the columns {COLUMNS}: {error}") from None
-        return cls(found)
+            return cls(tuple(_known(json.loads(file.read_text()))))
+        except OSError as error:
+            raise SettingsError(f"{file}: {error.strerror}") from None
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise SettingsError(
+                f"{file}: expected the record.json of a comparison: {error}"
+            ) from None
 
     def write(self, file: Path) -> None:
-        """Write a line for each evaluation."""
-        with whole(file) as new, new.open("w", newline="") as lines:
-            writer = csv.writer(lines, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            for key, its in self.curves.items():
-                for seed, curve in its.items():
-                    writer.writerows([*key, seed, step, curve[step]] for step in sorted(curve))
+        """Write them, so that two files can be compared line by line."""
+        its = [{"settings": each.settings, "scores": each.curves} for each in self.known]
+        with whole(file) as new:
+            new.write_text(json.dumps(its, indent=1) + "\n")
+
+
+def _known(read: Any) -> Iterator[Known]:
+    for each in read:
+        settings, scores = each["settings"], each["scores"]
+        if missing := {"task", "algorithm"} - settings.keys():
+            raise KeyError(*missing)
+        curves = {
+            int(seed): {int(step): float(score) for step, score in curve.items()}
+            for seed, curve in scores.items()
+        }
+        yield Known(settings, curves)

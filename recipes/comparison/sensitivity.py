@@ -5,8 +5,8 @@
 
 All combinations of a task are the learners of one run of recipes/offline.py; runs go several at a time, with
 one thread each. What is finished is kept, what was interrupted goes on: the same command goes on after
-anything. It leaves ``sensitivity.csv``, a line for each learner, and ``sensitivity.png`` in the folder. With
-``--record`` such a file says what is not done again.
+anything. It leaves ``sensitivity.csv``, a line for each learner, ``sensitivity.png`` and ``record.json`` in
+the folder. With ``--record`` such a record says which tasks are not done again, if their settings are those.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from torchrl_iql_recipes.comparison.jobs import Job, ensure_data, finish
 from torchrl_iql_recipes.comparison.plan import RECIPES
+from torchrl_iql_recipes.comparison.record import Known, Record
 from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.plots import DPI, SLATE
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.files import shown, whole
 
 TASKS = ["mini/pointmaze-medium", "mini/hopper-medium-replay", "mini/antmaze-umaze"]
-COLUMNS = ["task", "steps", "episodes", "expectile", "temperature", "seed", "score"]
 
-Row = dict[str, str]
-"""A learner, by column, as the file has it."""
+Scores = Mapping[tuple[float, float], Mapping[int, float]]
+"""Of a task: by expectile and temperature, and by seed."""
 
 
 def job(task: str, args: argparse.Namespace) -> Job:
@@ -50,62 +51,68 @@ def axes(args: argparse.Namespace) -> dict[str, list[float]]:
     return {"expectile": args.expectiles, "temperature": args.temperatures, "seeds": args.seeds}
 
 
-def learners(task: str, args: argparse.Namespace) -> list[Row] | None:
-    """Return the learners of a run, None before it is finished."""
+def settings_by_place(
+    task: str, args: argparse.Namespace
+) -> dict[tuple[float, float], dict[str, Any]]:
+    """Return the settings of the learners of a run, by expectile and temperature, whatever their seeds."""
+    settings = OFFLINE.settings(job(task, args).settings)
+    return {
+        (its.algorithm.expectile, its.algorithm.temperature): settings.of_learner(its)  # pyright: ignore
+        for its in settings.learners
+    }
+
+
+def of_run(task: str, args: argparse.Namespace) -> Scores | None:
+    """Return the scores of a run, None before it is finished."""
     result = job(task, args).result()
     if result is None:
         return None
-    its = {"task": task, "steps": args.steps, "episodes": args.episodes}
-    return [
-        {column: str({**its, **each}[column]) for column in COLUMNS} for each in result["replicas"]
-    ]
+    found: dict[tuple[float, float], dict[int, float]] = {}
+    for each in result["replicas"]:
+        place = each["expectile"], each["temperature"]
+        found.setdefault(place, {})[each["seed"]] = each["score"]
+    return found
 
 
-def recorded(file: Path, args: argparse.Namespace) -> dict[str, list[Row]]:
-    """Return the learners of each task of a file that is complete in it.
-
-    Raises:
-        SettingsError: it is no such file.
-    """
-    try:
-        with file.open(newline="") as lines:
-            rows = list(csv.DictReader(lines))
-    except OSError as error:
-        raise SettingsError(f"{file}: {error.strerror}") from None
-    if any(set(row) != set(COLUMNS) for row in rows):
-        raise SettingsError(f"{file}: expected the columns {COLUMNS}")
-    asked = len(args.expectiles) * len(args.temperatures) * len(args.seeds)
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        place = (float(row["expectile"]), float(row["temperature"]), int(row["seed"]))
-        of = all(value in its for value, its in zip(place, axes(args).values(), strict=True))
-        if of and (row["steps"], row["episodes"]) == (str(args.steps), str(args.episodes)):
-            found.setdefault(row["task"], []).append(row)
-    return {task: its for task, its in found.items() if len(its) == asked}
+def of_record(record: Record, task: str, args: argparse.Namespace) -> Scores | None:
+    """Return the scores that a record has, None if it lacks some."""
+    if not record.tells_of(task, "iql"):
+        return None
+    found = {}
+    for place, settings in settings_by_place(task, args).items():
+        curves = record.of(settings)
+        if not set(args.seeds) <= curves.keys():
+            return None
+        found[place] = {seed: curves[seed][args.steps] for seed in args.seeds}
+    return found
 
 
-def scores(rows: Sequence[Row], args: argparse.Namespace) -> np.ndarray:
-    """Return the mean score over the seeds, ``[temperatures, expectiles]``."""
-
-    def of(temperature: float, expectile: float) -> float:
-        return mean(
-            float(row["score"])
-            for row in rows
-            if (float(row["temperature"]), float(row["expectile"])) == (temperature, expectile)
+def kept(found: Mapping[str, Scores], args: argparse.Namespace) -> Record:
+    """Return what is to be kept of some tasks."""
+    return Record(
+        tuple(
+            Known(settings, {seed: {args.steps: s} for seed, s in its[place].items()})
+            for task, its in found.items()
+            for place, settings in settings_by_place(task, args).items()
         )
+    )
 
-    return np.array([[of(b, t) for t in args.expectiles] for b in args.temperatures])
+
+def grid(its: Scores, args: argparse.Namespace) -> np.ndarray:
+    """Return the mean score over the seeds, ``[temperatures, expectiles]``."""
+    return np.array(
+        [[mean(its[t, b].values()) for t in args.expectiles] for b in args.temperatures]
+    )
 
 
-def draw(found: Mapping[str, Sequence[Row]], args: argparse.Namespace, png: Path) -> None:
+def draw(found: Mapping[str, Scores], args: argparse.Namespace, png: Path) -> None:
     """Draw a heat map for each task, with the scores in it."""
     width, height = len(args.expectiles), len(args.temperatures)
     size = ((1 + 0.62 * width) * len(found) + 0.4, 1.1 + 0.5 * height)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    for panel, (task, rows) in zip(
-        np.atleast_1d(figure.subplots(1, len(found))), found.items(), strict=True
-    ):
-        values = scores(rows, args)
+    panels = np.atleast_1d(figure.subplots(1, len(found)))
+    for panel, (task, its) in zip(panels, found.items(), strict=True):
+        values = grid(its, args)
         panel.imshow(values, cmap="viridis", origin="lower", aspect="auto")
         middle = (values.min() + values.max()) / 2
         for (row, column), value in np.ndenumerate(values):
@@ -130,12 +137,13 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=50, help="of the evaluation")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; 0 draws what there is")
     parser.add_argument("--folder", type=Path, default=Path("runs/sensitivity"), help="of all runs")
-    parser.add_argument("--record", type=Path, help="the sensitivity.csv of what is not done again")
+    parser.add_argument("--record", type=Path, help="the record.json of what is not done again")
     parser.add_argument("settings", nargs="*", help="further ones of recipes/offline.py")
     args = parser.parse_args()
     try:
-        found = recorded(args.record, args) if args.record else {}
-        missing = [task for task in args.tasks if task not in found]
+        record = Record.read(args.record) if args.record else Record()
+        known = {task: of_record(record, task, args) for task in args.tasks}
+        missing = [task for task, its in known.items() if its is None]
         if args.jobs:
             jobs = [job(task, args) for task in missing]
             ensure_data([OFFLINE.settings(each.settings) for each in jobs])
@@ -145,18 +153,22 @@ def main() -> None:
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on.", file=sys.stderr)
         sys.exit(130)
-    its = {task: found.get(task) or learners(task, args) for task in args.tasks}
-    done = {task: rows for task, rows in its.items() if rows}
+    its = {task: known[task] or of_run(task, args) for task in args.tasks}
+    done = {task: scores for task, scores in its.items() if scores}
     if not done:
         sys.exit(f"sensitivity.py: nothing is finished in {args.folder}")
     args.folder.mkdir(parents=True, exist_ok=True)
+    kept(done, args).write(args.folder / "record.json")
     with whole(args.folder / "sensitivity.csv") as new, new.open("w", newline="") as lines:
-        writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row for rows in done.values() for row in rows)
+        writer = csv.writer(lines, lineterminator="\n")
+        writer.writerow(["task", "steps", "episodes", "expectile", "temperature", "seed", "score"])
+        for task, scores in done.items():
+            for place, by_seed in scores.items():
+                for seed, score in by_seed.items():
+                    writer.writerow([task, args.steps, args.episodes, *place, seed, score])
     draw(done, args, args.folder / "sensitivity.png")
-    for task, rows in done.items():
-        values = scores(rows, args)
+    for task, scores in done.items():
+        values = grid(scores, args)
         row, column = np.unravel_index(values.argmax(), values.shape)
         print(
             f"{task}: {values.min():.1f} to {values.max():.1f}, highest at expectile "

@@ -3,13 +3,13 @@
     python recipes/comparison/table.py
     python recipes/comparison/table.py --plan my.yaml --folder runs/mine --jobs 8
     python recipes/comparison/table.py --launcher joblib hydra.launcher.n_jobs=4
-    python recipes/comparison/table.py --record runs/table/table.csv --folder runs/again
+    python recipes/comparison/table.py --record runs/table/record.json --folder runs/again
 
 What is compared is in ``table.yaml``. The seeds of each cell are one run of recipes/offline.py; or, with
 ``env_steps`` in the plan, one run each of recipes/online.py. A run has one thread, several go at a time;
 what is finished is kept, what was interrupted goes on: the same command goes on after anything. It leaves
 ``table.md``, ``table.csv``, ``curves.png`` and ``aggregates.png`` in the folder, made anew at each call from
-what is there, and from the ``table.csv`` of earlier runs that ``--record`` names: those are not done again,
+what is there, and from the ``record.json`` of earlier runs that ``--record`` names: those are not done again,
 if their settings are still the plan's. Statistics are rliable's, over the tasks that all algorithms of the
 aggregates have finished: interquartile mean, performance profiles, and the probability that the last
 algorithm is better.
@@ -18,6 +18,7 @@ algorithm is better.
 from __future__ import annotations
 
 import argparse
+import csv
 import datetime
 import subprocess
 import sys
@@ -139,11 +140,24 @@ def report(plan: Plan, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / "table.md") as new:
         new.write_text("\n".join(lines) + "\n")
-    plan.finished().write(folder / "table.csv")
+    record = plan.finished()
+    record.write(folder / "record.json")
+    write_scores(record, folder / "table.csv")
     aggregates.curves(plan, titles, folder / "curves.png")
     if its is not None:
         aggregates.draw_aggregates(its, titles, folder / "aggregates.png")
     return lines
+
+
+def write_scores(record: Record, file: Path) -> None:
+    """Write a line for each evaluation."""
+    with whole(file) as new, new.open("w", newline="") as lines:
+        writer = csv.writer(lines, lineterminator="\n")
+        writer.writerow(["task", "algorithm", "seed", "step", "score"])
+        for each in record.known:
+            of = each.settings["task"], each.settings["algorithm"]
+            for seed, curve in each.curves.items():
+                writer.writerows([*of, seed, step, curve[step]] for step in sorted(curve))
 
 
 def main() -> None:
@@ -160,7 +174,9 @@ def main() -> None:
     parser.add_argument(
         "--launcher", help="of Hydra, instead of --jobs: joblib, submitit_slurm, ray, ..."
     )
-    parser.add_argument("--record", type=Path, help="the table.csv of runs that are not done again")
+    parser.add_argument(
+        "--record", type=Path, help="the record.json of runs that are not done again"
+    )
     parser.add_argument("options", nargs="*", help="of the launcher, as hydra.launcher.n_jobs=4")
     args = parser.parse_args()
     args.folder = args.folder or Path("runs") / args.plan.stem

@@ -52,6 +52,7 @@ __all__ = [
     "check_continued",
     "command_to_resume",
     "differences",
+    "flat",
     "networks_of",
 ]
 
@@ -495,7 +496,7 @@ def check_continued(
         SettingsError: it names those that differ, both values of each, and how to begin anew with the
             given ones.
     """
-    before, after = _flat(known), _flat(values)
+    before, after = flat(known), flat(values)
     differ = {key for key in {*before, *after} if before.get(key) != after.get(key)} - later
     if not differ:
         return
@@ -516,7 +517,7 @@ def check_continued(
 
 def differences(known: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
     """Return what of some values is other than it is known, as it is given on the command line."""
-    before, after = _flat(known), _flat(values)
+    before, after = flat(known), flat(values)
     return [f"{key}={written(its)}" for key, its in after.items() if before.get(key) != its]
 
 
@@ -540,7 +541,7 @@ def command_to_resume(script: str, folder: Path) -> str:
     return f"python recipes/{script}.py {argument('resume', shown(folder))}"
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values by the names that they are given by: of groups, ``compute.threads``."""
     groups = {part.group for part in PARTS.values() if part.group}
     flat = {key: value for key, value in values.items() if key not in groups}
