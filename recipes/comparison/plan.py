@@ -13,8 +13,8 @@ import yaml
 
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.comparison.jobs import Job
-from torchrl_iql_recipes.comparison.record import Curves, Known, Record
-from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
+from torchrl_iql_recipes.comparison.record import Curves, Known, Record, curves_of
+from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE, Experiment
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
 
@@ -53,6 +53,11 @@ class Cell:
     folder: Path
     record: Record
 
+    @property
+    def door(self) -> Experiment:
+        """That of the recipe of its runs."""
+        return ONLINE if self.env_steps else OFFLINE
+
     @cached_property
     def settings(self) -> Settings:
         """Those of a learner.
@@ -60,15 +65,34 @@ class Cell:
         Raises:
             SettingsError: a run can not have them.
         """
-        return (ONLINE if self.env_steps else OFFLINE).settings(self.asked)
+        return self.door.settings(self.asked)
+
+    @cached_property
+    def recorded(self) -> list[Known]:
+        """What the record has of runs with its settings and seeds."""
+        if not self.record.tells_of(self.task, self.algorithm):
+            return []  # settings take a moment
+        return self.record.of(self.settings.values, self.seeds)
 
     @cached_property
     def known(self) -> Curves:
-        """The scores of those seeds that the record has, with these settings."""
-        if not self.record.tells_of(self.task, self.algorithm):
-            return {}
-        its = self.record.of(self.settings.values)
-        return {seed: its[seed] for seed in self.seeds if seed in its}
+        """The scores in it."""
+        return curves_of(self.recorded)
+
+    def check(self) -> None:
+        """Refuse runs in its folder that are of other settings, as of an earlier version of the plan.
+
+        Raises:
+            SettingsError: it names the folder and the settings.
+        """
+        for run in self.runs.values():
+            if (run.folder / "config.yaml").exists():
+                its = Known(self.door.stored(run.folder).values, {})
+                if differ := its.differences(self.settings.values):
+                    raise SettingsError(
+                        f"{run.folder} holds a run with other settings than the plan: "
+                        f"{', '.join(differ)}: remove it, or give another --folder"
+                    )
 
     @cached_property
     def runs(self) -> Mapping[tuple[int, ...], Job]:
@@ -102,6 +126,15 @@ class Cell:
             seed for seeds, run in self.runs.items() if run.result() is not None for seed in seeds
         }
         return {s: its for s, its in self.curves().items() if s in self.known or s in done}
+
+    def kept(self) -> list[Known]:
+        """Return what is finished, with the settings that it was run with."""
+        curves = self.finished()
+        return self.recorded + [
+            Known(self.door.stored(run.folder).values, {seed: curves[seed] for seed in seeds})
+            for seeds, run in self.runs.items()
+            if curves.keys() >= {*seeds}
+        ]
 
     def scores(self) -> list[float] | None:
         """Return the score of each seed after the last step; None before all runs are finished."""
@@ -146,7 +179,7 @@ class Plan:
             record: of runs that are not to be done again, if they had the settings of the plan.
 
         Raises:
-            SettingsError: it has a name that is not known, or lacks one.
+            SettingsError: it has a name that is not known, or lacks one, or the folder has other runs.
         """
         try:
             values: Any = yaml.safe_load(file.read_text())
@@ -163,6 +196,8 @@ class Plan:
             raise SettingsError(
                 f"{file}: there is nothing to compare, expected tasks and algorithms"
             )
+        for cell in cells:
+            cell.check()
         return cls(file, tuple(cells))
 
     @property

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torchrl_iql_recipes.algorithms import algorithms
-from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.schema import SettingsError, written
 from torchrl_iql_recipes.experiment.settings import PARTS, flat
 from torchrl_iql_recipes.files import whole
 
-__all__ = ["Curves", "Known", "Record"]
+__all__ = ["Curves", "Known", "Record", "curves_of"]
 
 INDIFFERENT = {
     *PARTS["compute"].names(),
@@ -40,19 +40,24 @@ class Known:
     settings: Mapping[str, Any]
     curves: Curves
 
-    def has(self, settings: Mapping[str, Any]) -> bool:
-        """Return whether a run with these settings would be the same, but for its seeds.
+    def differences(self, settings: Mapping[str, Any]) -> list[str]:
+        """Return the settings, but for seeds, that a run with these would have otherwise, with both values.
 
         A setting that only one of the two has, because a version of this project came between, is as its
         default in the other: what is added changes no record.
         """
         its, asked = flat(self.settings), flat(settings)
         otherwise = _defaults(settings["algorithm"])
-        return all(
-            _plain(its.get(name, otherwise.get(name)))
-            == _plain(asked.get(name, otherwise.get(name)))
-            for name in {*its, *asked} - INDIFFERENT
-        )
+
+        def of(values: Mapping[str, Any], name: str) -> Any:
+            """Return a value as it is after it was written and read."""
+            return json.loads(json.dumps(values.get(name, otherwise.get(name))))
+
+        return [
+            f"{name}={written(of(its, name))}, not {written(of(asked, name))}"
+            for name in sorted({*its, *asked} - INDIFFERENT)
+            if of(its, name) != of(asked, name)
+        ]
 
 
 def _defaults(algorithm: str) -> dict[str, Any]:
@@ -60,9 +65,9 @@ def _defaults(algorithm: str) -> dict[str, Any]:
     return {given: part.defaults()[name] for part in parts for given, name in part.names().items()}
 
 
-def _plain(value: Any) -> Any:
-    """Return a value as it is after it was written and read."""
-    return json.loads(json.dumps(value))
+def curves_of(known: Iterable[Known]) -> dict[int, Mapping[int, float]]:
+    """Return the scores of several together."""
+    return {seed: curve for each in known for seed, curve in each.curves.items()}
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,13 @@ class Record:
 
     known: tuple[Known, ...] = ()
 
-    def of(self, settings: Mapping[str, Any]) -> Curves:
-        """Return the scores of runs with these settings, of whatever seeds."""
-        return next((each.curves for each in self.known if each.has(settings)), {})
+    def of(self, settings: Mapping[str, Any], seeds: Collection[int]) -> list[Known]:
+        """Return what it has of runs with these settings and seeds."""
+        return [
+            Known(each.settings, {s: each.curves[s] for s in seeds if s in each.curves})
+            for each in self.known
+            if each.curves.keys() & {*seeds} and not each.differences(settings)
+        ]
 
     def tells_of(self, task: str, algorithm: str) -> bool:
         """Return whether there is anything of them, with whatever other settings."""

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from torchrl_iql_recipes.comparison.jobs import Job, ensure_data, finish
 from torchrl_iql_recipes.comparison.plan import RECIPES
-from torchrl_iql_recipes.comparison.record import Known, Record
+from torchrl_iql_recipes.comparison.record import Known, Record, curves_of
 from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.plots import DPI, SLATE
 from torchrl_iql_recipes.experiment.schema import SettingsError
@@ -80,7 +80,7 @@ def of_record(record: Record, task: str, args: argparse.Namespace) -> Scores | N
         return None
     found = {}
     for place, settings in settings_by_place(task, args).items():
-        curves = record.of(settings)
+        curves = curves_of(record.of(settings, args.seeds))
         if not set(args.seeds) <= curves.keys():
             return None
         found[place] = {seed: curves[seed][args.steps] for seed in args.seeds}
