@@ -466,7 +466,7 @@ class TestCheckpoint:
         assert who.stages == [0]
 
     def test_the_commands_that_are_shown_make_different_data_sets(self):
-        texts = RECIPES / "collect.py", CONFIG / "collect.yaml", RECIPES.parent / "README.md"
+        texts = RECIPES / "collect.py", CONFIG / "collect.yaml", RECIPES / "behaviors/README.md"
         for text in (path.read_text() for path in texts):
             commands = re.findall(r"python recipes/collect\.py ([^-].+)", text)
             assert len(commands) == 3

@@ -1,4 +1,4 @@
-"""The README's own code runs, and its statements about the project are true."""
+"""The code on the pages runs, and what they say about the project is true."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TRAINING = (ROOT / "torchrl_iql/training/README.md").read_text()
 USE = (ROOT / "torchrl_iql/README.md").read_text()
-RECIPES = (ROOT / "recipes/README.md").read_text()
+ALGORITHMS = (ROOT / "recipes/algorithms/README.md").read_text()
 DATA = (ROOT / "torchrl_iql/data/README.md").read_text()
 
 
@@ -68,6 +68,7 @@ def test_the_training_step_trains(maze_id: str, capsys: pytest.CaptureFixture[st
         ("1000", "2"),
         ("100_000", "200"),
         ("range(100)", "range(2)"),
+        page=USE,
     )
     assert capsys.readouterr().out.startswith("2 tensor([")
 
@@ -139,7 +140,7 @@ def test_a_policy_is_used(tmp_path: Path) -> None:
 def test_an_algorithm_is_one_file(
     maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "decayed_bc.py").write_text(program("an algorithm", page=RECIPES))
+    (tmp_path / "decayed_bc.py").write_text(program("an algorithm", page=ALGORITHMS))
     monkeypatch.setattr(algorithms, "__path__", [*algorithms.__path__, str(tmp_path)])
     algorithms.algorithms.cache_clear()
     values = {"algorithm": "decayed_bc", "dataset": maze_id, "steps": 3, "weight_decay": 0.5}
@@ -236,11 +237,58 @@ def test_the_test_command_is_what_ci_runs() -> None:
     assert pytest_command in ci
 
 
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md")),
+    *(
+        page
+        for room in ("torchrl_iql", "recipes")
+        for page in sorted((ROOT / room).glob("**/*.md"))
+    ),
+]
+
+
+def prose(page: Path) -> str:
+    """Return a page without its code."""
+    return re.sub(r"^```.*?^```|`[^`\n]+`(?!\])", "", page.read_text(), flags=re.S | re.M)
+
+
+def links(page: Path) -> list[tuple[Path, str]]:
+    """Return where those of a page lead, within the project: the file and the anchor."""
+    its = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    own = [link.partition("#") for link in its if not link.startswith("https://")]
+    return [((page.parent / path).resolve() if path else page, anchor) for path, _, anchor in own]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return those of the headings of a page, as GitHub makes them."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M), re.M
+    )
+    plain = (re.sub(r"\[(.*?)\]\(.*?\)", r"\1", each) for each in headings)
+    return {re.sub(r"[^\w\- ]", "", each).strip().lower().replace(" ", "-") for each in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in links(page):
+        assert target.exists()
+        assert not anchor or anchor in anchors(target), (target, anchor)
+
+
+def test_every_page_is_reached_from_the_first() -> None:
+    seen: set[Path] = set()
+    ahead = [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        if page not in seen and page.suffix == ".md":
+            seen.add(page)
+            ahead += [target for target, _ in links(page)]
+    assert set(PAGES) <= seen
+    assert len(README.splitlines()) <= 200
+
+
 def test_every_file_that_is_named_exists() -> None:
-    links = re.findall(r"\]\(([\w./]+)\)", README)
-    assert len(links) >= 3
-    assert [link for link in links if not (ROOT / link).exists()] == []
-    layout = re.search(r"## What is where\n\n```\n(.*?)```", README, re.S)
+    layout = re.search(r"```\n(torchrl_iql/ .*?)```", README, re.S)
     assert layout is not None
     folder = ROOT
     for line in layout[1].splitlines():
@@ -250,3 +298,5 @@ def test_every_file_that_is_named_exists() -> None:
             assert folder.is_dir()
         else:
             assert (folder / name).exists(), line
+        for other in re.findall(r"\b\w+\.py\b", line.split(None, 1)[1]):
+            assert (folder / name).with_name(other).exists(), line
