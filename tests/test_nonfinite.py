@@ -241,6 +241,9 @@ def test_skipped_steps_leave_a_learner_as_it_was_and_the_others_go_on(
         found = step.state_dict(r)
         assert found["steps"] == state["steps"] == STEPS
         assert found["skipped"] == skipped
+        assert found["counted"] == state["counted"] == STEPS - skipped
+        for name, total in state["totals"].items():
+            assert found["totals"][name] == pytest.approx(total, rel=1e-4, abs=1e-3)
         for name, tensor in state["loss"].items():
             torch.testing.assert_close(found["loss"][name], tensor, rtol=1e-4, atol=1e-5)
         for name, pair in state["moments"].items():

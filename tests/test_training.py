@@ -8,6 +8,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -315,6 +316,42 @@ def test_a_run_draws_its_minibatches_and_can_be_cut_anywhere() -> None:
     assert all(torch.equal(metrics[key], one_by_one[key]) for key in metrics.keys())
 
 
+def cloning(seed: int) -> BCLoss:
+    torch.manual_seed(seed)
+    return BCLoss(models.gaussian_policy(3, 2, hidden_sizes=(16,), dropout=0.2))
+
+
+@pytest.mark.parametrize("execution", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", [make_loss, cloning])
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_means_are_those_of_all_steps(
+    make: Callable[[int], Any], seeds: list[int], execution: str
+) -> None:
+    torch.manual_seed(0)
+    minibatches = Minibatches(transitions(500), 16, seeds=seeds)
+    step, single, restored = (
+        TrainStep([make(s) for s in seeds], execution=execution) for _ in "abc"
+    )
+    by_step = [single.run(minibatches, 1).to_dict() for _ in range(BLOCK + 30)]
+    for part in (1, 70, 40):
+        step.run(minibatches, part)
+    for r in range(len(seeds)):
+        restored.load_state_dict(step.state_dict(r), r)
+    found = []
+    for each in (step, restored):
+        each.run(minibatches, 19)
+        found.append(each.means().to_dict())
+    for key, mean in found[0].items():
+        assert torch.equal(mean, found[1][key])
+        expected = np.mean([its[key].double().numpy() for its in by_step], axis=0)
+        np.testing.assert_allclose(mean.numpy(), expected, rtol=1e-6, atol=1e-8)
+    step.run(minibatches, 2)  # after that, they are of what follows
+    two = [single.run(minibatches, 1).to_dict() for _ in range(2)]
+    for key, mean in step.means().to_dict().items():
+        expected = np.mean([its[key].double().numpy() for its in two], axis=0)
+        np.testing.assert_allclose(mean.numpy(), expected, rtol=1e-6, atol=1e-8)
+
+
 def test_compiled_code_is_compiled_once_and_never_left() -> None:
     torch._dynamo.reset()
     minibatches = Minibatches(transitions(500), 16)
@@ -377,6 +414,7 @@ def test_a_replayed_graph_gets_every_index_and_schedule(
     assert len(replays) == 2 * (4 + 5 + 3 - 1)
     for key in expected.keys():
         torch.testing.assert_close(metrics[key], expected[key], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(replayed.means(), plain.means(), rtol=1e-3, atol=1e-5)
     for ours, theirs in zip(replayed.losses, plain.losses, strict=True):
         assert_close(ours, theirs)
 
@@ -666,6 +704,9 @@ def test_a_gpu_trains_as_the_cpu(execution: str, replicas: int, streaming: bool)
             metrics = on_gpu.run(minibatches, part)
     for key in expected.keys():
         torch.testing.assert_close(metrics[key].cpu(), expected[key], rtol=1e-6, atol=1e-8)
+    means, expected = on_gpu.means().cpu(), on_cpu.means()
+    for key in expected.keys():
+        torch.testing.assert_close(means[key], expected[key], rtol=1e-6, atol=1e-8)
     for ours, theirs in zip(on_gpu.losses, on_cpu.losses, strict=True):
         assert_close(ours.to("cpu"), theirs, 1e-6)
 

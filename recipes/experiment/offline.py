@@ -129,13 +129,13 @@ def train(
                 end - done, *(each - done % each for each in (chunk, log_interval, interval))
             )
             with records.changing():
-                metrics = step.run(minibatches, steps)
+                step.run(minibatches, steps)
                 step.check_finite()
             chunk = _chunk((time.monotonic() - began) / steps)
             bar.update(steps)
             records.evaluated()
             if step.steps % log_interval == 0 or step.steps == end:
-                bar.set_postfix_str(records.log(metrics))
+                bar.set_postfix_str(records.log())
             if step.steps % interval == 0 or step.steps == end:
                 records.evaluate(records.save, stop)
             elif records.is_due():

@@ -243,13 +243,13 @@ class FineTuning:
                 ) from error
             self._add(collected, rows)
             with self.records.changing():
-                metrics = self._update()
+                updated = self._update()
             self._load_policy()
             collector.update_policy_weights_()  # pyright: ignore
             bar.update(self.frames - start)
             self.records.evaluated()
-            if metrics is not None and self._reached(log_interval, start):
-                bar.set_postfix_str(self.records.log(metrics, **self._collected()))
+            if updated and self._reached(log_interval, start):
+                bar.set_postfix_str(self.records.log(**self._collected()))
             if self._reached(evaluation.eval_interval, start):
                 self.records.evaluate(self.save, stop)
             elif self.records.is_due() and (not self._exact or self._reached(ROUND, start)):
@@ -308,14 +308,15 @@ class FineTuning:
         outcomes = (collected["next", key][done] for key in ("episode_reward", "step_count"))
         self._episodes += zip(*(each.tolist() for each in outcomes), strict=True)
 
-    def _update(self) -> TensorDictBase | None:
-        """Take the gradient steps that are due; return the metrics of the last one."""
+    def _update(self) -> bool:
+        """Take the gradient steps that are due; return whether there were any."""
         due = self.switch + int(self.frames * self.settings.online.updates_per_frame)
         if self.step.steps >= due:
-            return None
+            return False
         while self.step.steps < due:
             self.step(self.experience.sample())
-        return self.step.check_finite()
+        self.step.check_finite()
+        return True
 
     def _collected(self) -> dict[str, float]:
         """Return what is logged of the frames since the last time."""

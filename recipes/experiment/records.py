@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 from tqdm import tqdm
 
@@ -106,17 +105,18 @@ class Records:
 
     # --- Metrics -----------------------------------------------------------------------------------------
 
-    def log(self, metrics: TensorDictBase, **common: float) -> str:
+    def log(self, **common: float) -> str:
         """Write a line of metrics for every learner, and at the first one how many weights are clipped.
 
+        Those of the losses are means over the steps since the last line.
+
         Args:
-            metrics: of the last gradient step.
             **common: others, the same for all learners.
 
         Returns:
             what a progress bar shows.
         """
-        values = {key: value.reshape(-1).tolist() for key, value in metrics.items()}
+        values = {key: value.reshape(-1).tolist() for key, value in self.step.means().items()}
         shares = values.get("clip_fraction")
         if shares is not None and not self.folders[0].has("clip_fraction"):
             tqdm.write("\n".join(progress.clipped(self.settings, self.step.steps, shares)))

@@ -10,7 +10,7 @@ from types import FunctionType, MethodType
 from typing import Any, Literal, get_args
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
@@ -19,13 +19,16 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from torchrl_iql.training.program import Program, Step, rows
 
-__all__ = ["Execution", "Executor", "RandomStream", "compiled_function", "compiled_graph"]
+__all__ = ["SUMS", "Execution", "Executor", "RandomStream", "compiled_function", "compiled_graph"]
 
 Execution = Literal["auto", "eager", "compiled", "cudagraph"]
 Due = frozenset[str]
 
 STEPS_PER_GRAPH = 10
 """Gradient steps in one CUDA graph: enough that the time between two graphs does not count."""
+
+SUMS = "_sums"
+"""Where results have the sums of the scalars over several steps."""
 
 STEPS_AT_ONCE = 10
 """Minibatches that are gathered together, where that is done before the step."""
@@ -82,7 +85,7 @@ class Executor:
             due: for each step, what is updated.
 
         Returns:
-            the results of the last step.
+            the results of the last step, and under ``SUMS`` those of the scalars over all.
         """
         if self.execution == "eager":
             return self._one_by_one(
@@ -118,7 +121,7 @@ class Executor:
         rates: Tensor,
         due: Sequence[Due],
     ) -> TensorDictBase:
-        results: Any = None
+        taken: list[Any] = []
         unchecked: set[Due] | None = set(due)
         with ExitStack() as stack:
             for t, (rate, kind) in enumerate(zip(rates.unbind(), due, strict=True)):
@@ -130,11 +133,12 @@ class Executor:
                 if t % STEPS_AT_ONCE == 0:
                     part = None if indices is None else indices[t : t + STEPS_AT_ONCE]
                     prepared = its.prepare(program, columns, part)
-                results = its.take(program, columns, prepared[t % STEPS_AT_ONCE], rate)
+                taken.append(its.take(program, columns, prepared[t % STEPS_AT_ONCE], rate))
                 self._taken += 1
                 if unchecked:
                     unchecked.discard(kind)
-        return program.shared.results(results)
+        results = program.shared.results(taken[-1])
+        return results.set(SUMS, TensorDict(program.shared.sums(taken)))
 
     def _eager(self, program: Program, kind: Due) -> Step:
         def take(its: Program, columns: Any, at: Tensor | None, rate: Tensor) -> Any:
@@ -165,17 +169,17 @@ class Executor:
     ) -> TensorDictBase:
         if indices is None:
             return self._graph(program, source, None, rates, due)
-        results = None
+        parts = []
         whole = len(indices) - len(indices) % STEPS_PER_GRAPH
         for first in range(0, whole, STEPS_PER_GRAPH):
             part = slice(first, first + STEPS_PER_GRAPH)
-            results = self._graph(program, source, indices[part], rates[part], due[part])
+            parts.append(self._graph(program, source, indices[part], rates[part], due[part]))
         if whole < len(indices):
             columns = program.columns(source)
             rest = indices[whole:], rates[whole:], due[whole:]
-            results = self._one_by_one(self._compiled_step, program, columns, *rest)
-        assert results is not None
-        return results
+            parts.append(self._one_by_one(self._compiled_step, program, columns, *rest))
+        sums = {name: sum(part[SUMS][name] for part in parts) for name in parts[-1][SUMS].keys()}
+        return parts[-1].set(SUMS, TensorDict(sums))
 
     def _graph(
         self,

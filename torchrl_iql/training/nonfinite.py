@@ -37,11 +37,13 @@ BYTES = 2**28
 
 
 class Mark(NamedTuple):
-    """Where a training was: the steps taken, what they change of each program, the random numbers."""
+    """Where a training was: steps, what they change of each program, random numbers, sums of scalars."""
 
     steps: int
     tensors: list[list[Tensor]]
     random: list[list[Tensor]]
+    totals: dict[str, Tensor]
+    counted: list[int]
 
 
 class NonFiniteError(ArithmeticError):

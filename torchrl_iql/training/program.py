@@ -15,7 +15,7 @@ from torchrl.objectives.common import LossModule
 from torchrl_iql.training.adam import Rates, adam_all_, clip_, follow_
 from torchrl_iql.training.optimization import Optimization, network_of
 
-__all__ = ["LossProgram", "Moments", "Program", "Step", "compiled_whole", "rows"]
+__all__ = ["LossProgram", "Moments", "Program", "Step", "compiled_whole", "rows", "summed"]
 
 Moments = dict[str, tuple[Tensor, Tensor]]
 """Adam's first and second moment of each parameter, by its name in the loss, in its shape."""
@@ -129,6 +129,17 @@ class Shared(Protocol):
         """Return what :meth:`update` or a compiled step returned, by name."""
         ...
 
+    def sums(self, of_steps: Sequence[Any]) -> dict[str, Tensor]:
+        """Return the sums of the scalars over several steps, by name, as :func:`summed` makes them."""
+        ...
+
+
+def summed(scalars: Sequence[Tensor]) -> Tensor:
+    """Add tensors of one shape in float64, in which the order makes no difference that float32 shows."""
+    stacked = torch.stack(list(scalars))
+    # MPS has no float64.
+    return (stacked if stacked.device.type == "mps" else stacked.double()).sum(0)
+
 
 def compiled_whole(
     update: Callable, due: frozenset[str], compiler: Callable[[Callable], Callable]
@@ -234,6 +245,10 @@ class LossProgram:
 
     def results(self, of_step: TensorDictBase) -> TensorDictBase:
         return of_step
+
+    def sums(self, of_steps: Sequence[TensorDictBase]) -> dict[str, Tensor]:
+        names = [name for name in of_steps[-1].keys() if name != "priority"]
+        return {name: summed([each[name] for each in of_steps]) for name in names}
 
     def update(
         self,

@@ -32,7 +32,7 @@ from torchrl_iql.training.adam import Rates, adam_
 from torchrl_iql.training.execution import STEPS_AT_ONCE, compiled_graph
 from torchrl_iql.training.native import Layers, Learner, Networks, columns
 from torchrl_iql.training.optimization import Optimization
-from torchrl_iql.training.program import Moments, Step, compiled_whole
+from torchrl_iql.training.program import Moments, Step, compiled_whole, summed
 
 __all__ = ["StackedLosses", "StackedProgram", "refusal"]
 
@@ -352,6 +352,9 @@ class StackedLosses:
         if td_error is not None:
             results["priority"] = td_error.flatten()
         return TensorDict(results)
+
+    def sums(self, of_steps: Sequence[tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
+        return dict(zip(self.metrics, summed([each for each, _ in of_steps]), strict=True))
 
     @property
     def metrics(self) -> list[str]:

@@ -17,7 +17,7 @@ from torchrl.objectives.common import LossModule
 from torchrl_iql.data.minibatches import BLOCK, Minibatches
 from torchrl_iql.training import native
 from torchrl_iql.training.coefficients import coefficients, learned, plain, set_coefficients
-from torchrl_iql.training.execution import Execution, Executor, RandomStream
+from torchrl_iql.training.execution import SUMS, Execution, Executor, RandomStream
 from torchrl_iql.training.nonfinite import Mark, OnNonfinite, Watch
 from torchrl_iql.training.optimization import Optimization, Schedule, network_of
 from torchrl_iql.training.program import LossProgram, Moments, Program
@@ -162,6 +162,8 @@ class TrainStep:
         self.steps = 0
         self.on_nonfinite: OnNonfinite = on_nonfinite
         self.skipped = [0] * learners
+        self._totals: dict[str, Tensor] = {}  # of the scalars, [R], since the last means
+        self._counted = [0] * learners  # steps in them
         self._watch = Watch(self)
         self._tables: dict[tuple[int, int], Tensor] = {}
         self._executor = Executor(execution, self.device)
@@ -317,6 +319,23 @@ class TrainStep:
             results = self._watch.take(minibatches, remaining)
         return self._joined(results)
 
+    def means(self) -> TensorDictBase:
+        """Return the means of the scalars of the losses over the steps since it was last called.
+
+        What it counts is saved and restored with the rest, and steps that are skipped are not in it.
+
+        Returns:
+            by name, as :meth:`run`, in float32; NaN for a learner without a step.
+
+        Raises:
+            NonFiniteError: as :meth:`check_finite`.
+        """
+        self.check_finite()
+        counted = torch.tensor(self._counted, device=self.device)
+        means = {key: (total / counted).float() for key, total in self._totals.items()}
+        self._totals, self._counted = {}, [0] * len(self.losses)
+        return self._joined([TensorDict(means)])
+
     def check_finite(self) -> TensorDictBase | None:
         """Look whether the steps so far have left everything finite. This waits for the device, once.
 
@@ -358,6 +377,11 @@ class TrainStep:
                 at = indices[:, rows.start] if len(program.losses) == 1 else indices[:, rows]
             with self._streams[rows.start] if program.draws else nullcontext():
                 results.append(self._executor.take(program, source, at, rates, due))
+            for key, its in results[-1].pop(SUMS).items():
+                if key not in self._totals:
+                    self._totals[key] = its.new_zeros(len(self.losses))
+                self._totals[key][rows] += its.reshape(-1)
+        self._counted = [counted + steps for counted in self._counted]
         self.steps += steps
         return results
 
@@ -418,6 +442,8 @@ class TrainStep:
             "random": [state.clone() for state in self._streams[replica].state],
             "steps": self.steps,
             "skipped": self.skipped[replica],
+            "totals": {key: total[replica].item() for key, total in self._totals.items()},
+            "counted": self._counted[replica],
         }
 
     def load_state_dict(
@@ -473,6 +499,7 @@ class TrainStep:
             self._load_moments(state, replica)
             self.steps = state["steps"]
             self.skipped[replica] = state.get("skipped", 0)
+            self._load_totals(state.get("totals", {}), state.get("counted", 0), replica)
         if "random" not in keep and "random" in state:
             self._streams[replica].state = [random.cpu() for random in state["random"]]
 
@@ -486,10 +513,20 @@ class TrainStep:
             for moment, its in zip(pair, saved[key], strict=True):
                 moment.copy_(its)
 
+    def _load_totals(self, totals: Mapping[str, Any], counted: int, replica: int) -> None:
+        for key in {*totals, *self._totals}:
+            if key not in self._totals:
+                kind = torch.float32 if self.device.type == "mps" else torch.float64
+                self._totals[key] = torch.zeros(len(self.losses), dtype=kind, device=self.device)
+            self._totals[key][replica] = totals.get(key, 0.0)
+        self._counted[replica] = counted
+
     def _mark(self) -> Mark:
         """Copy all that steps change, of all learners, on the device."""
         tensors = [[tensor.detach().clone() for tensor in _all(p)] for p, _ in self._programs]
-        return Mark(self.steps, tensors, [list(stream.state) for stream in self._streams])
+        random = [list(stream.state) for stream in self._streams]
+        totals = {key: total.clone() for key, total in self._totals.items()}
+        return Mark(self.steps, tensors, random, totals, list(self._counted))
 
     def _restore(self, mark: Mark) -> None:
         """Return to a mark of this object."""
@@ -501,6 +538,8 @@ class TrainStep:
     @torch.no_grad()
     def _return(self, mark: Mark, replica: int) -> None:
         """Give a learner what it had at a mark; its steps and random numbers go on."""
+        its_totals = {key: total[replica] for key, total in mark.totals.items()}
+        self._load_totals(its_totals, mark.counted[replica], replica)
         for (program, rows), tensors in zip(self._programs, mark.tensors, strict=True):
             if rows.start <= replica < rows.stop:
                 # Not strict: a loss may have made a buffer since.
