@@ -28,7 +28,8 @@ def run(settings: Export, path: Path) -> None:
     if "n" not in its.metadata["action"]:
         close = f" to {its.difference:.1e} of half their range (at most {its.tolerance:.1e})"
     print(
-        f"{its.path}: {size / 1e3:.0f} kB, actions for {its.observations} observations as the policy's{close}"
+        f"{its.path}: {size / 1e3:.0f} kB, actions for {its.observations} observations, {its.recorded} of "
+        f"them recorded, as the policy's{close}"
     )
 
 

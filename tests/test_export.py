@@ -235,7 +235,7 @@ def test_the_script_writes_a_file(tmp_path: Path) -> None:
         (
             "policy.npz",
             0,
-            r"policy\.npz: \d kB, actions for 1000 observations as the policy's to \S*e-0",
+            r"policy\.npz: \d kB, actions for 1000 observations, \d+ of them recorded, as the policy's to",
         ),
         ("policy.txt", 1, r"export\.py: output=policy\.txt: expected a file that ends in \.pt2 or"),
     ]:
@@ -244,6 +244,26 @@ def test_the_script_writes_a_file(tmp_path: Path) -> None:
         (line,) = (ended.stdout + ended.stderr).splitlines()
         assert ended.returncode == code and re.match(told, line)
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("space", [SPACES["image"], COMPOUND])
+def test_a_file_is_compared_on_what_was_recorded(
+    space: gymnasium.Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = dataset(space, BOUNDED)
+    compared, differences = [], export._differences
+
+    def seen(function: Any, act: Any, observations: np.ndarray, run: Any) -> tuple[float, float]:
+        compared.append(observations)
+        return differences(function, act, observations, run)
+
+    monkeypatch.setattr(export, "_differences", seen)
+    its = export_policy(saved(tmp_path, data, "deterministic"), tmp_path / "policy.pt2")
+    rows = data.transitions["observation"].numpy()
+    assert 0 < its.recorded <= min(256, len(rows))
+    assert len(compared[0]) == 1000 and compared[0].dtype == rows.dtype
+    assert all((rows == each).all(-1).any() for each in compared[0][: its.recorded])
+    assert compared[0][: its.recorded].nbytes <= 2**18
 
 
 def test_observations_may_be_far_from_the_unit(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import math
 import pickle
 import re
 import shutil
+from base64 import b64decode, b64encode
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -52,11 +53,15 @@ __all__ = [
     "load_policy",
     "load_spaces",
     "load_tensors",
+    "recorded_observations",
     "save",
 ]
 
 RANGE_BYTES = 64_000_000
 """Of observations, that their range is taken of."""
+
+RECORDED_ROWS, RECORDED_BYTES = 256, 2**18
+"""Of observations that are kept, at most."""
 
 
 def save(
@@ -114,14 +119,15 @@ def described(dataset: OfflineDataset) -> dict[str, Any]:
     Returns:
         ``dataset``, its name; ``spaces``, of one observation and one action; ``observed``, the lowest and
         the highest observation, ``[D]`` each, of 64 MB at most, evenly, None of images and of no data;
-        ``env``, the environment, None if none is known; and its ``reference_scores``, None where success
-        counts.
+        ``recorded``, some observations as text, see :func:`recorded_observations`; ``env``, the environment,
+        None if none is known; and its ``reference_scores``, None where success counts.
     """
     from minari.serialization import serialize_space
 
     rows = dataset.transitions["observation"]
     is_known = len(rows) > 0 and rows.dtype != torch.uint8
     rows = rows[:: math.ceil(max(1, rows.nbytes) / RANGE_BYTES)]
+    some = _evenly(dataset.transitions["observation"], RECORDED_ROWS, RECORDED_BYTES)
     by_success = dataset.episode_rule == "until_success"
     return {
         "dataset": dataset.name,
@@ -130,9 +136,31 @@ def described(dataset: OfflineDataset) -> dict[str, Any]:
             serialize_space(its) for its in (dataset.observation_space, dataset.action_space)
         ],
         "observed": [each.tolist() for each in (rows.amin(0), rows.amax(0))] if is_known else None,
+        "recorded": b64encode(some.numpy().tobytes()).decode(),
         "env": dataset.env_spec and written_spec(dataset.env_spec),
         "reference_scores": None if by_success else dataset.reference_scores,
     }
+
+
+def _evenly(rows: Tensor, most: int, size: int) -> Tensor:
+    """Return at most so many rows, of at most so many bytes in all, but one if there is one."""
+    most = max(1, min(most, size // max(1, rows[:1].nbytes)))
+    return rows[:: math.ceil(max(1, len(rows)) / most)].cpu().contiguous()
+
+
+def recorded_observations(metadata: Mapping[str, Any], dtype: np.dtype, size: int) -> np.ndarray:
+    """Return the observations that :func:`described` kept of the data.
+
+    Args:
+        metadata: of a checkpoint.
+        dtype: of its observations.
+        size: D of them.
+
+    Returns:
+        ``[n, D]``, at most 256; none of a checkpoint that was written before they were kept.
+    """
+    kept = b64decode(metadata.get("recorded") or "")
+    return np.frombuffer(kept, dtype).reshape(-1, size)
 
 
 def load_policy(path: str | Path, device: torch.device | str = "cpu") -> TensorDictModuleBase:

@@ -27,7 +27,12 @@ from torch import Tensor, nn
 
 import torchrl_iql
 from torchrl_iql.acting import Acting
-from torchrl_iql.checkpoint import load_architecture, load_metadata, load_policy
+from torchrl_iql.checkpoint import (
+    load_architecture,
+    load_metadata,
+    load_policy,
+    recorded_observations,
+)
 from torchrl_iql.files import whole
 from torchrl_iql.models import Architecture, Torso, Vision
 from torchrl_iql.spaces import environment_actions, observation_dtype
@@ -53,7 +58,8 @@ class Exported:
     Args:
         path: of the file.
         metadata: that it holds.
-        observations: on how many it was compared with the policy.
+        observations: on how many it was compared with the policy,
+        recorded: of which so many are those of the data.
         difference: the largest from an action of the policy, in units of half the range of actions; of
             categories the share that differs.
         tolerance: how large it might have been.
@@ -62,6 +68,7 @@ class Exported:
     path: Path
     metadata: dict[str, Any]
     observations: int
+    recorded: int
     difference: float
     tolerance: float
 
@@ -74,7 +81,8 @@ def export_policy(
     Args:
         checkpoint: a file that :func:`torchrl_iql.load_policy` reads.
         output: the file, ``.pt2`` for ``torch.export``, ``.onnx`` or ``.npz``.
-        observations: how many of them, at random in the range of the data, it is compared on.
+        observations: how many of them it is compared on: those that the checkpoint has of the data, at most
+            256, and others at random in their range.
 
     Returns:
         what was written.
@@ -112,7 +120,7 @@ def export_policy(
         warnings.simplefilter("ignore")  # of PyTorch about its own code
         content = write(function, metadata)
         run = opened(content)
-    rows = _observations(function, metadata, observations)
+    rows, recorded = _observations(function, checkpoint, metadata, observations)
     difference, tolerance = _differences(function, act, rows, run)
     if not difference <= tolerance:
         raise RuntimeError(
@@ -121,7 +129,7 @@ def export_policy(
         )
     with whole(output) as new:
         new.write_bytes(content)
-    return Exported(output, metadata, len(rows), difference, tolerance)
+    return Exported(output, metadata, len(rows), recorded, difference, tolerance)
 
 
 class _Function(nn.Module):
@@ -335,19 +343,28 @@ def _entries(space: Space, *keys: str) -> Iterator[dict[str, Any]]:
             yield {"key": key, "size": spaces.flatdim(space)}
 
 
-def _observations(function: _Function, metadata: Mapping[str, Any], number: int) -> np.ndarray:
-    """Return observations at random in the range of the data; where that is not known, three deviations."""
+def _observations(
+    function: _Function, checkpoint: str | Path, metadata: Mapping[str, Any], number: int
+) -> tuple[np.ndarray, int]:
+    """Return observations, and how many are of the data; the others are at random in their range.
+
+    Where that is not known, in three deviations.
+    """
     observation, rng = metadata["observation"], np.random.default_rng(0)
-    known = observation.get("observed")
+    dtype, size = np.dtype(observation["dtype"]), observation["size"]
+    recorded = recorded_observations(load_metadata(checkpoint), dtype, size)[:number]
+    known, others = observation.get("observed"), (number - len(recorded), size)
     if known is not None:
         low, high = np.array(known["low"]), np.array(known["high"])
     elif function.vision is not None:
         low, high = 0, 256
     else:
         low, high = ((function.mean + sign * function.std).numpy() for sign in (-3, 3))
-    if observation["dtype"] == "uint8":
-        return rng.integers(0, 256, (number, observation["size"]), dtype=np.uint8)
-    return rng.uniform(low, high, (number, observation["size"])).astype(np.float32)
+    if dtype == np.uint8:
+        drawn = rng.integers(0, 256, others, dtype=np.uint8)
+    else:
+        drawn = rng.uniform(low, high, others).astype(np.float32)
+    return np.concatenate([recorded, drawn]), len(recorded)
 
 
 def _differences(
