@@ -55,7 +55,7 @@ def write(paths: Sequence[Path], out: Path, *, watching: bool = False) -> bool:
     if not runs:
         raise gather.NoRunError("; ".join(left))
     goes_on = any(run.state == "running" for run in runs)
-    made_by = shlex.join(["python", "recipes/report.py", *map(str, paths)])
+    made_by = shlex.join(["python", "recipes/report.py", *map(str, paths), "--out", str(out)])
     html = page(runs, made_by=made_by, left=left, watching=watching and goes_on)
     with whole(out) as new:
         new.write_text(html, encoding="utf-8")
@@ -110,12 +110,8 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out or args.runs[0] / "report.html"
     try:
-        if not out.parent.is_dir():
-            sys.exit(
-                f"report.py: --out {out}: there is no folder {out.parent}"
-                if args.out
-                else f"report.py: {args.runs[0]} is not there"
-            )
+        if args.out and not out.parent.is_dir():
+            sys.exit(f"report.py: --out {out}: there is no folder {out.parent}")
         if args.watch:
             watch(args.runs, out)
         else:

@@ -76,8 +76,8 @@ def in_file(metrics_csv: Path) -> Curves:
     Args:
         metrics_csv: has a column ``step`` and one per metric. A line that is being written is left out.
     """
-    with metrics_csv.open(newline="", encoding="utf-8", errors="replace") as file:
-        rows = list(csv.DictReader(file))
+    text = metrics_csv.read_text(encoding="utf-8", errors="replace")
+    rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         step = _number(row.get("step"))

@@ -334,7 +334,8 @@ class Records:
             plots.learners(
                 self._combinations(),
                 self._path / "learning_curves.png",
-                title=f"{title} on {self._dataset}, {len(self.folders)} learners",
+                title=f"{title} on {self._dataset}, {len(self.folders)} learners; of three seeds on, their "
+                "mean and its 95% interval",
             )
         for r, (learner, folder) in enumerate(
             zip(self.settings.learners, self.folders, strict=True)

@@ -55,7 +55,7 @@ def command(script: str, values: Mapping[str, Any]) -> Command:
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the defaults of settings that there were not yet when a run was begun; all else is left as it is."""
+    """Add the defaults of settings that there were not yet when a run was begun; leave all else."""
     try:
         return flat(Settings.of(_grouped(values)).values) | dict(values)
     except (SettingsError, KeyError, TypeError, AttributeError):

@@ -65,8 +65,12 @@ class Group:
 
     @property
     def half(self) -> float | None:
-        """Half the width of the 95% interval of the mean, Student's t; None for fewer than three seeds."""
-        return half_width(self.values) if len(self.scores) >= FEWEST else None
+        """Half the width of the 95% interval of the mean, Student's t.
+
+        None for fewer than three seeds, and for those that are all alike: they may be at a bound.
+        """
+        enough = len(self.scores) >= FEWEST and len(set(self.values)) > 1
+        return half_width(self.values) if enough else None
 
     @property
     def spread(self) -> float | None:
@@ -192,7 +196,13 @@ def _label(group: Group, its: Sequence[Group]) -> str:
 
 
 def _parts(group: Group, keys: Sequence[str]) -> list[str]:
-    return [f"{key}={written(group.settings.get(key))}" for key in keys]
+    return [_part(key, group.settings.get(key)) for key in keys]
+
+
+def _part(key: str, value: Any) -> str:
+    if key == "transitions":  # no setting, but of the data
+        return "data unknown" if value is None else f"{value:,} transitions"
+    return f"{key}={written(value)}"
 
 
 def varied(settings: Sequence[Settings]) -> list[str]:
@@ -268,7 +278,7 @@ def verdict(its: Sequence[Group]) -> list[str]:
         them = "; ".join(f"{each.other.label}: the difference is {_by(each)}" for each in open_)
         lines.append(f"{best.label} can not be told apart from {them}. More seeds narrow it.")
     if any(each.interval is None and min(_seeds(each)) >= FEWEST for each in against):
-        lines.append("Where all seeds score the same there is no spread, and no interval.")
+        lines.append("Between seeds that are all alike there is no spread, and no interval.")
     return lines
 
 
@@ -276,6 +286,7 @@ def scored(its: Group) -> str:
     """Write the mean score, its interval, and the number of seeds."""
     number = len(its.scores)
     seeds = "one seed" if number == 1 else f"{number} seeds"
+    seeds += ", all alike" if number > 1 and len(set(its.values)) == 1 else ""
     interval = "" if its.half is None else f" ± {its.half:.1f}"
     return f"{its.mean:.1f}{interval} ({seeds})"
 

@@ -32,7 +32,7 @@ POINTS = 150
 
 SIZE = (4.4, 2.7)
 SMALL = (2.7, 1.6)
-LONGEST = 26
+LONGEST = 22
 """Letters of a name in a figure."""
 
 _VARIABLES = {INK: "var(--ink)", LINE: "var(--line)"} | {
@@ -232,12 +232,23 @@ def _drawn(size: tuple[float, float], name: str) -> Iterator[tuple[Axes, list[st
     }
     done: list[str] = []
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
-        yield figure.add_subplot(), done
+        figure = Figure(figsize=size)
+        axes = figure.add_subplot()
+        yield axes, done
+        _place(figure, axes)
         file = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     done.append(_inline(file.getvalue(), name))
+
+
+def _place(figure: Figure, axes: Axes) -> None:
+    """Leave as much room as words and numbers need; a layout that is found by drawing takes long."""
+    width, height = figure.get_size_inches()
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    left = 0.14 + 0.08 * max(map(len, labels), default=0) + 0.27 * bool(axes.get_ylabel())
+    bottom = 0.27 + 0.2 * bool(axes.get_xlabel())
+    figure.subplots_adjust(left / width, bottom / height, 1 - 0.15 / width, 1 - 0.08 / height)
 
 
 PLACE = "\0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -225,7 +226,7 @@ def run(path: Path, label: str = "") -> Run:
     if in_phase:
         words.append("It is in its offline phase: the curves are of that.")
     elif script == "online" and (phase / "metrics.csv").is_file():
-        curves = in_file(phase / "metrics.csv")
+        curves = _curves(phase / "metrics.csv")
         offline = curves, max((its[0][-1] for its in curves.values()), default=0.0)
     if not learners:
         raise NoRunError(f"{path} holds a run that has not logged anything yet")
@@ -273,9 +274,17 @@ def _scores(path: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"scores.json can not be read: {_line(error)}."]
     if scores is None:
         return {}, []
-    if not all(isinstance(each, dict) for each in scores["replicas"]):
-        return {}, ["scores.json holds no learners."]
+    replicas = scores["replicas"]
+    if not (isinstance(replicas, list) and replicas and all(map(_is_outcome, replicas))):
+        return {}, ["scores.json holds something else than expected."]
     return scores, []
+
+
+def _is_outcome(its: Any) -> bool:
+    numbers = ("score", "steps", "frames")
+    return isinstance(its, dict) and all(
+        isinstance(its.get(key), int | float | None) for key in numbers
+    )
 
 
 def _json(file: Path, words: list[str], kind: type) -> Any:
@@ -333,9 +342,16 @@ def _learner(
         seed=seed if isinstance(seed, int) else None,
         settings={key: each for key, each in known.items() if key != "seed"},
         outcome=outcome,
-        curves=in_file(metrics) if metrics.is_file() else {},
+        curves=_curves(metrics),
         pictures={each.name: each for each in sorted(folder.glob("*.png"))},
     )
+
+
+def _curves(metrics_csv: Path) -> Curves:
+    try:
+        return in_file(metrics_csv) if metrics_csv.is_file() else {}
+    except (OSError, csv.Error):
+        return {}
 
 
 def _state(path: Path, script: str, values: Mapping[str, Any], scores: Mapping[str, Any]) -> State:

@@ -270,10 +270,10 @@ def _phases(runs: Sequence[Run]) -> tuple[float | None, str]:
     each = {run.settings.get("updates_per_frame", 1.0) for run in online}
     switch = switches.pop() if len(switches) == 1 else None
     ratio = each.pop() if len(each) == 1 else None
-    of_frames = "environment steps" if ratio == 1 else "online"
+    of_frames = "also environment steps" if ratio == 1 else "online"
     if switch == 0 and len(online) == len(runs):
-        return None, of_frames if ratio == 1 else "gradient steps"
-    return switch, f"gradient steps (from the line on {of_frames})"
+        return None, "environment steps" if ratio == 1 else "gradient steps"
+    return switch, f"gradient steps; past the line {of_frames}"
 
 
 def _switch(run: Run) -> float:
