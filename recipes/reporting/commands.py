@@ -25,6 +25,10 @@ from torchrl_iql_recipes.experiment.settings import (
 __all__ = ["Command", "command", "command_to_go_on", "completed"]
 
 
+_DAMAGED = (AttributeError, KeyError, TypeError, ValueError)
+"""What values of other types than a setting has lead to."""
+
+
 @dataclass(frozen=True)
 class Command:
     """A command line.
@@ -58,7 +62,7 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Add the defaults of settings that there were not yet when a run was begun; leave all else."""
     try:
         return flat(Settings.of(_grouped(values)).values) | dict(values)
-    except (SettingsError, KeyError, TypeError, AttributeError):
+    except (SettingsError, *_DAMAGED):
         return dict(values)
 
 
@@ -94,7 +98,7 @@ def _literal(value: Any) -> str:
 def _checked(script: str, values: str) -> list[str] | None:
     try:
         return _overrides(script, json.loads(values))
-    except (SettingsError, KeyError):  # of another version, or of a package that is not here
+    except (SettingsError, *_DAMAGED):  # of another version, or of a package that is not here
         return None
 
 

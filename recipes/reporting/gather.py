@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -119,17 +120,18 @@ class Run:
     @property
     def steps(self) -> int:
         """Gradient steps, or, of an online run, environment steps that it is to take."""
-        known = self.settings.get("env_steps" if self.script == "online" else "steps")
-        return int(known) if isinstance(known, int | float) else self.learners[0].step
+        known = _finite(self.settings.get("env_steps" if self.script == "online" else "steps"))
+        return self.learners[0].step if known is None else int(known)
 
     @property
     def transitions(self) -> int | None:
         """Transitions of the data, by which data of the same name are told apart; None if it is not known."""
-        its, data = self.rules.get("transitions"), self.data or {}
-        if its is None and "transitions" in data:
-            held_out = data.get("held_out_transitions", 0) if self.script == "offline" else 0
-            its = data["transitions"] + held_out
-        return its
+        its = [self.rules.get("transitions")]
+        if its == [None] and self.data is not None:
+            is_rest = self.script == "offline"
+            keys = ["transitions", "held_out_transitions"][: 1 + is_rest]
+            its = [self.data.get(key, 0) for key in keys]
+        return sum(its) if its[0] and all(isinstance(each, int) for each in its) else None
 
     @property
     def world(self) -> str:
@@ -230,7 +232,7 @@ def run(path: Path, label: str = "") -> Run:
         offline = curves, max((its[0][-1] for its in curves.values()), default=0.0)
     if not learners:
         raise NoRunError(f"{path} holds a run that has not logged anything yet")
-    data = _json(path / DATA, words, dict)
+    rules, data = scores.get("data"), _json(path / DATA, words, dict)
     if data is None and script == "online":
         data = _json(phase / DATA, words, dict)
     times = _json(path / "times.json", words, list) or []
@@ -242,7 +244,7 @@ def run(path: Path, label: str = "") -> Run:
         settings=completed(values),
         learners=learners,
         data=data,
-        rules=scores.get("data") or {},
+        rules=rules if isinstance(rules, dict) else {},
         dataset=str(scores.get("dataset") or (data or {}).get("dataset") or _dataset(values)),
         offline=offline,
         times=[each for each in times if isinstance(each, dict)],
@@ -270,7 +272,7 @@ def _config(path: Path) -> tuple[dict[str, Any], list[str]]:
 def _scores(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         scores = results.read(path)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         return {}, [f"scores.json can not be read: {_line(error)}."]
     if scores is None:
         return {}, []
@@ -291,7 +293,9 @@ def _json(file: Path, words: list[str], kind: type) -> Any:
     if not file.is_file():
         return None
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(
+            file.read_text(encoding="utf-8"), parse_float=_number, parse_constant=_number
+        )
     except (OSError, ValueError) as error:
         words.append(f"{file.name} can not be read: {_line(error)}.")
         return None
@@ -299,6 +303,13 @@ def _json(file: Path, words: list[str], kind: type) -> Any:
         words.append(f"{file.name} holds something else than expected.")
         return None
     return values
+
+
+def _number(text: str) -> float:
+    """Read a number, which has to be finite: none that a run counts is not."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not finite")
+    return value
 
 
 def _line(error: Exception) -> str:

@@ -267,12 +267,11 @@ def _phases(runs: Sequence[Run]) -> tuple[float | None, str]:
     if not online:
         return None, "gradient steps"
     switches = {_switch(run) for run in online}
-    each = {run.settings.get("updates_per_frame", 1.0) for run in online}
     switch = switches.pop() if len(switches) == 1 else None
-    ratio = each.pop() if len(each) == 1 else None
-    of_frames = "also environment steps" if ratio == 1 else "online"
+    are_frames = all(run.settings.get("updates_per_frame", 1.0) == 1 for run in online)
+    of_frames = "also environment steps" if are_frames else "online"
     if switch == 0 and len(online) == len(runs):
-        return None, "environment steps" if ratio == 1 else "gradient steps"
+        return None, "environment steps" if are_frames else "gradient steps"
     return switch, f"gradient steps; past the line {of_frames}"
 
 
