@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shlex
@@ -29,7 +31,7 @@ from torchrl_iql_recipes.experiment import learned_from, offline, online
 from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.settings import Settings, flat
-from torchrl_iql_recipes.reporting import commands, compare, gather, page
+from torchrl_iql_recipes.reporting import commands, compare, gather, page, pictures
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}
 RECIPES = CONFIG.parent
@@ -260,6 +262,29 @@ def test_a_best_checkpoint_is_never_the_score(runs: Path) -> None:
     assert "99.0" not in its.text
 
 
+@pytest.mark.usefixtures("words")
+def test_tasks_are_taken_together_by_their_interquartile_mean(runs: Path) -> None:
+    scores = {"iql": ([60, 70, 66], [10, 90, 80]), "bc": ([40, 58, 49], [11, 12, 13])}
+    for name, (here, there) in scores.items():
+        score(runs / name, *here)
+        other = shutil.copytree(runs / name, runs / f"{name} there")
+        cfg = OmegaConf.load(other / "config.yaml")
+        cfg.task = "pointmaze/umaze"
+        OmegaConf.save(cfg, other / "config.yaml")
+        score(other, *there)
+    its = shown(*(runs / name for name in ("iql", "bc", "iql there", "bc there")))
+    (table,) = (each for each in its.tables if each[0][1] == "interquartile mean")
+    rows = {row[0]: row[1:] for row in table[1:]}
+    for name, title in (("iql", "IQL"), ("bc", "BC")):
+        middle = stats.trim_mean(np.ravel(scores[name]), 0.25)
+        assert rows[title][0].startswith(f"{middle:.1f} (")
+    wins = [
+        np.mean([[a > b for b in bc] for a in iql])
+        for iql, bc in zip(*scores.values(), strict=True)
+    ]
+    assert rows["BC"][1].startswith(f"{np.mean(wins):.2f} (")
+
+
 # --- Who is compared with whom ---------------------------------------------------------------------------
 
 
@@ -392,6 +417,19 @@ def test_words_of_a_file_stay_words_in_commands(runs: Path) -> None:
 def test_only_pictures_below_a_learner_are_read(runs: Path, tmp_path: Path) -> None:
     change(runs / "bc", lambda i, its: {"name": "../iql/seed=0" if i == 0 else its["name"]})
     assert [each.name for each in gather.run(runs / "bc").learners] == ["seed=1", "seed=2"]
+
+
+def test_a_smaller_picture_keeps_what_is_small(tmp_path: Path) -> None:
+    """As the goal on a value map, which has a colour of its own."""
+    across, down = np.meshgrid(np.linspace(0, 1, 900), np.linspace(0, 1, 600))
+    picture = np.stack([0.2 + 0 * across, across, down], axis=-1)
+    picture[300:320, 400:420] = (0.9, 0.22, 0.27)
+    imsave(tmp_path / "map.png", picture)
+    found = pictures.embedded(tmp_path / "map.png", 450)
+    assert found is not None and found[1:] == (450, 300)
+    file = io.BytesIO(base64.b64decode(found[0].partition(",")[2]))
+    np.testing.assert_allclose(imread(file)[155, 205, :3], (0.9, 0.22, 0.27), atol=0.04)
+    assert len(found[0]) < 60_000
 
 
 @pytest.mark.usefixtures("words")

@@ -285,19 +285,16 @@ def _switch(run: Run) -> float:
 
 
 def _aggregates(by_world: Mapping[str, Sequence[Group]], room: Room) -> dict[str, Any] | None:
-    """Take several tasks together, by rliable: those that all groups of the same name have finished."""
+    """Take several tasks together, by rliable: those that all that are there more than once have finished."""
     normal = {
         world: {its.label: its for its in groups if its.scores}
         for world, groups in by_world.items()
         if groups[0].members[0][0].score_name == "normalized score"
     }
-    normal = {world: its for world, its in normal.items() if its}
-    if len(normal) < 2:
-        return None
-    shared = [
-        label for label in next(iter(normal.values())) if all(label in i for i in normal.values())
-    ]
-    if len(shared) < 2:
+    often = [label for its in normal.values() for label in its]
+    shared = [label for label in dict.fromkeys(often) if often.count(label) > 1]
+    normal = {world: its for world, its in normal.items() if all(label in its for label in shared)}
+    if len(normal) < 2 or len(shared) < 2:
         return None
     if not is_installed("rliable"):
         return {"missing": True}
