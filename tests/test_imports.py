@@ -111,6 +111,13 @@ def test_gymnasium_knows_the_robots_at_the_first_look_up() -> None:
     assert told.count(changed) == python("import gymnasium_robotics").stderr.count(changed)
 
 
+def test_a_report_on_runs_loads_no_pytorch() -> None:
+    """Nor what reads data or plays: it is made from what runs have recorded."""
+    page = loaded("from torchrl_iql_recipes import report")
+    assert {"jinja2", "matplotlib", "torchrl_iql_recipes.reporting.page"} <= page
+    assert not {"torch", "tensordict", "minari", "h5py", "mujoco"} & page
+
+
 @pytest.mark.parametrize("command", ["inspect", "replay"])
 def test_help_on_data_loads_no_pytorch(command: str) -> None:
     ended = python("", "-X", "importtime", "-m", "torchrl_iql.data", command, "--help")

@@ -549,6 +549,7 @@ def test_a_run_leaves_what_the_readme_lists(offline_run: Path, tmp_path: Path) -
         "config.yaml",
         "scores.json",
         "times.json",
+        "data.json",
         "metrics.csv",
         "checkpoints",
         "last.ckpt",

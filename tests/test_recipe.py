@@ -55,7 +55,8 @@ LEARNERS = [f"temperature={t},seed={seed}" for t in ("10.0", "0.0") for seed in 
 
 def test_a_run_leaves_everything_that_the_readme_lists(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert names == {".lock", "config.yaml", "scores.json", "times.json", *LEARNERS}
+    own = {"scores.json", "times.json", "data.json", "learning_curves.png"}
+    assert names == {".lock", "config.yaml", *own, *LEARNERS}
     for folder in map(finished.joinpath, LEARNERS):
         names = {path.name for path in folder.iterdir()}
         pictures = {"learning_curves.png", "value_map.png"}
@@ -192,6 +193,7 @@ def test_without_evaluation_no_environment_is_needed(
         "config.yaml",
         "scores.json",
         "times.json",
+        "data.json",
         "metrics.csv",
         "checkpoints",
         "last.ckpt",

@@ -11,15 +11,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from torchrl_iql_recipes.comparison.plan import Cell, Plan
+from torchrl_iql_recipes.experiment.curves import FEWEST
 from torchrl_iql_recipes.experiment.plots import BLUE, DPI, RED, SEEDS, SLATE
 
 __all__ = ["Aggregates", "curves", "draw_aggregates", "of"]
 
 SAMPLES = 2000
 """Of the bootstrap, stratified by task."""
-
-FEWEST = 3
-"""Seeds, without which there is no interval."""
 
 Scores = dict[str, np.ndarray]
 """By algorithm, normalized scores ``[seeds, tasks]``."""

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from filelock import FileLock, Timeout
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.files import whole
 
-__all__ = ["LockedError", "held", "is_begun", "new_folder"]
+__all__ = ["LockedError", "held", "is_alive", "is_begun", "new_folder"]
 
 LOCK, HOLDER = ".lock", ".holder"
 """The file that is locked, and the one that says by whom; its time is the heartbeat."""
@@ -113,6 +114,22 @@ def _holder(path: Path) -> str:
         return "a process"
 
 
+def is_alive(path: Path) -> bool:
+    """Return whether a process is at work in a folder, without taking the lock, which another may want."""
+    holder = path / HOLDER
+    try:
+        known, beaten = json.loads(holder.read_text()), holder.stat().st_mtime
+        if time.time() - beaten > DEAD:
+            return False
+        if known["host"] == socket.gethostname():
+            os.kill(known["pid"], 0)
+    except PermissionError:  # it is somebody else's
+        return True
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return False
+    return True
+
+
 def _beat(holder: Path, over: threading.Event) -> None:
     while not over.wait(HEARTBEAT):
         with suppress(OSError):
@@ -154,7 +171,8 @@ def new_folder(path: Path, *, named: bool) -> Iterator[Path]:
                 yield folder
             finally:
                 if not is_begun(folder):
-                    (folder / "config.yaml").unlink(missing_ok=True)
+                    for name in ("config.yaml", "data.json"):
+                        (folder / name).unlink(missing_ok=True)
     finally:
         if not is_begun(folder):
             _remove_empty(folder, itself=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torchrl_iql import OfflineDataset, TrainStep, checkpoint
 from torchrl_iql.data import Minibatches
-from torchrl_iql_recipes.experiment import build, nonfinite, progress, results
+from torchrl_iql_recipes.experiment import build, learned_from, nonfinite, progress, results
 from torchrl_iql_recipes.experiment.diagnosis import Diagnosis
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
@@ -73,6 +73,7 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
             done = checkpoint.load_metadata(last)["steps"]
             build.check_not_done("steps", settings.training.steps, done)
         build.claim(path, settings)
+        learned_from.write(path, rest, learned, held_out)
         validation = None if held_out is None else HeldOut(settings, held_out)
         records = Records(path, settings, step, architecture, dataset, evaluations, validation)
         if records.resume() is None and start is not None:

@@ -17,7 +17,14 @@ from tqdm import tqdm
 
 from torchrl_iql import OfflineDataset, checkpoint
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
-from torchrl_iql_recipes.experiment import build, nonfinite, offline, progress, results
+from torchrl_iql_recipes.experiment import (
+    build,
+    learned_from,
+    nonfinite,
+    offline,
+    progress,
+    results,
+)
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
@@ -69,6 +76,7 @@ def _run(settings: Settings, path: Path) -> dict[str, Any]:
         architecture = architecture_of(known, dataset, settings.networks)
     with build.evaluations_for(settings, dataset, architecture) as evaluations:
         build.claim(path, settings)
+        learned_from.write(path, dataset, dataset, held_out)
         its = FineTuning(settings, dataset, architecture, evaluations, path, start, held_out)
         its.train()
         its.draw()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -18,13 +20,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import torchrl_iql
 from torchrl_iql import Evaluation, OfflineDataset, TrainStep, checkpoint
 from torchrl_iql.models import Architecture
 from torchrl_iql_recipes.experiment import progress
 from torchrl_iql_recipes.experiment.evaluations import Evaluations, Round
 from torchrl_iql_recipes.experiment.folder import RunFolder, newest_common_step
 from torchrl_iql_recipes.experiment.loggers import logger_for
-from torchrl_iql_recipes.experiment.schema import RunError
+from torchrl_iql_recipes.experiment.schema import RunError, written
 from torchrl_iql_recipes.experiment.settings import OFFLINE_PHASE, Settings, check_continued
 from torchrl_iql_recipes.experiment.stopping import Stop
 from torchrl_iql_recipes.experiment.validation import HeldOut
@@ -77,6 +80,7 @@ class Records:
         self.latest: list[Evaluation | None] = [None] * len(self.folders)
         self._path = path
         self._described = checkpoint.described(dataset)
+        self._dataset = dataset.name
         self._evaluations = evaluations
         self._held_out = held_out
         self._unevaluated: list[int] = []  # after how many steps rounds are due
@@ -325,10 +329,23 @@ class Records:
         from torchrl_iql_recipes.experiment import plots
 
         maze = self._evaluations and self._evaluations.maze
-        for r, folder in enumerate(self.folders):
+        title = self.settings.algorithm.title
+        if len(self.folders) > 1:
+            plots.learners(
+                self._combinations(),
+                self._path / "learning_curves.png",
+                title=f"{title} on {self._dataset}, {len(self.folders)} learners; of three seeds on, their "
+                "mean and its 95% interval",
+            )
+        for r, (learner, folder) in enumerate(
+            zip(self.settings.learners, self.folders, strict=True)
+        ):
             if folder.metrics.exists():
                 plots.learning_curves(
-                    folder.metrics, folder.path / "learning_curves.png", **earlier
+                    folder.metrics,
+                    folder.path / "learning_curves.png",
+                    title=", ".join([f"{title} on {self._dataset}", *filter(None, [learner.name])]),
+                    **earlier,
                 )
             if self._held_out is not None:
                 self._held_out.draw(r, self.step.losses[r], folder.path / "calibration.png")
@@ -336,6 +353,17 @@ class Records:
             if maze is not None and evaluation is not None and value is not None:
                 trajectories = evaluation.trajectories or []
                 plots.value_map(value, maze, trajectories[:5], folder.path / "value_map.png")
+
+    def _combinations(self) -> dict[str, list[Path]]:
+        """Return the metrics of the seeds of each combination of settings, by what differs."""
+        varied = [axis for axis in self.settings.varied() if axis != "seed"]
+        found: dict[str, list[Path]] = {}
+        for learner, folder in zip(self.settings.learners, self.folders, strict=True):
+            its = learner.settings()
+            label = ", ".join(f"{axis}={written(its[axis])}" for axis in varied)
+            if folder.metrics.exists():
+                found.setdefault(label, []).append(folder.metrics)
+        return found
 
     def _value_function(self, replica: int) -> Callable[[np.ndarray], np.ndarray] | None:
         loss = self.step.losses[replica]
@@ -366,6 +394,7 @@ class Times:
         self._started = datetime.now(UTC)
         self._began = time.monotonic()
         self._earlier = json.loads(self._file.read_text()) if self._file.exists() else []
+        self._machine = _machine(step)
 
     def write(self, evaluations: Evaluations | None) -> None:
         """Write the line for the time since this was made, after those of earlier sessions."""
@@ -376,6 +405,22 @@ class Times:
             "waited_for_evaluations": round(evaluations.waited if evaluations else 0.0, 3),
             "from_step": self._from,
             "to_step": self._step.steps,
+            "execution": f"{self._step.path}, {self._step.execution}",
+            **self._machine,
         }
         with whole(self._file) as new:
             new.write_text(json.dumps([*self._earlier, line], indent=2) + "\n")
+
+
+def _machine(step: TrainStep) -> dict[str, Any]:
+    """Return what speed and numbers depend on beside the settings."""
+    is_cuda = step.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(step.device) if is_cuda else str(step.device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "torchrl_iql": torchrl_iql.__version__,
+            **{name: version(name) for name in ("torch", "torchrl", "tensordict", "numpy")},
+            "python": platform.python_version(),
+        },
+    }

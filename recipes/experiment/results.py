@@ -7,13 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scipy.special import stdtrit
 
-from torchrl_iql import Evaluation, OfflineDataset
 from torchrl_iql_recipes.experiment.settings import Learner, Settings
 from torchrl_iql_recipes.files import whole
+
+if TYPE_CHECKING:
+    from torchrl_iql import Evaluation, OfflineDataset
 
 __all__ = [
     "VERSION",

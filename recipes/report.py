@@ -1,0 +1,127 @@
+"""Show runs beside each other: one HTML page, that needs no network and no other file.
+
+    python recipes/report.py runs/mini/hopper-medium/iql runs/mini/hopper-medium/bc
+    python recipes/report.py runs/table --out table.html
+    python recipes/report.py runs/mini/hopper-medium/iql --watch
+
+A folder that holds runs, however deep, stands for all of them. The page is written into the first folder,
+unless --out names another file, and is replaced whole. It compares the scores of the last step of runs that
+are finished, over seeds; nothing is loaded but text, numbers and pictures, so it needs neither the data nor
+PyTorch, and can be made while runs go on. With --watch it is made anew when a file of the runs changes, until
+no run is going on any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchrl_iql_recipes.files import shown, whole
+from torchrl_iql_recipes.reporting import gather
+from torchrl_iql_recipes.reporting.page import TooLargeError, page
+
+INTERVAL = 5.0
+"""Seconds between two looks at the files of runs."""
+
+WATCHED = ("*.csv", "*.json", "*.yaml", "*.png", ".holder")
+
+
+def write(paths: Sequence[Path], out: Path, *, watching: bool = False) -> bool:
+    """Write the page of runs.
+
+    Args:
+        paths: folders.
+        out: the page.
+        watching: whether it loads itself anew as long as runs go on.
+
+    Returns:
+        whether a run is going on.
+
+    Raises:
+        NoRunError: one of the folders holds no run.
+        TooLargeError: there are too many.
+    """
+    found, left = gather.folders(paths)
+    runs = []
+    for path, label in zip(found, _labels(found), strict=True):
+        try:
+            runs.append(gather.run(path, label))
+        except gather.NoRunError as error:
+            left.append(str(error))
+    if not runs:
+        raise gather.NoRunError("; ".join(left))
+    goes_on = any(run.state == "running" for run in runs)
+    made_by = shlex.join(["python", "recipes/report.py", *map(str, paths), "--out", str(out)])
+    html = page(runs, made_by=made_by, left=left, watching=watching and goes_on)
+    with whole(out) as new:
+        new.write_text(html, encoding="utf-8")
+    return goes_on
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Return the ends of the paths, as long as it takes to tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(each[-length:]) for each in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return ["/".join(each) for each in parts]
+
+
+def watch(paths: Sequence[Path], out: Path) -> None:
+    """Write the page anew when a file changes, until no run is going on."""
+    before = None
+    while True:
+        state = _state(paths)
+        if state != before:
+            goes_on = write(paths, out, watching=True)
+            print(f"{time.strftime('%H:%M:%S')} {shown(out)}", flush=True)
+            if not goes_on:
+                return
+            before = state
+        elif not any(gather.is_going_on(path) for path in paths):
+            write(paths, out)
+            return
+        time.sleep(INTERVAL)
+
+
+def _state(paths: Sequence[Path]) -> set[tuple[str, int]]:
+    """Return the files of runs and when they were changed; a heartbeat is no change."""
+    found = set()
+    for file in (file for path in paths for name in WATCHED for file in path.rglob(name)):
+        try:
+            found.add((str(file), 0 if file.name == ".holder" else file.stat().st_mtime_ns))
+        except OSError:  # replaced meanwhile
+            continue
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders of such")
+    parser.add_argument("--out", type=Path, help="(default: report.html in the first folder)")
+    parser.add_argument("--watch", action="store_true", help="make it anew while runs go on")
+    args = parser.parse_args()
+    out = args.out or args.runs[0] / "report.html"
+    try:
+        if args.out and not out.parent.is_dir():
+            sys.exit(f"report.py: --out {out}: there is no folder {out.parent}")
+        if args.watch:
+            watch(args.runs, out)
+        else:
+            write(args.runs, out)
+    except (gather.NoRunError, TooLargeError, OSError) as error:
+        sys.exit(f"report.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"Report: {shown(out)} ({out.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    main()
