@@ -45,6 +45,7 @@ __all__ = [
     "allowed",
     "combinations",
     "is_installed",
+    "options",
     "written",
 ]
 
@@ -209,6 +210,22 @@ def _is_number(value: str) -> bool:
 def allowed(field: FieldInfo) -> str:
     """Say in words what a setting may be."""
     return _words(field.annotation, field.metadata)
+
+
+def options(field: FieldInfo) -> list[str]:
+    """Return the values that a setting may have, as they are written, if they are few."""
+    return list(dict.fromkeys(written(each) for each in _options(field.annotation)))
+
+
+def _options(annotation: Any) -> Iterator[Any]:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        yield from arguments
+    elif annotation is bool:
+        yield from (True, False)
+    elif origin in (Union, types.UnionType, Annotated):
+        for each in arguments if origin is not Annotated else arguments[:1]:
+            yield from _options(each)
 
 
 def _words(annotation: Any, metadata: Sequence[Any]) -> str:

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torchrl_iql.data.layout import require_layout
 from torchrl_iql.nested import texts
 from torchrl_iql_recipes.algorithms import Algorithm, algorithms
+from torchrl_iql_recipes.commands import label, typed
 from torchrl_iql_recipes.experiment.schema import (
     LATER,
     Count,
@@ -367,7 +368,8 @@ class Settings:
             )
         if algorithms()[values["algorithm"]].is_offline and "env_steps" in values:
             raise SettingsError(
-                f"algorithm={values['algorithm']}: it learns from whole episodes, and is for offline.py"
+                f"algorithm={values['algorithm']}: it learns from whole episodes, and is for "
+                f"{label('offline')}"
             )
         learners = _learners(values, training)
         _n_steps(parts["data"], learners)
@@ -538,7 +540,7 @@ def argument(name: str, path: Path | str) -> str:
 
 def command_to_resume(script: str, folder: Path) -> str:
     """Return the command that goes on with a run of a script in a folder."""
-    return f"python recipes/{script}.py {argument('resume', shown(folder))}"
+    return f"{typed(script)} {argument('resume', shown(folder))}"
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
