@@ -42,22 +42,24 @@ def table(folders: Sequence[Path]) -> list[str]:
         for key, value in settings.items()
         if any(other.get(key) != value for other, _, _ in scored)
     }
+    cells: dict[tuple[str, ...], list[str]] = {}
     rows: dict[tuple[str, ...], list[tuple[float, Path]]] = {}
     for settings, score, run in scored:
         if score is not None:
-            cells = tuple(_cell(settings.get(key)) for key in several)
-            rows.setdefault(cells, []).append((score, run))
+            values = tuple(written(settings.get(key)) for key in several)
+            rows.setdefault(values, []).append((score, run))
+            cells[values] = [_cell(settings.get(key)) for key in several]
     if not rows:
         raise SettingsError(f"{shown(folders[0])}: none of these runs was evaluated")
     lines = [
         f"| {' | '.join([*several, 'score', 'learners', 'run'])} |",
         f"| {' | '.join([*['---'] * len(several), '---:', '---:', '---'])} |",
     ]
-    for cells, its in sorted(rows.items(), key=lambda row: -mean(score for score, _ in row[1])):
+    for values, its in sorted(rows.items(), key=lambda row: -mean(score for score, _ in row[1])):
         scores, runs = [score for score, _ in its], list(dict.fromkeys(run for _, run in its))
         more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
         figures = [_mean(scores), str(len(scores)), f"`{shown(runs[0])}`{more}"]
-        lines.append(f"| {' | '.join([*cells, *figures])} |")
+        lines.append(f"| {' | '.join([*cells[values], *figures])} |")
     lines += ["", "Score: of the last evaluation, mean over learners, half its 95% interval."]
     if idle := sum(score is None for _, score, _ in scored):
         lines.append(f"Not evaluated, and left out: {idle} of {len(scored)} learners.")
@@ -94,7 +96,7 @@ def _learners(run: Path) -> Iterator[tuple[dict[str, Any], float | None, Path]]:
 
 
 def _cell(value: Any) -> str:
-    return written(value).replace("|", "\\|")
+    return (f"{value:.4g}" if isinstance(value, float) else written(value)).replace("|", "\\|")
 
 
 def _mean(scores: Sequence[float]) -> str:

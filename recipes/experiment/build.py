@@ -120,7 +120,6 @@ def dataset_for(data: Data, *, played: bool = True) -> OfflineDataset:
             "dataset=null: expected a Minari id, a folder, a file or an OGBench task, or several"
         )
     sources = [data.dataset] if isinstance(data.dataset, str) else data.dataset
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what fails is told below
     env = environment(data.env)
     try:
         load = partial(

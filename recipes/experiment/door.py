@@ -6,6 +6,7 @@ Nothing here imports PyTorch: ``--help`` and a refusal come at once, and before 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -31,7 +32,14 @@ from yaml import YAMLError
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.commands import as_typed, errors_in_one_line, label, typed
 from torchrl_iql_recipes.experiment.lock import is_begun, new_folder
-from torchrl_iql_recipes.experiment.schema import Part, SettingsError, allowed, options, written
+from torchrl_iql_recipes.experiment.schema import (
+    Part,
+    SettingsError,
+    allowed,
+    is_installed,
+    options,
+    written,
+)
 from torchrl_iql_recipes.experiment.settings import (
     OFFLINE_PHASE,
     PARTS,
@@ -85,6 +93,14 @@ _OPTIONS = {
     ),
 }
 """Ours, and those of Hydra."""
+
+PLUGINS = {
+    "hydra/sweeper=optuna": ("hydra_optuna_sweeper", "optuna"),
+    "hydra/launcher=joblib": ("hydra_joblib_launcher", "sweeps"),
+    "hydra/launcher=submitit": ("hydra_submitit_launcher", "sweeps"),
+    "hydra/launcher=ray": ("hydra_ray_launcher", "ray"),
+}
+"""Of Hydra, by what asks for them: the package, and the extra that brings it."""
 
 RENAMED = {"decay_actor": "decay_steps, with 0 for false and null, its default, for true"}
 """What to say of settings that had another name."""
@@ -174,6 +190,7 @@ class Door:
 
         self._register()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # what Hydra refuses is told here, too
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # of Optuna's store
         with told():
             try:
                 hydra.main(config_path=str(CONFIG), config_name=self.name, version_base="1.3")(
@@ -361,6 +378,8 @@ class Door:
                     _check_file(key, str(value))
                 continue
             if (key == "resume" and self.keeps_folder) or re.split("[./]", key)[0] == "hydra":
+                if not each.is_sweep_override():
+                    _require_plugin(key, each.value())
                 continue
             if key == "name" and self.keeps_folder:
                 _check_name(each)
@@ -750,7 +769,9 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
 
 def _values_of(override: Override) -> Iterator[Any]:
     """Yield the value that is given, or each of several runs'."""
-    if override.is_sweep_override():
+    if override.is_interval_sweep():
+        yield from (override.value().start, override.value().end)
+    elif override.is_sweep_override():
         for each in override.sweep_iterator(Transformer.identity):
             yield OmegaConf.to_object(OmegaConf.create({"value": each}))["value"]  # pyright: ignore
     else:
@@ -804,6 +825,13 @@ def _by_task(algorithm: str) -> set[str]:
 @cache
 def _of_algorithm(name: str) -> Any:
     return OmegaConf.to_container(OmegaConf.load(CONFIG / "algorithm" / f"{name}.yaml"))
+
+
+def _require_plugin(group: str, name: Any) -> None:
+    """Refuse launchers and sweepers of Hydra that are not installed, and say how they are."""
+    package, extra = PLUGINS.get(f"{group}={name}".partition("_")[0], (None, None))
+    if package is not None and not is_installed(f"hydra_plugins.{package}"):
+        raise SettingsError(f"{group}={name}: not installed; pip install 'torchrl-iql[{extra}]'")
 
 
 def _check_name(override: Override) -> None:

@@ -269,7 +269,10 @@ def _interval(metadata: Sequence[Any]) -> str:
 def is_installed(package: str) -> bool:
     """Return whether a package is there, without importing it."""
     # A folder of that name, as wandb leaves one, is found too, but has no origin.
-    return getattr(find_spec(package), "origin", None) is not None
+    try:
+        return getattr(find_spec(package), "origin", None) is not None
+    except ModuleNotFoundError:  # what it is in
+        return False
 
 
 def combinations(values: Mapping[str, Any], axes: Sequence[str]) -> list[dict[str, Any]]:
