@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog=prog, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     debug = {"action": "store_true", "help": "errors with their traceback"}
-    inspect = commands.add_parser("inspect", help="print what is in a data set")
+    inspect = commands.add_parser("inspect", allow_abbrev=False, help="print what is in a data set")
     inspect.add_argument("--debug", **debug)
     inspect.add_argument(
         "source",
@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect.add_argument("--plot", metavar="FILE.png", help=picture)
     compare = commands.add_parser(
         "replay",
+        allow_abbrev=False,
         help="compare recorded transitions with a simulator's",
         epilog="Exit status: 0 match, 1 mismatch, 2 error, 3 can not be told.",
     )
