@@ -33,6 +33,9 @@ from torchrl_iql_recipes.files import shown
 ALIKE = ("algorithm", "hidden_sizes", "batch_size", "encoder")
 """Settings by which runs are told that take as long per step, beside the number of learners."""
 
+LONG = 10_000
+"""Steps of which the time is told of longer runs, too."""
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -41,17 +44,23 @@ class Pace:
     Attributes:
         folder: of the run.
         values: its settings.
+        steps: gradient steps that were timed.
         per_step: seconds, evaluations included.
     """
 
     folder: Path
     values: Mapping[str, Any]
+    steps: int
     per_step: float
 
     def is_like(self, values: Mapping[str, Any]) -> bool:
-        """Return whether a run with other settings takes about as long."""
+        """Return whether a run with other settings takes about as long per step.
+
+        A short run tells little: it is all compiling and evaluating.
+        """
+        long = self.steps >= min(values["steps"] / 2, LONG)
         same = all(self.values.get(key) == values.get(key) for key in ALIKE)
-        return same and _learners(self.values) == _learners(values)
+        return long and same and _learners(self.values) == _learners(values)
 
 
 def _learners(values: Mapping[str, Any]) -> int:
@@ -69,7 +78,9 @@ def paces(folder: Path) -> list[Pace]:
             steps = last["to_step"] - last["from_step"]
             values: Any = OmegaConf.to_container(OmegaConf.load(file.parent / "config.yaml"))
             if steps > 0 and "env_steps" not in values and values["algorithm"] in algorithms():
-                found.append((last["started"], Pace(file.parent, values, last["seconds"] / steps)))
+                found.append(
+                    (last["started"], Pace(file.parent, values, steps, last["seconds"] / steps))
+                )
         except (OmegaConfBaseException, YAMLError, OSError, ValueError, LookupError, TypeError):
             continue  # of another version, or not of a run
     return [pace for _, pace in sorted(found, key=lambda each: each[0], reverse=True)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -256,9 +258,13 @@ def test_tasks_say_what_is_here_and_what_the_last_run_took(
     run.mkdir(parents=True)
     values = OFFLINE.settings(["task=mini/hopper-medium"]).values
     OmegaConf.save(OmegaConf.create(dict(values)), run / "config.yaml")
-    session = {"started": "2026-01-01", "seconds": 6.0, "from_step": 0, "to_step": 1000}
+    session = {"started": "2026-01-01", "seconds": 60.0, "from_step": 0, "to_step": 10_000}
     (run / "times.json").write_text(json.dumps([session]))
     (tmp_path / "runs/times.json").write_text("[")  # of nobody
+    short = tmp_path / "runs/short"  # of which the time is that of its beginning
+    shutil.copytree(run, short)
+    begun = {**session, "started": "2026-02-01", "to_step": 100}
+    (short / "times.json").write_text(json.dumps([begun]))
     names = [
         "mini/hopper-medium",
         "locomotion/hopper-medium",
@@ -382,6 +388,14 @@ def test_runs_that_were_not_evaluated_are_said_to_be_left_out(tmp_path: Path) ->
 
 
 # --- What is shipped ---------------------------------------------------------------------------------------
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    from torchrl_iql import __version__
+
+    for file in ("README.md", "CITATION.cff"):
+        text = (ROOT / file).read_text()
+        assert re.findall(r"^ *version(?:: | = {)([0-9.]+)", text, re.M) == [__version__], file
 
 
 @pytest.mark.slow
