@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prog = started if started == "torchrl-iql" else "python -m torchrl_iql.data"
     parser = _Parser(prog=prog, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    debug = {"action": "store_true", "help": "errors with their traceback"}
+    debug = "errors with their traceback"
     inspect = commands.add_parser("inspect", allow_abbrev=False, help="print what is in a data set")
-    inspect.add_argument("--debug", **debug)
+    inspect.add_argument("--debug", action="store_true", help=debug)
     inspect.add_argument(
         "source",
         nargs="+",
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="compare recorded transitions with a simulator's",
         epilog="Exit status: 0 match, 1 mismatch, 2 error, 3 can not be told.",
     )
-    compare.add_argument("--debug", **debug)
+    compare.add_argument("--debug", action="store_true", help=debug)
     compare.add_argument("source", help="Minari id or folder, or D4RL file")
     compare.add_argument("--env", help="id of the environment, if not the one that was recorded")
     compare.add_argument("--trust-env", action="store_true", help=trust)
