@@ -19,5 +19,9 @@ def run(settings: Collection, path: Path) -> None:
     collection.run(settings, path)
 
 
-if __name__ == "__main__":
+def main() -> None:
     COLLECT.open(run, __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,5 +22,9 @@ def run(settings: Play, path: Path) -> None:
     playing.run(settings)
 
 
-if __name__ == "__main__":
+def main() -> None:
     EVALUATE.open(run, __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -33,5 +33,9 @@ def run(settings: Export, path: Path) -> None:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
     EXPORT.open(run, __doc__)
+
+
+if __name__ == "__main__":
+    main()

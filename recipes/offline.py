@@ -15,11 +15,20 @@ from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.settings import Settings
 
 
-def run(settings: Settings, path: Path) -> None:
-    from torchrl_iql_recipes.experiment import offline
+def run(settings: Settings, path: Path) -> float | None:
+    from torchrl_iql_recipes.experiment import offline, results
+    from torchrl_iql_recipes.report import of_run
 
-    print(offline.report(offline.run(settings, path), path, settings))
+    scores = offline.run(settings, path)
+    print(offline.report(scores, path, settings))
+    if not any(each["interrupted"] for each in scores["replicas"]):
+        print(of_run(path))
+    return results.objective(scores, settings)
+
+
+def main() -> None:
+    OFFLINE.open(run, __doc__)
 
 
 if __name__ == "__main__":
-    OFFLINE.open(run, __doc__)
+    main()

@@ -16,11 +16,20 @@ from torchrl_iql_recipes.experiment.door import ONLINE
 from torchrl_iql_recipes.experiment.settings import Settings
 
 
-def run(settings: Settings, path: Path) -> None:
-    from torchrl_iql_recipes.experiment import online
+def run(settings: Settings, path: Path) -> float | None:
+    from torchrl_iql_recipes.experiment import online, results
+    from torchrl_iql_recipes.report import of_run
 
-    print(online.report(online.run(settings, path), path, settings))
+    scores = online.run(settings, path)
+    print(online.report(scores, path, settings))
+    if not any(each["interrupted"] for each in scores["replicas"]):
+        print(of_run(path))
+    return results.objective(scores, settings)
+
+
+def main() -> None:
+    ONLINE.open(run, __doc__)
 
 
 if __name__ == "__main__":
-    ONLINE.open(run, __doc__)
+    main()

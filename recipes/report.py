@@ -13,13 +13,14 @@ no run is going on any more.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from torchrl_iql_recipes.commands import Parser, errors_in_one_line, label, typed
+from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.files import shown, whole
 from torchrl_iql_recipes.reporting import gather
 from torchrl_iql_recipes.reporting.page import TooLargeError, page
@@ -45,31 +46,13 @@ def write(paths: Sequence[Path], out: Path, *, watching: bool = False) -> bool:
         NoRunError: one of the folders holds no run.
         TooLargeError: there are too many.
     """
-    found, left = gather.folders(paths)
-    runs = []
-    for path, label in zip(found, _labels(found), strict=True):
-        try:
-            runs.append(gather.run(path, label))
-        except gather.NoRunError as error:
-            left.append(str(error))
-    if not runs:
-        raise gather.NoRunError("; ".join(left))
+    runs, left = gather.runs(paths)
     goes_on = any(run.state == "running" for run in runs)
-    made_by = shlex.join(["python", "recipes/report.py", *map(str, paths), "--out", str(out)])
+    made_by = f"{typed('report')} {shlex.join([*map(str, paths), '--out', str(out)])}"
     html = page(runs, made_by=made_by, left=left, watching=watching and goes_on)
     with whole(out) as new:
         new.write_text(html, encoding="utf-8")
     return goes_on
-
-
-def _labels(paths: Sequence[Path]) -> list[str]:
-    """Return the ends of the paths, as long as it takes to tell them apart."""
-    parts = [path.resolve().parts for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(each[-length:]) for each in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    return ["/".join(each) for each in parts]
 
 
 def watch(paths: Sequence[Path], out: Path) -> None:
@@ -100,26 +83,35 @@ def _state(paths: Sequence[Path]) -> set[tuple[str, int]]:
     return found
 
 
+def of_run(path: Path) -> str:
+    """Write the page of a run into its folder, and return the line that says so, or why there is none."""
+    out = path / "report.html"
+    try:
+        write([path], out)
+    except (gather.NoRunError, TooLargeError, OSError) as error:
+        return f"No page: {error}"
+    return f"Page: {shown(out)}"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__, "report")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders of such")
     parser.add_argument("--out", type=Path, help="(default: report.html in the first folder)")
     parser.add_argument("--watch", action="store_true", help="make it anew while runs go on")
     args = parser.parse_args()
     out = args.out or args.runs[0] / "report.html"
-    try:
-        if args.out and not out.parent.is_dir():
-            sys.exit(f"report.py: --out {out}: there is no folder {out.parent}")
-        if args.watch:
-            watch(args.runs, out)
-        else:
-            write(args.runs, out)
-    except (gather.NoRunError, TooLargeError, OSError) as error:
-        sys.exit(f"report.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with errors_in_one_line(label("report"), debug=args.debug):
+        try:
+            if args.out and not out.parent.is_dir():
+                raise SettingsError(f"--out {out}: there is no folder {out.parent}")
+            if args.watch:
+                watch(args.runs, out)
+            else:
+                write(args.runs, out)
+        except (gather.NoRunError, TooLargeError) as error:
+            raise SettingsError(str(error)) from error
+        except KeyboardInterrupt:
+            sys.exit(130)
     print(f"Report: {shown(out)} ({out.stat().st_size / 1e6:.1f} MB)")
 
 

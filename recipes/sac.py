@@ -20,5 +20,9 @@ def run(settings: SoftActorCritic, path: Path) -> None:
     sac.run(settings, path)
 
 
-if __name__ == "__main__":
+def main() -> None:
     SAC.open(run, __doc__)
+
+
+if __name__ == "__main__":
+    main()

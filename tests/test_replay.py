@@ -488,13 +488,20 @@ class TestCommand:
         assert main(["replay", str(path), *arguments]) == 2
         out, error = capsys.readouterr()
         assert out == ""
-        assert error.count("\n") == 1 and error.startswith("error: ") and message in error
+        assert (
+            error.count("\n") == 1
+            and error.startswith("python -m torchrl_iql.data replay: ")
+            and message in error
+        )
 
     def test_no_rows(self, tmp_path, capsys):
         rows = {key: values[:0] for key, values in rolled(gymnasium.make("Hopper-v5"), 1).items()}
         path = write(tmp_path / "rows.hdf5", rows)
         assert main(["replay", str(path), "--env", "Hopper-v5"]) == 2
-        assert capsys.readouterr().err == f"error: {path}: there are no transitions to replay\n"
+        assert (
+            capsys.readouterr().err
+            == f"python -m torchrl_iql.data replay: {path}: there are no transitions to replay\n"
+        )
 
     def test_no_file(self, tmp_path, capsys):
         assert main(["replay", str(tmp_path / "no.hdf5"), "--env", "Hopper-v5"]) == 2

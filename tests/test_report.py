@@ -227,7 +227,9 @@ class TestCommand:
         done = inspect(tmp_path, str(path))
         assert done.returncode == 1
         assert done.stdout == ""
-        assert f"error: {path}: is no intact HDF5 file: " in done.stderr
+        assert (
+            f"python -m torchrl_iql.data inspect: {path}: is no intact HDF5 file: " in done.stderr
+        )
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "cache").exists()
 
@@ -278,5 +280,5 @@ class TestPicture:
         assert main(["inspect", str(source), "--plot", str(png)]) == 0
         assert png.read_bytes().startswith(b"\x89PNG")
         assert main(["inspect", str(source), "--plot", str(tmp_path / "log.xyz")]) == 1
-        assert "error: Format 'xyz' is not supported" in capsys.readouterr().err
+        assert "inspect: Format 'xyz' is not supported" in capsys.readouterr().err
         assert main(["inspect", str(source), "--plot", str(tmp_path / "none/log.png")]) == 1

@@ -10,19 +10,10 @@ from typing import Any
 
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment.schema import SettingsError, written
-from torchrl_iql_recipes.experiment.settings import PARTS, flat
+from torchrl_iql_recipes.experiment.settings import PARTS, flat, has_effect
 from torchrl_iql_recipes.files import whole
 
 __all__ = ["Curves", "Known", "Record", "curves_of"]
-
-INDIFFERENT = {
-    *PARTS["compute"].names(),
-    *PARTS["logger"].names(),
-    *("log_interval", "checkpoint_interval", "on_nonfinite"),
-    *("eval_workers", "on_eval_failure", "best_by"),
-    "seeds",  # each learner is what it would be alone
-}
-"""Settings that the scores of a learner do not depend on, and its seed, by which they are kept."""
 
 Curves = Mapping[int, Mapping[int, float]]
 """By seed, the scores by step."""
@@ -55,8 +46,8 @@ class Known:
 
         return [
             f"{name}={written(of(its, name))}, not {written(of(asked, name))}"
-            for name in sorted({*its, *asked} - INDIFFERENT)
-            if of(its, name) != of(asked, name)
+            for name in sorted({*its, *asked})
+            if has_effect(name) and of(its, name) != of(asked, name)
         ]
 
 

@@ -32,7 +32,6 @@ from torchrl_iql_recipes.comparison.jobs import ensure_data, finish
 from torchrl_iql_recipes.comparison.plan import Cell, Plan
 from torchrl_iql_recipes.comparison.record import Record
 from torchrl_iql_recipes.experiment.results import half_width
-from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.files import shown, whole
 
 HERE = Path(__file__).parent
@@ -120,7 +119,7 @@ def launch(args: argparse.Namespace, jobs: int) -> None:
     ]
     done = subprocess.run(command, check=False)
     if done.returncode != 0:
-        sys.exit(f"table.py: the launcher ended with {done.returncode}; the same command goes on")
+        raise RuntimeError(f"the launcher ended with {done.returncode}; the same command goes on")
 
 
 def prepare(plan: Plan) -> None:
@@ -160,37 +159,27 @@ def write_scores(record: Record, file: Path) -> None:
                 writer.writerows([*of, seed, step, curve[step]] for step in sorted(curve))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--plan", type=Path, default=HERE / "table.yaml")
-    parser.add_argument(
-        "--folder", type=Path, help="of all runs (default: runs/<name of the plan>)"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="runs at a time; 0 makes the table only"
-    )
-    parser.add_argument(
-        "--launcher", help="of Hydra, instead of --jobs: joblib, submitit_slurm, ray, ..."
-    )
-    parser.add_argument(
-        "--record", type=Path, help="the record.json of runs that are not done again"
-    )
-    parser.add_argument("options", nargs="*", help="of the launcher, as hydra.launcher.n_jobs=4")
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> None:
+    """Do what the plan lacks, and write its table.
+
+    Args:
+        args: of compare.py.
+
+    Raises:
+        RuntimeError: runs have failed.
+        SettingsError: a run can not have its settings.
+        ValueError: there is no such plan or record.
+    """
     args.folder = args.folder or Path("runs") / args.plan.stem
+    record = Record.read(args.record) if args.record else Record()
+    plan = Plan.load(args.plan, args.folder, record)
     try:
-        record = Record.read(args.record) if args.record else Record()
-        plan = Plan.load(args.plan, args.folder, record)
         if args.launcher or args.jobs:
             prepare(plan)
         if args.launcher and plan.jobs:
             launch(args, len(plan.jobs))
         elif args.jobs and plan.jobs:
             finish(plan.jobs, args.jobs)
-    except (SettingsError, ValueError, RuntimeError) as error:
-        sys.exit(f"table.py: {error}")
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on.", file=sys.stderr)
         sys.exit(130)
@@ -199,4 +188,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from torchrl_iql_recipes.compare import main
+
     main()

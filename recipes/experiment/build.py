@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,11 +18,14 @@ from gymnasium.spaces import Box, flatdim
 from omegaconf import OmegaConf
 
 from torchrl_iql import Evaluator, OfflineDataset, TrainStep, load_dataset
+from torchrl_iql.data.stored import DownloadError
 from torchrl_iql.environments import antmaze_id, spec_of
 from torchrl_iql.models import Architecture
 from torchrl_iql.spaces import share_outside
 from torchrl_iql.training import OnNonfinite
 from torchrl_iql_recipes.behaviors import collection
+from torchrl_iql_recipes.commands import typed
+from torchrl_iql_recipes.experiment.door import similar, tasks
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.networks import Networks, sizes
 from torchrl_iql_recipes.experiment.schema import Part, SettingsError, written
@@ -134,8 +138,18 @@ def dataset_for(data: Data, *, played: bool = True) -> OfflineDataset:
         if env is None and data.maze is not None:
             dataset = _in_maze(dataset, data.maze, load)
     except (ImportError, OSError, TypeError, ValueError) as error:
-        raise SettingsError(f"dataset={written(data.dataset)}: {error}") from error
+        advice = _made_here(sources) if isinstance(error, DownloadError) else ""
+        raise SettingsError(f"dataset={written(data.dataset)}: {error}{advice}") from error
     return dataset
+
+
+def _made_here(sources: Sequence[str]) -> str:
+    """Say which task like that of these data has its data without a network."""
+    known = [name for name in tasks() if name.startswith("mini/")]
+    name = re.sub(r"[\W_]+", "-", Path(sources[0].removeprefix("D4RL/")).with_suffix("").as_posix())
+    near = similar(f"mini/{re.sub('-v[0-9]+$', '', name)}", known)
+    example = near[0] if near else known[0]
+    return f"; without a network, task={example} makes its data here, see {typed('tasks')} mini"
 
 
 def _in_maze(

@@ -6,11 +6,14 @@ Nothing here imports PyTorch: ``--help`` and a refusal come at once, and before 
 from __future__ import annotations
 
 import difflib
+import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,16 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from torchrl_iql_recipes.algorithms import algorithms
+from torchrl_iql_recipes.commands import as_typed, errors_in_one_line, label, typed
 from torchrl_iql_recipes.experiment.lock import is_begun, new_folder
-from torchrl_iql_recipes.experiment.schema import Part, RunError, SettingsError, allowed, written
+from torchrl_iql_recipes.experiment.schema import (
+    Part,
+    SettingsError,
+    allowed,
+    is_installed,
+    options,
+    written,
+)
 from torchrl_iql_recipes.experiment.settings import (
     OFFLINE_PHASE,
     PARTS,
@@ -40,18 +51,56 @@ from torchrl_iql_recipes.experiment.settings import (
     networks_of,
 )
 from torchrl_iql_recipes.experiment.stopping import Stopped, exit_code
+from torchrl_iql_recipes.files import shown
 
-__all__ = ["OFFLINE", "ONLINE", "Door", "Experiment"]
+__all__ = ["OFFLINE", "ONLINE", "Door", "Experiment", "of_task", "similar", "tasks"]
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
 
 LONGEST = 100
 """Letters of the name of a folder after data."""
 
+MOST = 6
+"""Names that are suggested together."""
+
 _OF_SCRIPTS = {"env_steps": "online", "behavior": "sac", "algorithm": "offline"}
 """Which one a run is of that has a setting, the first of these."""
 
 _NOT_OF_A_RUN = ("hydra", "task", "algorithm", "name", "resume")
+
+_OPTIONS = {
+    *(
+        "-h",
+        "--help",
+        "--debug",
+        "--hydra-help",
+        "--version",
+        "-c",
+        "--cfg",
+        "--resolve",
+        "-p",
+        "--package",
+    ),
+    *("-r", "--run", "-m", "--multirun", "-sc", "--shell-completion", "-i", "--info"),
+    *(
+        "-cp",
+        "--config-path",
+        "-cn",
+        "--config-name",
+        "-cd",
+        "--config-dir",
+        "--experimental-rerun",
+    ),
+}
+"""Ours, and those of Hydra."""
+
+PLUGINS = {
+    "hydra/sweeper=optuna": ("hydra_optuna_sweeper", "optuna"),
+    "hydra/launcher=joblib": ("hydra_joblib_launcher", "sweeps"),
+    "hydra/launcher=submitit": ("hydra_submitit_launcher", "sweeps"),
+    "hydra/launcher=ray": ("hydra_ray_launcher", "ray"),
+}
+"""Of Hydra, by what asks for them: the package, and the extra that brings it."""
 
 RENAMED = {"decay_actor": "decay_steps, with 0 for false and null, its default, for true"}
 """What to say of settings that had another name."""
@@ -82,14 +131,19 @@ class Door:
 
     # --- The command line --------------------------------------------------------------------------------
 
-    def open(self, run: Callable[[Any, Path], None], description: str | None) -> None:
+    def open(self, run: Callable[[Any, Path], float | None], description: str | None) -> None:
         """Do what the command line asks for: all that a script's ``main`` has to do.
+
+        What its user can mend is told in one line, with ``--debug`` by the traceback.
 
         Args:
             run: given the settings, and the folder of the run: a new one, or that of the run to resume.
+                What it returns is what a sweeper of Hydra looks for the highest value of.
             description: what ``--help`` begins with.
         """
-        arguments = sys.argv[1:]
+        debug = "--debug" in sys.argv
+        arguments = [each for each in sys.argv[1:] if each != "--debug"]
+        told = partial(errors_in_one_line, label(self.name), debug=debug)
         # Hydra wants this one before all else.
         sys.argv[1:] = sorted(arguments, key=lambda each: each not in ("-m", "--multirun"))
         options = [each for each in arguments if each.startswith("-")]
@@ -97,29 +151,31 @@ class Door:
         overrides = [
             each for each in arguments if each not in options and ("=" in each or not options)
         ]
-        try:
+        if {"-sc", "--shell-completion"} & set(options):  # install=bash is no setting
+            overrides = []
+        with told():
             self._check_options(options)
             if {"-h", "--help"} & set(options):
                 print(self.help(description, overrides))
                 return
             if self.keeps_folder and (folder := _folder(overrides)) is not None:
                 settings = self.resumed(folder, overrides)
+                self._announce(settings, folder)
                 with exit_code(), self._told_if_stopped(folder, settings):
                     run(settings, folder)
                 return
+            self._read_first(overrides)
             implied = self._implied(overrides)
             self.check([*implied, *overrides])
             first = next((i for i, each in enumerate(sys.argv) if "=" in each), len(sys.argv))
             sys.argv[first:first] = implied
             if not options:
                 self.settings(overrides)
-        except (SettingsError, RunError) as error:
-            sys.exit(f"{self.name}.py: {error}")
 
-        def job(cfg: DictConfig) -> None:
+        def job(cfg: DictConfig) -> float | None:
             context = HydraConfig.get()
             path = Path(context.runtime.output_dir)
-            try:
+            with told():
                 own = [each for each in context.overrides.task if each not in implied]
                 settings = self._made(_values(cfg, context.runtime.choices), own)
                 given = _parsed(context.overrides.hydra)
@@ -129,20 +185,47 @@ class Door:
                     exit_code(),
                     self._told_if_stopped(folder, settings),
                 ):
-                    run(settings, folder)
-            except (SettingsError, RunError) as error:
-                sys.exit(f"{self.name}.py: {error}")
+                    self._announce(settings, folder)
+                    return run(settings, folder)
 
         self._register()
-        hydra.main(config_path=str(CONFIG), config_name=self.name, version_base="1.3")(job)()
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # what Hydra refuses is told here, too
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # of Optuna's store
+        with told():
+            try:
+                hydra.main(config_path=str(CONFIG), config_name=self.name, version_base="1.3")(
+                    job
+                )()
+            except (HydraException, OmegaConfBaseException) as error:
+                raise SettingsError(" ".join(str(error).split())) from error
 
     def _check_options(self, options: Sequence[str]) -> None:
-        """Refuse settings that are written as options."""
+        """Refuse settings that are written as options, and options that do not exist."""
         known = [name for part in self.parts_of([]) for name in part.names()]
         for each in options:
             name, _, value = each.lstrip("-").replace("-", "_").partition("=")
             if name in [*known, *self.groups]:
                 raise SettingsError(f"{each}: settings are written {name}={value or '<value>'}")
+            if each.partition("=")[0] not in _OPTIONS:
+                near = difflib.get_close_matches(each, sorted(_OPTIONS), n=1)
+                hint = f": did you mean {near[0]}?" if near else f", see {typed(self.name)} --help"
+                raise SettingsError(f"there is no option {each}{hint}")
+
+    def _announce(self, settings: Any, folder: Path) -> None:
+        """Print what will run, before PyTorch is loaded, which takes seconds."""
+        where = f"; results: {shown(folder)}" if self.keeps_folder else ""
+        print(f"{self._first_line(settings)}{where}", flush=True)
+
+    def _first_line(self, settings: Any) -> str:
+        (part,) = self.parts
+        values, defaults = settings.values, part.defaults()
+        given = (
+            f"{k}={written(v)}" for k, v in values.items() if written(v) != written(defaults[k])
+        )
+        return f"{self.name}: {' '.join(given) or 'as by default'}"
+
+    def _read_first(self, overrides: Sequence[str]) -> None:
+        """Say what takes seconds to read before there are settings."""
 
     @contextmanager
     def _told_if_stopped(self, folder: Path, settings: Any) -> Iterator[None]:
@@ -257,8 +340,8 @@ class Door:
         # An earlier version may have had fewer settings of a part, but another script has other parts.
         if values.keys() - self._recorded(values) or not all(each & values.keys() for each in own):
             other = next((script for key, script in _OF_SCRIPTS.items() if key in values), None)
-            of = "" if other in (None, self.name) else f", but of {other}.py"
-            raise SettingsError(f"resume={folder}: that run is not one of {self.name}.py{of}")
+            of = "" if other in (None, self.name) else f", but of {label(other)}"
+            raise SettingsError(f"resume={folder}: that run is not one of {label(self.name)}{of}")
         return values
 
     def _recorded(self, values: Mapping[str, Any]) -> set[str]:
@@ -294,7 +377,9 @@ class Door:
                 for value in _values_of(each):
                     _check_file(key, str(value))
                 continue
-            if (key == "resume" and self.keeps_folder) or key.partition(".")[0] == "hydra":
+            if (key == "resume" and self.keeps_folder) or re.split("[./]", key)[0] == "hydra":
+                if not each.is_sweep_override():
+                    _require_plugin(key, each.value())
                 continue
             if key == "name" and self.keeps_folder:
                 _check_name(each)
@@ -315,9 +400,7 @@ class Door:
         if key in RENAMED:
             return f"{key} is now {RENAMED[key]}"
         near = difflib.get_close_matches(key, known, n=1)
-        hint = (
-            f": did you mean {near[0]}?" if near else f", see python recipes/{self.name}.py --help"
-        )
+        hint = f": did you mean {near[0]}?" if near else f", see {typed(self.name)} --help"
         return f"there is no setting {key}{hint}"
 
     # --- Values --------------------------------------------------------------------------------------------
@@ -350,7 +433,7 @@ class Door:
     def help(self, description: str | None, overrides: Sequence[str] = ()) -> str:
         """Describe every setting with its default, its meaning and its range."""
         parsed = _parsed(overrides)
-        lines = [(description or "").strip()]
+        lines = [as_typed(description or "").strip()]
         by_task, otherwise = self._by_task(parsed), self._otherwise(parsed)
         for part in self.parts_of(parsed):
             lines += ["", f"{part.__name__}: {(part.__doc__ or '').splitlines()[0]}"]
@@ -376,7 +459,40 @@ class Door:
                 "  resume  (a folder; default: null: a new run)",
                 "      of a run that goes on, with its settings and those that extend it",
             ]
-        return "\n".join([*lines, "", "Options of Hydra, as -m for several runs: --hydra-help"])
+        lines += [
+            "",
+            "Options: --debug for errors with their traceback; Hydra's, as -m for several runs:",
+        ]
+        return "\n".join([*lines, "  --hydra-help"])
+
+    def words(self, overrides: Sequence[str], word: str) -> list[str]:
+        """Return how the last word of a command line may go on, for the completion of a shell.
+
+        Args:
+            overrides: what is there before it.
+            word: the beginning, which may be empty.
+        """
+        try:
+            parts = self.parts_of(_parsed([each for each in overrides if "=" in each]))
+        except SettingsError:
+            parts = self.parts_of([])
+        name, equals, value = word.partition("=")
+        fields = {
+            given: part.model_fields[its] for part in parts for given, its in part.names().items()
+        }
+        if not equals:
+            own = ["name", "resume"] if self.keeps_folder else []
+            found = [*sorted(_OPTIONS), *(f"{each}=" for each in (*fields, *self.groups, *own))]
+        else:
+            values = (
+                _files(name)
+                if name in self.groups
+                else options(fields[name])
+                if name in fields
+                else []
+            )
+            found = [f"{name}={each}" for each in values or _paths(value)]
+        return [each for each in found if each.startswith(word)]
 
     def _by_task(self, overrides: Sequence[Override]) -> set[str]:
         return set()
@@ -416,6 +532,22 @@ class Experiment(Door):
 
     def _command_to_resume(self, folder: Path, settings: Settings) -> str:
         return settings.command_to_resume(folder)
+
+    def _first_line(self, settings: Settings) -> str:
+        dataset, number = settings.data.dataset, len(settings.learners)
+        several = f", {number} learners," if number > 1 else ""
+        on = f" on {_short(written(dataset))}" if dataset is not None else " from scratch"
+        steps = []
+        if "env_steps" not in settings.values or settings.has_offline_phase():
+            steps.append(f"{settings.training.steps:,} gradient steps")
+        if "env_steps" in settings.values:
+            steps.append(f"{settings.online.env_steps:,} steps in the environment")
+        return f"{settings.algorithm.title}{several}{on}: {', then '.join(steps)}"
+
+    def _read_first(self, overrides: Sequence[str]) -> None:
+        path = _last(_parsed(overrides), "checkpoint")
+        if isinstance(path, str) and Path(path).exists():
+            print(f"Reading the settings in {path}", flush=True)
 
     def _stored(self, folder: Path) -> dict[str, Any]:
         return super()._stored(folder) | {"trust_env": False}  # whatever the file says
@@ -637,7 +769,9 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
 
 def _values_of(override: Override) -> Iterator[Any]:
     """Yield the value that is given, or each of several runs'."""
-    if override.is_sweep_override():
+    if override.is_interval_sweep():
+        yield from (override.value().start, override.value().end)
+    elif override.is_sweep_override():
         for each in override.sweep_iterator(Transformer.identity):
             yield OmegaConf.to_object(OmegaConf.create({"value": each}))["value"]  # pyright: ignore
     else:
@@ -688,8 +822,16 @@ def _by_task(algorithm: str) -> set[str]:
     return found.union(*_of_algorithm(algorithm)["families"].values())
 
 
+@cache
 def _of_algorithm(name: str) -> Any:
     return OmegaConf.to_container(OmegaConf.load(CONFIG / "algorithm" / f"{name}.yaml"))
+
+
+def _require_plugin(group: str, name: Any) -> None:
+    """Refuse launchers and sweepers of Hydra that are not installed, and say how they are."""
+    package, extra = PLUGINS.get(f"{group}={name}".partition("_")[0], (None, None))
+    if package is not None and not is_installed(f"hydra_plugins.{package}"):
+        raise SettingsError(f"{group}={name}: not installed; pip install 'torchrl-iql[{extra}]'")
 
 
 def _check_name(override: Override) -> None:
@@ -701,10 +843,64 @@ def _check_name(override: Override) -> None:
 
 
 def _check_file(group: str, name: str) -> None:
-    if not (CONFIG / group / f"{name}.yaml").exists():
-        near = difflib.get_close_matches(name, _files(group), n=1)
-        hint = f": did you mean {near[0]}?" if near else f": expected {' or '.join(_files(group))}"
-        raise SettingsError(f"{group}={name}{hint}")
+    if (CONFIG / group / f"{name}.yaml").exists():
+        return
+    known = _files(group)
+    if near := similar(name, known):
+        raise SettingsError(f"{group}={name}: did you mean {' or '.join(near)}?")
+    expected = f"one of {typed('tasks')}" if group == "task" else " or ".join(known)
+    raise SettingsError(f"{group}={name}: expected {expected}")
+
+
+def similar(name: str, known: Sequence[str]) -> list[str]:
+    """Return the one that is almost called so, or those of whose name it is most of a part, as ``hoper``."""
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+        return near
+    words = [word for word in re.split(r"\W", name.lower()) if word]
+    agree = {
+        each: sum(
+            bool(difflib.get_close_matches(word, re.split(r"\W", each), cutoff=0.7))
+            for word in words
+        )
+        for each in known
+    }
+    most = max(agree.values(), default=0)
+    found = [each for each in known if most and agree[each] == most]
+    return found if len(found) <= MOST else difflib.get_close_matches(name, found, n=3, cutoff=0)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def _paths(beginning: str) -> list[str]:
+    folder = (
+        Path(beginning).parent if beginning and not beginning.endswith("/") else Path(beginning)
+    )
+    found = folder.iterdir() if folder.is_dir() else []
+    return sorted(
+        f"{path}/" if path.is_dir() else str(path) for path in found if path.name[0] != "."
+    )
+
+
+def tasks() -> list[str]:
+    """Return the names of all tasks."""
+    return _files("task")
+
+
+def of_task(name: str, algorithm: str = "iql") -> dict[str, Any]:
+    """Return what a task has of settings, in a hundredth of the time that Hydra takes to compose all."""
+    own = _task(f"{name}.yaml")
+    theirs = _of_algorithm(algorithm)
+    return {**theirs.get("otherwise", {}), **own, **theirs["families"].get(own["family"], {})}
+
+
+def _task(file: str) -> dict[str, Any]:
+    own: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "task" / file))
+    values: dict[str, Any] = {}
+    for each in own.pop("defaults", []):
+        values |= own if each == "_self_" else _task(f"{each.partition('@')[0]}.yaml")
+    return {**values, **own}
 
 
 def _files(group: str) -> list[str]:

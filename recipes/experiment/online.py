@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from torchrl_iql import OfflineDataset, checkpoint
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
+from torchrl_iql_recipes.commands import label
 from torchrl_iql_recipes.experiment import (
     build,
     learned_from,
@@ -113,7 +114,7 @@ def data_for(settings: Settings) -> tuple[OfflineDataset, OfflineDataset | None]
         if used != stored:
             raise SettingsError(
                 f"algorithm={settings.values['algorithm']} learns from {sorted(map(str, used - stored))}, "
-                "which are not collected: it is for offline.py"
+                f"which are not collected: it is for {label('offline')}"
             )
         return learned, held_out
     if settings.evaluation.validation:

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from scipy.special import stdtrit
 
-from torchrl_iql_recipes.experiment.settings import Learner, Settings
 from torchrl_iql_recipes.files import whole
 
 if TYPE_CHECKING:
     from torchrl_iql import Evaluation, OfflineDataset
+    from torchrl_iql_recipes.experiment.settings import Learner, Settings
 
 __all__ = [
     "VERSION",
     "diagnosis",
     "half_width",
     "held_out",
+    "objective",
     "outcome",
     "read",
     "report",
@@ -157,6 +158,24 @@ def summaries(replicas: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> lis
         ci95 = half_width(values) if seeds > 1 else None
         rows.append({**dict(settings), "seeds": seeds, "score": mean(values), "ci95": ci95})
     return rows
+
+
+def objective(scores: Mapping[str, Any], settings: Settings) -> float | None:
+    """Return what a sweep looks for the highest value of: the last value of what ``best_by`` names.
+
+    Args:
+        scores: what ``scores.json`` holds.
+        settings: of the run.
+
+    Returns:
+        the mean over the learners, of what is lowest at best its negative; None if one of them lacks it.
+    """
+    best_by = settings.evaluation.best_by
+    kind, _, name = best_by.removeprefix("-").partition("/")
+    its = [each if kind == "eval" else each.get("held_out") or {} for each in scores["replicas"]]
+    values = [each[name] for each in its if name in each]
+    sign = -1 if best_by.startswith("-") else 1
+    return sign * mean(values) if len(values) == len(its) else None
 
 
 def half_width(values: Sequence[float]) -> float:

@@ -45,6 +45,7 @@ __all__ = [
     "allowed",
     "combinations",
     "is_installed",
+    "options",
     "written",
 ]
 
@@ -211,6 +212,22 @@ def allowed(field: FieldInfo) -> str:
     return _words(field.annotation, field.metadata)
 
 
+def options(field: FieldInfo) -> list[str]:
+    """Return the values that a setting may have, as they are written, if they are few."""
+    return list(dict.fromkeys(written(each) for each in _options(field.annotation)))
+
+
+def _options(annotation: Any) -> Iterator[Any]:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        yield from arguments
+    elif annotation is bool:
+        yield from (True, False)
+    elif origin in (Union, types.UnionType, Annotated):
+        for each in arguments if origin is not Annotated else arguments[:1]:
+            yield from _options(each)
+
+
 def _words(annotation: Any, metadata: Sequence[Any]) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
@@ -252,7 +269,10 @@ def _interval(metadata: Sequence[Any]) -> str:
 def is_installed(package: str) -> bool:
     """Return whether a package is there, without importing it."""
     # A folder of that name, as wandb leaves one, is found too, but has no origin.
-    return getattr(find_spec(package), "origin", None) is not None
+    try:
+        return getattr(find_spec(package), "origin", None) is not None
+    except ModuleNotFoundError:  # what it is in
+        return False
 
 
 def combinations(values: Mapping[str, Any], axes: Sequence[str]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torchrl_iql.data.layout import require_layout
 from torchrl_iql.nested import texts
 from torchrl_iql_recipes.algorithms import Algorithm, algorithms
+from torchrl_iql_recipes.commands import label, typed
 from torchrl_iql_recipes.experiment.schema import (
     LATER,
     Count,
@@ -53,6 +54,7 @@ __all__ = [
     "command_to_resume",
     "differences",
     "flat",
+    "has_effect",
     "networks_of",
 ]
 
@@ -367,7 +369,8 @@ class Settings:
             )
         if algorithms()[values["algorithm"]].is_offline and "env_steps" in values:
             raise SettingsError(
-                f"algorithm={values['algorithm']}: it learns from whole episodes, and is for offline.py"
+                f"algorithm={values['algorithm']}: it learns from whole episodes, and is for "
+                f"{label('offline')}"
             )
         learners = _learners(values, training)
         _n_steps(parts["data"], learners)
@@ -422,6 +425,20 @@ class Settings:
     def varied(self) -> dict[str, list[Any]]:
         """Return the different values of each axis that has several."""
         return _varied(self.learners)
+
+
+WITHOUT_EFFECT = {
+    *("seeds", "log_interval", "checkpoint_interval", "on_nonfinite"),
+    *("eval_workers", "on_eval_failure", "best_by", "trust_env"),
+}
+
+
+def has_effect(name: str) -> bool:
+    """Return whether the score of a learner depends on a setting, named as on the command line.
+
+    Not where and how it is computed; and not the seeds of its run: each learner is what it would be alone.
+    """
+    return name not in WITHOUT_EFFECT and name.partition(".")[0] not in ("compute", "logger")
 
 
 OFFLINE_PHASE = ("steps", "decay_steps")
@@ -538,7 +555,7 @@ def argument(name: str, path: Path | str) -> str:
 
 def command_to_resume(script: str, folder: Path) -> str:
     """Return the command that goes on with a run of a script in a folder."""
-    return f"python recipes/{script}.py {argument('resume', shown(folder))}"
+    return f"{typed(script)} {argument('resume', shown(folder))}"
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:

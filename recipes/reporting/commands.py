@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrl_iql.nested import texts
+from torchrl_iql_recipes.commands import typed
 from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.schema import SettingsError, written
 from torchrl_iql_recipes.experiment.settings import (
@@ -55,7 +56,7 @@ def command(script: str, values: Mapping[str, Any]) -> Command:
     if overrides is None:
         left_out = _not_given(script, values)
         overrides = [given(key, each) for key, each in values.items() if key not in left_out]
-    return Command(f"python recipes/{script}.py {shlex.join(overrides)}", is_checked)
+    return Command(f"{typed(script)} {shlex.join(overrides)}", is_checked)
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,15 +15,10 @@ from scipy.special import stdtrit
 from torchrl_iql_recipes.experiment.curves import FEWEST
 from torchrl_iql_recipes.experiment.results import half_width
 from torchrl_iql_recipes.experiment.schema import written
+from torchrl_iql_recipes.experiment.settings import has_effect
 from torchrl_iql_recipes.reporting.gather import Learner, Run
 
 __all__ = ["Difference", "Group", "differences", "groups", "varied", "verdict", "welch", "worlds"]
-
-WITHOUT_EFFECT = {
-    *("seeds", "log_interval", "checkpoint_interval", "eval_workers", "on_eval_failure", "best_by"),
-    *("trust_env", "task", "algorithm"),
-}
-"""Settings on which a final score does not depend; task and algorithm are told apart by name."""
 
 FEW = 3
 """Settings in a name."""
@@ -155,11 +150,9 @@ def _seed(run: Run, learner: Learner) -> int | str:
 
 def _settings(run: Run, learner: Learner) -> dict[str, Any]:
     known = {**run.settings, **learner.settings, "transitions": run.transitions}
-    left_out = ("compute.", "logger.")
+    by_name = ("task", "algorithm")
     its = {
-        key: value
-        for key, value in sorted(known.items())
-        if key not in WITHOUT_EFFECT and not key.startswith(left_out)
+        key: value for key, value in sorted(known.items()) if has_effect(key) and key not in by_name
     }
     if isinstance(its.get("checkpoint"), str):  # the same of another seed
         its["checkpoint"] = re.sub(r"seed=\d+", "seed=*", its["checkpoint"])

@@ -181,6 +181,37 @@ def folders(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     return list(found.values()), left
 
 
+def runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """Read all runs of :func:`folders`.
+
+    Returns:
+        the runs; and a line for each that is of another script, or holds nothing yet.
+
+    Raises:
+        NoRunError: as :func:`folders`, or all of them hold nothing.
+    """
+    found, left = folders(paths)
+    read = []
+    for path, label in zip(found, _labels(found), strict=True):
+        try:
+            read.append(run(path, label))
+        except NoRunError as error:
+            left.append(str(error))
+    if not read:
+        raise NoRunError("; ".join(left))
+    return read, left
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Return the ends of the paths, as long as it takes to tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(each[-length:]) for each in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return ["/".join(each) for each in parts]
+
+
 def _is_run(path: Path) -> bool:
     if not any((path / each).is_file() for each in ("config.yaml", "scores.json")):
         return False

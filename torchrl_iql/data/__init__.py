@@ -17,22 +17,21 @@ __all__ = [
 
 if TYPE_CHECKING:
     from torchrl_iql.data.dataset import OfflineDataset
-    from torchrl_iql.data.episodes import EpisodeRule
     from torchrl_iql.data.loading import load
     from torchrl_iql.data.minibatches import Minibatches
     from torchrl_iql.data.replaying import Replay, replay
     from torchrl_iql.data.report import Report
-    from torchrl_iql.data.rewards import RewardRule
+    from torchrl_iql.data.rules import EpisodeRule, RewardRule
 else:
     __getattr__, __dir__ = lazy.attach(
         __name__,
         {
-            "EpisodeRule": "episodes",
+            "EpisodeRule": "rules",
             "Minibatches": "minibatches",
             "OfflineDataset": "dataset",
             "Replay": "replaying",
             "Report": "report",
-            "RewardRule": "rewards",
+            "RewardRule": "rules",
             "load": "loading",
             "replay": "replaying",
         },

@@ -9,10 +9,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, NoReturn, get_args
 
-from torchrl_iql.data.episodes import EpisodeRule
-from torchrl_iql.data.rewards import RewardRule
+from torchrl_iql.data.rules import EpisodeRule, RewardRule
 
 STATUS = {"match": 0, "mismatch": 1, "unknown": 3}
 """Exit status of a replay; 2 is an error."""
@@ -31,11 +31,20 @@ def _bounds(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text}: expected [low,high], or a number") from None
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m torchrl_iql.data")
+    started = Path(sys.argv[0]).name
+    prog = started if started == "torchrl-iql" else "python -m torchrl_iql.data"
+    parser = _Parser(prog=prog, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="print what is in a data set")
+    debug = "errors with their traceback"
+    inspect = commands.add_parser("inspect", allow_abbrev=False, help="print what is in a data set")
+    inspect.add_argument("--debug", action="store_true", help=debug)
     inspect.add_argument(
         "source",
         nargs="+",
@@ -60,9 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect.add_argument("--plot", metavar="FILE.png", help=picture)
     compare = commands.add_parser(
         "replay",
+        allow_abbrev=False,
         help="compare recorded transitions with a simulator's",
         epilog="Exit status: 0 match, 1 mismatch, 2 error, 3 can not be told.",
     )
+    compare.add_argument("--debug", action="store_true", help=debug)
     compare.add_argument("source", help="Minari id or folder, or D4RL file")
     compare.add_argument("--env", help="id of the environment, if not the one that was recorded")
     compare.add_argument("--trust-env", action="store_true", help=trust)
@@ -99,7 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             page(dataset).savefig(given.plot)
     except (ImportError, OSError, TypeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if given.debug:
+            raise
+        told = " ".join(str(error).split())
+        print(f"{prog} {given.command}: {told}", file=sys.stderr)
         return 2 if given.command == "replay" else 1
     print(dataset.report())
     return 0

@@ -14,7 +14,6 @@ and 8 columns and the one maze that holds all its positions.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -34,15 +33,11 @@ from torchrl_iql.data.arrays import action_space_of, array_episodes, observation
 from torchrl_iql.data.cache import unfinished
 from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.source import Source
+from torchrl_iql.data.stored import D4RL_SUFFIX, DownloadError, d4rl_folder
 from torchrl_iql.environments import antmaze_id, spec_of
 from torchrl_iql.spaces import ActionBounds
 
 __all__ = ["d4rl_episodes", "d4rl_source", "has_next_observations", "is_d4rl"]
-
-SUFFIX = ".hdf5"
-
-FOLDER_VARIABLE = "D4RL_DATASET_DIR"
-DEFAULT_FOLDER = "~/.d4rl/datasets"
 
 URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 LOCOMOTION = re.compile(
@@ -62,7 +57,7 @@ OPTIONAL = "timeouts", "next_observations"
 
 def is_d4rl(source: str | Path) -> bool:
     """Return whether this is the name of a D4RL file, or any file that is there."""
-    return Path(source).suffix == SUFFIX or Path(source).is_file()
+    return Path(source).suffix == D4RL_SUFFIX or Path(source).is_file()
 
 
 def d4rl_source(
@@ -161,8 +156,7 @@ def _path(path: Path, download: bool) -> Path:
         raise FileNotFoundError(
             f"no D4RL file {path}; a name without a folder is also looked for where D4RL keeps its files"
         )
-    folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER)).expanduser()
-    kept = folder / path.name
+    kept = d4rl_folder() / path.name
     if kept.exists():
         return kept
     missing = f"no D4RL file {path}, nor {kept}"
@@ -182,9 +176,7 @@ def _path(path: Path, download: bool) -> Path:
             # A connection that broke is no error there, but HDF5 knows how long its files are.
             h5py.File(part).close()
     except (OSError, HTTPException) as error:
-        raise FileNotFoundError(
-            f"{missing}, and the download from {url} failed: {error}"
-        ) from error
+        raise DownloadError(f"{missing}, and the download from {url} failed: {error}") from error
     return kept
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gymnasium import Space
 from minari import EpisodeData
 from tensordict import unravel_key
 
+from torchrl_iql.data.rules import EpisodeRule
 from torchrl_iql.spaces import (
     ActionsOutside,
     action_rows,
@@ -36,7 +37,6 @@ __all__ = [
     "transition_columns",
 ]
 
-EpisodeRule = Literal["as_stored", "until_success"]
 
 TAKEN = (
     "observation",

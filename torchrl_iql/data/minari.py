@@ -22,6 +22,7 @@ from minari.storage import get_dataset_path
 from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.hdf5 import hdf5_episodes, is_plain_hdf5
 from torchrl_iql.data.source import Source
+from torchrl_iql.data.stored import DownloadError
 from torchrl_iql.environments import observing, registered, require_reference_scores
 from torchrl_iql.spaces import selected
 
@@ -139,7 +140,7 @@ def _folder(source: str | Path, download: bool) -> Path:
             if not isinstance(error, Exception):
                 raise
             # network, unknown id or version, optional package not installed
-            raise FileNotFoundError(
+            raise DownloadError(
                 f"{missing} (see `minari list local`), and its download failed: {error}"
             ) from error
     return folder / "data"

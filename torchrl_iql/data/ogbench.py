@@ -31,6 +31,7 @@ from torchrl_iql.data.arrays import action_box, array_episodes, observation_box
 from torchrl_iql.data.cache import unfinished
 from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.source import Source
+from torchrl_iql.data.stored import OGBENCH_TASK, DownloadError
 from torchrl_iql.data.tables import Column, npz_headers
 from torchrl_iql.environments import flat_environment, spec_of
 from torchrl_iql.ogbench import ogbench_package
@@ -39,7 +40,6 @@ __all__ = ["is_ogbench", "ogbench_source"]
 
 SUFFIX = ".npz"
 
-DATASET = re.compile(r"([\w-]+)-(\w+)(-singletask(?:-task\d)?)-(v\d+)")
 FILE = re.compile(r"([\w-]+)-\w+-(v\d+)")
 ENVIRONMENT = re.compile(r"(?!visual-)[\w-]+-singletask(-task\d)?-v\d+")
 
@@ -53,7 +53,7 @@ def is_ogbench(source: str | Path) -> bool:
     """
     path = Path(source)
     if path.suffix != SUFFIX:
-        return DATASET.fullmatch(str(source)) is not None
+        return OGBENCH_TASK.fullmatch(str(source)) is not None
     is_named = FILE.fullmatch(path.stem) is not None
     if not path.is_file():
         return is_named
@@ -80,7 +80,7 @@ def ogbench_source(source: str | Path, *, env_spec: EnvSpec | None, download: bo
         ValueError: if the name and the environment do not fit, or the file is damaged or incomplete,
             now or when its episodes are read.
     """
-    if dataset := DATASET.fullmatch(str(source)):
+    if dataset := OGBENCH_TASK.fullmatch(str(source)):
         world, kind, task, version = dataset.groups()
         spec = _spec(f"{world}{task}-{version}", source)
         if env_spec is not None and env_spec.id != spec.id:
@@ -160,9 +160,7 @@ def _kept(name: str, download: bool) -> Path:
             zipfile.ZipFile(part).close()
     except (OSError, HTTPException, zipfile.BadZipFile) as error:
         url = f"{utils.DATASET_URL}/{kept.name}"
-        raise FileNotFoundError(
-            f"{missing}, and the download from {url} failed: {error}"
-        ) from error
+        raise DownloadError(f"{missing}, and the download from {url} failed: {error}") from error
     return kept
 
 

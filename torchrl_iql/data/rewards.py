@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from torchrl_iql.data.rules import RewardRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +26,6 @@ __all__ = [
     "return_range",
     "unit_rms",
 ]
-
-RewardRule = Literal["none", "minus_one", "return_range", "unit_rms"]
 
 OF_WHOLE_EPISODES = ("return_range",)
 """Rules that are wrong where episodes are fragments of what was played."""

@@ -1,0 +1,64 @@
+"""Put runs beside each other, or do those of a plan.
+
+    python recipes/compare.py runs/mini/hopper-medium multirun/sweep
+    python recipes/compare.py --plan my.yaml --jobs 8
+    python recipes/compare.py --plan my.yaml --launcher joblib hydra.launcher.n_jobs=4
+    python recipes/compare.py --record record.json --folder runs/again
+
+Of folders of runs, or with runs in them, it prints a table: for each combination of the settings that
+differ, seeds aside, the mean of the last scores, the best first.
+
+Else it does the runs of a plan that are not finished in its folder, and leaves there table.md, table.csv,
+curves.png and aggregates.png; the same command goes on after anything. What a plan is: recipes/comparison.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchrl_iql_recipes.commands import Parser, errors_in_one_line, label
+from torchrl_iql_recipes.experiment.schema import SettingsError
+
+PLAN = Path(__file__).parent / "comparison" / "table.yaml"
+
+
+def main() -> None:
+    parser = Parser(__doc__, "compare")
+    parser.add_argument(
+        "given",
+        nargs="*",
+        metavar="FOLDER",
+        help="of runs, or with such; beside --launcher its options, as hydra.launcher.n_jobs=4",
+    )
+    plan = parser.add_argument_group("runs of a plan")
+    plan.add_argument(
+        "--plan", type=Path, default=PLAN, help="(default: the one of the comparisons' page)"
+    )
+    plan.add_argument("--folder", type=Path, help="of all runs (default: runs/<name of the plan>)")
+    plan.add_argument(
+        "--jobs", type=int, default=2, help="runs at a time (default: 2); 0 makes the table only"
+    )
+    plan.add_argument(
+        "--launcher", help="of Hydra, instead of --jobs: joblib, submitit_slurm, ray, ..."
+    )
+    plan.add_argument("--record", type=Path, help="the record.json of runs that are not done again")
+    args = parser.parse_args()
+    with errors_in_one_line(label("compare"), debug=args.debug):
+        if args.given and not args.launcher:
+            from torchrl_iql_recipes.reporting import gather, text
+
+            try:
+                print("\n".join(text.table([Path(each) for each in args.given])))
+            except gather.NoRunError as error:
+                raise SettingsError(str(error)) from error
+            return
+        from torchrl_iql_recipes.comparison import table  # loads PyTorch
+
+        try:
+            table.run(args)
+        except (ValueError, RuntimeError) as error:
+            raise SettingsError(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What runs have come to, as a table of text: those of a sweep, or of an afternoon."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torchrl_iql_recipes.experiment.schema import written
+from torchrl_iql_recipes.files import shown
+from torchrl_iql_recipes.reporting import gather
+from torchrl_iql_recipes.reporting.compare import Group, groups, varied, worlds
+
+__all__ = ["table"]
+
+
+def table(folders: Sequence[Path]) -> list[str]:
+    """Write a line for each combination of settings, the best first, of each task; and what was left out.
+
+    Args:
+        folders: of runs, or with such at any depth.
+
+    Raises:
+        NoRunError: one of them holds none.
+    """
+    runs, left = gather.runs(folders)
+    lines: list[str] = []
+    for world, its in worlds(groups(runs)).items():
+        scored = [each for each in its if each.scores]
+        if scored:
+            lines += [f"{world}:", "", *_rows(scored), ""]
+        if idle := sum(len(each.members) for each in its) - sum(
+            len(each.scores) for each in scored
+        ):
+            left.append(f"{world}: {idle} learners are not finished, not evaluated, or there twice")
+    if not lines:
+        raise gather.NoRunError(
+            f"{shown(folders[0])}: none of these runs is finished and evaluated"
+        )
+    lines.append(
+        "Score: of the last step, mean over seeds, half its 95% interval from three seeds on."
+    )
+    return lines + [f"Left out: {each}." for each in left]
+
+
+def _rows(its: Sequence[Group]) -> list[str]:
+    keys = varied([each.settings for each in its])
+    lines = [
+        f"| {' | '.join(['algorithm', *keys, 'score', 'seeds', 'run'])} |",
+        f"| {' | '.join([*['---'] * (1 + len(keys)), '---:', '---:', '---'])} |",
+    ]
+    for each in its:
+        runs = list(dict.fromkeys(run.path for run, _ in each.members))
+        more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
+        half = "" if each.half is None else f" ± {each.half:.1f}"
+        settings = [_cell(each.settings.get(key)) for key in keys]
+        figures = [f"{each.mean:.1f}{half}", str(len(each.scores)), f"`{shown(runs[0])}`{more}"]
+        lines.append(f"| {' | '.join([each.title, *settings, *figures])} |")
+    return lines
+
+
+def _cell(value: Any) -> str:
+    return (f"{value:.4g}" if isinstance(value, float) else written(value)).replace("|", "\\|")
