@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -184,6 +185,8 @@ def test_the_estimate_is_the_exact_value(discrete: bool, limit: int) -> None:
     assert abs(expected - behaviour) > 0.3  # that of another policy would not do
     assert found.value == pytest.approx(expected, abs=0.1)
     assert found.is_converged and found.spread < 0.15
+    assert not replace(found, sweeps=1.0).is_converged
+    assert not replace(found, history=found.history.cumsum(0)).is_converged
     assert found.members.shape == (3,) and found.members.unique().numel() == 3
 
 

@@ -38,6 +38,9 @@ ROWS = 10_000
 LOOKS = 50
 """At the estimate, on the way."""
 
+SWEEPS = 3.0
+"""From which on 95% of what an estimate began with is forgotten."""
+
 
 @dataclass(frozen=True)
 class DataReturn:
@@ -65,9 +68,11 @@ class FittedQ:
         history: the estimate of each network, ``[looks, N]`` float64, in the units of the recorded rewards.
         of_data: what the data came to, by the same discount.
         bounds: the lowest and the highest return that there can be, which targets were clipped to.
-        clip_fraction: the share of targets that were, in the last step.
+        clip_fraction: the share of targets that were far beyond them, in the last step: above a few
+            hundredths, Q diverges.
         distance: of the policy's actions from the data's in the same states, over the spread of the data's:
             root mean squares; of discrete actions the share that are others.
+        sweeps: how often the target networks could catch up: steps times target rate times (1 - discount).
     """
 
     history: Tensor
@@ -75,6 +80,7 @@ class FittedQ:
     bounds: tuple[float, float]
     clip_fraction: float
     distance: float
+    sweeps: float
 
     @property
     def members(self) -> Tensor:
@@ -89,7 +95,7 @@ class FittedQ:
     @property
     def spread(self) -> float:
         """The standard deviation of the networks, each on its own draw of episodes; NaN of one."""
-        return self.members.std().item()
+        return self.members.std().item() if len(self.members) > 1 else float("nan")
 
     @property
     def drift(self) -> float:
@@ -100,9 +106,9 @@ class FittedQ:
 
     @property
     def is_converged(self) -> bool:
-        """Whether it moved by less than the spread, or than a fiftieth of itself."""
+        """Whether there were sweeps enough, and it moved by less than the spread, or a fiftieth of itself."""
         spread = 0.0 if np.isnan(self.spread) else self.spread
-        return abs(self.drift) <= max(spread, 0.02 * abs(self.value))
+        return self.sweeps >= SWEEPS and abs(self.drift) <= max(spread, 0.02 * abs(self.value))
 
 
 def _tenth(history: Tensor) -> int:
@@ -123,6 +129,7 @@ def fitted_q(
     seed: int = 0,
     device: torch.device | str = "cpu",
     execution: Execution = "auto",
+    streaming: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> FittedQ:
     """Evaluate a policy by Q networks that are fitted to it, :class:`~torchrl_iql.objectives.FQELoss`.
@@ -148,6 +155,7 @@ def fitted_q(
         seed: of networks, draws and minibatches.
         device: where it is computed.
         execution: how, as of :class:`~torchrl_iql.TrainStep`.
+        streaming: whether the device holds some of the transitions at a time instead of all.
         progress: called with the number of steps that were taken since the last call.
 
     Raises:
@@ -199,7 +207,7 @@ def fitted_q(
     ).to(device)
     weights = (draws / draws.sum(0)).double()
     minibatches = replace(dataset, transitions=transitions).minibatches(
-        batch_size, seeds=[seed], device=device
+        batch_size, seeds=[seed], device=device, streaming=streaming
     )
     history, clipped = [], 0.0
     with minibatches:
@@ -210,7 +218,14 @@ def fitted_q(
             if progress is not None:
                 progress(int(done))
     distance = _distance(own, action, isinstance(space, Discrete))
-    return FittedQ(torch.stack(history), data_return(dataset, discount), bounds, clipped, distance)
+    return FittedQ(
+        torch.stack(history),
+        data_return(dataset, discount),
+        bounds,
+        clipped,
+        distance,
+        steps * target_rate * (1 - discount),
+    )
 
 
 def recorded_rewards(dataset: OfflineDataset) -> OfflineDataset:
@@ -239,7 +254,7 @@ def data_return(dataset: OfflineDataset, discount: float) -> DataReturn:
     number = len(returns)
     if not number:
         return DataReturn(float("nan"), float("nan"), float("nan"), 0)
-    error = returns.std().item() / number**0.5
+    error = returns.std().item() / number**0.5 if number > 1 else float("nan")
     return DataReturn(returns.mean().item(), error, returns.max().item(), number)
 
 

@@ -27,6 +27,9 @@ from torchrl_iql.objectives.base import (
 
 __all__ = ["FQELoss"]
 
+BEYOND = 0.01
+"""Of the range between the bounds: what errors around a bound, as 0 of sparse rewards, do not reach."""
+
 
 class FQELoss(LossModule):
     r"""Fitted Q evaluation of a fixed policy by N independent Q networks.
@@ -60,7 +63,7 @@ class FQELoss(LossModule):
     Returns:
         a TensorDict of scalars: ``loss_qvalue``, the sum over the networks, and the diagnostics ``qvalue``
         (mean), ``td_error`` (mean square, of the network that is furthest off) and ``clip_fraction`` (share
-        of targets that were clipped).
+        of targets that were beyond the bounds by more than a hundredth of their range).
 
     Raises:
         ValueError, TypeError: an argument is out of range, at construction.
@@ -167,7 +170,7 @@ class FQELoss(LossModule):
 
     @torch.no_grad()
     def target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Compute what each network is to learn, and where it was clipped, ``[N, *B]`` both."""
+        """Compute what each network is to learn, and where that was far beyond, ``[N, *B]`` both."""
         keys, after = self.tensor_keys, self._get(tensordict, "next")
         next_q = self._values(after, self.target_qvalue_network_params, prefix="next")
         reward = squeeze_last(self._get(after, keys.reward), ("next", keys.reward))  # pyright: ignore
@@ -178,7 +181,8 @@ class FQELoss(LossModule):
             )
         target = functional.td_target(reward, next_q, ended, self.discount)
         clipped = target.clamp(self.low, self.high)
-        return clipped.to(next_q.dtype), clipped != target
+        margin = BEYOND * (self.high - self.low)
+        return clipped.to(next_q.dtype), (target - clipped).abs() > margin
 
     def _values(
         self, td: TensorDictBase, params: TensorDictParams, prefix: str | None = None
