@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 
 from runs import TINY, of_maze
 from torchrl_iql import load_policy
@@ -119,6 +122,41 @@ def test_several_are_ranked(
         line for line in capsys.readouterr().out.splitlines() if ".ckpt" in line and ". /" in line
     ]
     assert [line.split()[1] for line in lines] == order
+
+
+def test_weights_are_beside_it_where_the_behaviour_is_known(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a log, whose column it is; or a line says why there are none."""
+    policy, rng = load_policy(runs["others"]), np.random.default_rng(0)
+    size = estimating.Judged.load(str(runs["others"])).architecture.observation_size
+    observations = rng.normal(size=(60, size)).astype(np.float32)
+    read = TensorDict({"observation": torch.from_numpy(observations)}, [60])
+    with torch.no_grad():
+        dist = policy.get_dist(read)  # pyright: ignore
+        actions = dist.sample().clamp(-0.99, 0.99)
+        logs = dist.log_prob(actions)
+    names = [f"x{i}" for i in range(size)]
+    file = tmp_path / "log.csv"
+    with file.open("w", newline="") as lines:
+        writer = csv.writer(lines)
+        writer.writerow([*names, "a", "b", "reward", "done", "run", "log_p", "half"])
+        for i in range(60):
+            own = [*observations[i], *actions[i].tolist(), rng.normal(), int(i % 6 == 5), i // 6]
+            writer.writerow([*own, float(logs[i]), float(logs[i]) + 9 * (i // 6 > 2)])
+    layout = {
+        "observations": names,
+        "actions": ["a", "b"],
+        "rewards": "reward",
+        "terminals": "done",
+    }
+    judge(runs["others"], dataset=str(file), layout=layout, log_prob="log_p", discount=0.9)
+    assert capsys.readouterr().out.splitlines()[-1].endswith(", of 10.0 effective episodes")
+    judge(runs["others"], dataset=str(file), layout=layout, log_prob="half", discount=0.9)
+    told = "3.0 of 10 episodes are effective, expected at least 5"
+    assert told in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(SettingsError, match="no_such"):
+        judge(runs["others"], dataset=str(file), layout=layout, log_prob="no_such", discount=0.9)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """What a policy is worth, from data that it did not make: off-policy evaluation, without an environment.
 
 * :func:`fitted_q`: by Q networks that are fitted to the policy; of any policy, on any data.
+* :func:`importance_sampling`: by the weights of whole episodes; of policies that draw their actions, where
+  the probabilities of the recorded ones are known.
 
 What is estimated is the mean discounted return of episodes that begin as those of the data do, in the rewards
-as
-they were recorded: whatever the reward rule of the data set made of them is undone. What it can tell, and
+as they were recorded: whatever the reward rule of the data set made of them is undone. What it can tell, and
 what not, is on the page of the recipes.
 """
 
@@ -25,18 +26,34 @@ from torchrl_iql.data import OfflineDataset
 from torchrl_iql.data.rewards import UNCHANGED
 from torchrl_iql.models import Architecture, SeeingTorso, Torso
 from torchrl_iql.objectives import FQELoss
+from torchrl_iql.objectives.base import is_deterministic
 from torchrl_iql.objectives.functional import return_bounds
 from torchrl_iql.training import TrainStep, cosine_decay
 from torchrl_iql.training.execution import Execution
 from torchrl_iql.validation import return_is_known
 
-__all__ = ["DataReturn", "FittedQ", "data_return", "fitted_q", "policy_actions", "recorded_rewards"]
+__all__ = [
+    "DataReturn",
+    "FittedQ",
+    "ImportanceSampled",
+    "data_return",
+    "fitted_q",
+    "importance_sampling",
+    "policy_actions",
+    "recorded_rewards",
+]
 
 ROWS = 10_000
 """Observations that a policy acts for at once."""
 
 LOOKS = 50
 """At the estimate, on the way."""
+
+FEWEST = 5.0
+"""Effective episodes, below which an estimate by weights is that of one or two of them."""
+
+RESAMPLES = 1000
+"""Of the bootstrap over episodes."""
 
 SWEEPS = 3.0
 """From which on 95% of what an estimate began with is forgotten."""
@@ -226,6 +243,117 @@ def fitted_q(
         distance,
         steps * target_rate * (1 - discount),
     )
+
+
+@dataclass(frozen=True)
+class ImportanceSampled:
+    """What weighted importance sampling found.
+
+    Attributes:
+        value: the estimate, in the units of the recorded rewards.
+        stderr: its standard error, by a bootstrap over episodes.
+        effective_episodes: (sum w)^2 / sum w^2 of the weights of whole episodes.
+    """
+
+    value: float
+    stderr: float
+    effective_episodes: float
+
+
+@torch.no_grad()
+def importance_sampling(
+    policy: TensorDictModuleBase,
+    dataset: OfflineDataset,
+    *,
+    log_prob: str,
+    discount: float = 0.99,
+    seed: int = 0,
+) -> ImportanceSampled:
+    r"""Evaluate a policy by weighting what was recorded by how much more likely it is under the policy.
+
+    Weighted per-decision importance sampling (Precup, Sutton, Singh, 2000): with
+    :math:`w_{e,t} = \prod_{k \le t} \pi(a_{e,k} | s_{e,k}) / b(a_{e,k} | s_{e,k})`,
+
+    .. math::
+        \sum_t \gamma^t \, \sum_e w_{e,t} r_{e,t} / \sum_e w_{e,t},
+
+    where an episode that is over keeps its weight, and is paid nothing more. The policy is the stochastic
+    one, which draws its actions, and not its mean; an episode that is cut is over.
+
+    Args:
+        policy: with ``get_dist``, as that of :func:`~torchrl_iql.load_policy`.
+        dataset: of single steps, with a column of log-probabilities, ``columns=[log_prob]`` when it is
+            loaded.
+        log_prob: the name of that column, ``[n]`` or ``[n, 1]``: the logarithm of the probability, or density
+            in the units of the data's actions, of each action under who took it.
+        discount: from 0 to 1.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: there is no such column, or it is not finite; the policy is deterministic; or fewer than 5
+            episodes are effective.
+    """
+    dataset = recorded_rewards(dataset)
+    transitions = dataset.transitions
+    behaviour = transitions.get(log_prob, None)
+    if behaviour is None:
+        raise ValueError(
+            f"{dataset.name} has no column {log_prob!r}, the log-probability of each action under who took "
+            f"it: load it with columns=[{log_prob!r}], or use fitted Q, which needs none"
+        )
+    behaviour = behaviour.double().reshape(len(transitions), -1)
+    if behaviour.shape[1] != 1 or not behaviour.isfinite().all():
+        raise ValueError(
+            f"{dataset.name}: column {log_prob!r} holds more than one finite number each"
+        )
+    if is_deterministic(policy):  # pyright: ignore
+        raise ValueError(
+            "the policy is deterministic: no recorded action has a probability under it"
+        )
+    device = next((parameter.device for parameter in policy.parameters()), None)
+    before, own = policy.training, []
+    policy.eval()
+    for rows in torch.arange(len(transitions)).split(ROWS):
+        read = TensorDict({"observation": transitions["observation"][rows].to(device)}, [len(rows)])
+        its = policy.get_dist(read).log_prob(transitions["action"][rows].to(device))  # pyright: ignore
+        own.append(its.double().cpu().reshape(-1))
+    policy.train(before)
+    ratios = (torch.cat(own) - behaviour[:, 0]).numpy()
+
+    lengths = dataset.episode_lengths.numpy()
+    rewards = transitions["next", "reward"][:, 0].double().numpy()
+    logs, paid = _by_episode(ratios, rewards, lengths)
+    weights = np.exp(logs[:, -1] - logs[:, -1].max())
+    effective = float(weights.sum() ** 2 / np.square(weights).sum())
+    if not effective >= FEWEST:
+        raise ValueError(
+            f"{effective:.1f} of {len(lengths):,} episodes are effective, expected at least {FEWEST:g}: the "
+            "policy does something else than the data, and what it would come to is not in them"
+        )
+    value = _weighted_return(logs, paid, discount)
+    drawn = np.random.default_rng(seed).integers(len(lengths), size=(RESAMPLES, len(lengths)))
+    resampled = [_weighted_return(logs[rows], paid[rows], discount) for rows in drawn]
+    return ImportanceSampled(value, float(np.std(resampled, ddof=1)), effective)
+
+
+def _by_episode(
+    ratios: np.ndarray, rewards: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logarithm of the weights so far, and the rewards, ``[E, longest]``.
+
+    After the end of an episode its weight stays, and rewards are 0.
+    """
+    shape = len(lengths), int(lengths.max())
+    logs, paid = np.zeros(shape), np.zeros(shape)
+    inside = np.arange(shape[1]) < lengths[:, None]
+    logs[inside], paid[inside] = ratios, rewards
+    return logs.cumsum(axis=1), paid
+
+
+def _weighted_return(logs: np.ndarray, paid: np.ndarray, discount: float) -> float:
+    weights = np.exp(logs - logs.max(axis=0))
+    means = (weights * paid).sum(axis=0) / weights.sum(axis=0)
+    return float(means @ discount ** np.arange(len(means)))
 
 
 def recorded_rewards(dataset: OfflineDataset) -> OfflineDataset:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from torchrl_iql import OfflineDataset, checkpoint, load_policy
 from torchrl_iql.acting import Acting
-from torchrl_iql.estimation import SWEEPS, DataReturn, FittedQ, fitted_q
+from torchrl_iql.estimation import SWEEPS, DataReturn, FittedQ, fitted_q, importance_sampling
 from torchrl_iql.models import Architecture
 from torchrl_iql.nested import texts
 from torchrl_iql.training import NonFiniteError
@@ -39,7 +39,7 @@ APART = 2.0
 """Standard deviations from which on two estimates are told apart."""
 
 FAR = 1.0
-"""Distance of the policy's actions from the data's, over the spread of the data's, as if drawn at random."""
+"""Distance from the data's actions of a policy that always takes their mean."""
 
 CLIPPED = 0.1
 """Share of targets at their bounds, from which on the networks diverge."""
@@ -114,6 +114,8 @@ def run(settings: Estimation, compute: Compute) -> dict[str, FittedQ]:
         if settings.output is not None and found:
             _write(Path(settings.output), found, dataset, discount, settings)
     lines = ranked(found, discount) if len(judged) > 1 else told(*found.values(), discount)
+    if settings.log_prob is not None:
+        lines += [_weighted(each, dataset, settings.log_prob, discount) for each in judged]
     print("\n".join(lines))
     return found
 
@@ -166,6 +168,7 @@ def data_for(settings: Estimation, judged: Sequence[Judged]) -> OfflineDataset:
     values["layout"] = settings.layout
     if settings.layout is None and settings.dataset is None:
         values["layout"] = _agreed("layout", known, None)
+    values["columns"] = [] if settings.log_prob is None else [settings.log_prob]
     values["episodes"] = settings.episodes or _agreed("episodes", known, "as_stored")
     if any(":" in text for text in texts(values["env"])) and not settings.trust_env:
         raise SettingsError(
@@ -238,6 +241,16 @@ def _data_line(its: DataReturn) -> str:
     figures = f"{its.value:>10.4g} ± {its.stderr:.2g}"
     known = f"the {its.episodes:,} episodes whose return is known; the best {its.best:.4g}"
     return f"{'data':<12}{figures}  of {known}"
+
+
+def _weighted(judged: Judged, dataset: OfflineDataset, log_prob: str, discount: float) -> str:
+    """Write what importance sampling says, or why it says nothing."""
+    title = f"importance sampling, {judged.path}:"
+    try:
+        its = importance_sampling(judged.policy, dataset, log_prob=log_prob, discount=discount)
+    except ValueError as error:
+        return f"{title} {error}"
+    return f"{title} {its.value:.4g} ± {its.stderr:.2g}, of {its.effective_episodes:.1f} effective episodes"
 
 
 def verdict(its: FittedQ) -> str:

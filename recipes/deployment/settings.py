@@ -99,6 +99,11 @@ class Estimation(Part):
     discount: Fraction | None = Field(
         None, description="of rewards, per step; null: that of the runs, or 0.99 if they have none"
     )
+    log_prob: Text | None = Field(
+        None,
+        description="the info with the log-probability of every action under who recorded it, for weighted "
+        "importance sampling beside fitted Q; null: not known",
+    )
     networks: Count = Field(5, description="each on its own draw of episodes, with replacement")
     hidden_sizes: tuple[Count, ...] = Field((256, 256), description="units of every hidden layer")
     steps: Count = Field(10_000, description="gradient steps for each checkpoint")
