@@ -144,12 +144,8 @@ def test_weights_are_beside_it_where_the_behaviour_is_known(
         for i in range(60):
             own = [*observations[i], *actions[i].tolist(), rng.normal(), int(i % 6 == 5), i // 6]
             writer.writerow([*own, float(logs[i]), float(logs[i]) + 9 * (i // 6 > 2)])
-    layout = {
-        "observations": names,
-        "actions": ["a", "b"],
-        "rewards": "reward",
-        "terminals": "done",
-    }
+    layout = {"observations": names, "actions": ["a", "b"], "rewards": "reward"}
+    layout |= {"terminals": "done", "episode_ids": "run"}
     judge(runs["others"], dataset=str(file), layout=layout, log_prob="log_p", discount=0.9)
     assert capsys.readouterr().out.splitlines()[-1].endswith(", of 10.0 effective episodes")
     judge(runs["others"], dataset=str(file), layout=layout, log_prob="half", discount=0.9)
@@ -241,7 +237,7 @@ def test_who_is_not_told_apart_is_by_the_same_draws() -> None:
 
 @pytest.mark.slow
 def test_the_command(runs: dict[str, Path], tmp_path: Path) -> None:
-    """Its output, its exit code when it is told wrong, and that Ctrl-C leaves what is finished."""
+    """Its output, and its exit code when it is told wrong."""
     few = [f"{k}={json.dumps(v).replace(' ', '')}" for k, v in FEW.items()]
     command = [sys.executable, str(SCRIPT), "compute.execution=eager", *few]
     path = f"checkpoint='{runs['bc']}'"

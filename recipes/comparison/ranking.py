@@ -1,5 +1,4 @@
-"""How well policies are ranked without an environment: every measure against what the policies are worth in
-one.
+"""How well policies are ranked without an environment: every measure, against the scores in it.
 
     python recipes/comparison/ranking.py
     python recipes/comparison/ranking.py --tasks mini/hopper-medium --steps 20000 --jobs 4
