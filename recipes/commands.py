@@ -54,6 +54,7 @@ COMMANDS = {
     "replay": Command(
         "torchrl_iql.data.__main__", "compare recorded transitions with a simulator's", ("replay",)
     ),
+    "estimate": Command(f"{RECIPES}.estimate", "say what policies are worth, by data alone"),
     "evaluate": Command(f"{RECIPES}.evaluate", "play episodes with a policy, and film them"),
     "export": Command(f"{RECIPES}.export", "write a policy as a file that runs without this"),
     "compare": Command(f"{RECIPES}.compare", "put runs beside each other, or do those of a plan"),

@@ -100,7 +100,7 @@ def test_the_help_of_a_command_needs_no_pytorch(name: str, tmp_path: Path) -> No
         ("collect", "torchrl-iql collect: give one of suite, data and env, got none of them"),
         ("evaluate", "torchrl-iql evaluate: give checkpoint=<file>"),
         ("export checkpoint=a output=b.txt", "output=b.txt: expected a file that ends in .pt2 or"),
-        ("compare nowhere", "torchrl-iql compare: nowhere: there is no such folder"),
+        ("compare nowhere", "torchrl-iql compare: nowhere is not there"),
         ("compare .", "torchrl-iql compare: . holds no run: expected config.yaml"),
         ("compare --job 1", "torchrl-iql compare: unrecognized arguments: --job"),
         ("inspect", "torchrl-iql inspect: the following arguments are required: source; see"),

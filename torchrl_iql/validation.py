@@ -24,7 +24,7 @@ from torchrl_iql.data import OfflineDataset
 from torchrl_iql.objectives import functional
 from torchrl_iql.objectives.base import AdvantageWeightedLoss, is_deterministic
 
-__all__ = ["Validation", "Validator"]
+__all__ = ["Validation", "Validator", "return_is_known"]
 
 ROWS = 20_000
 """Transitions that are looked at, evenly over the data."""
@@ -106,7 +106,7 @@ class Validator:
         self._returns = None
         if discount is not None and "steps_to_next_obs" not in self._transitions.keys():
             self._returns = dataset.returns_to_go(discount)[self._rows, 0]
-            self._complete = _is_complete(dataset, discount)[self._rows]
+            self._complete = return_is_known(dataset, discount)[self._rows]
 
     @torch.no_grad()
     def __call__(self, loss: LossModule) -> Validation:
@@ -219,7 +219,7 @@ def _q(loss: LossModule, batch: TensorDictBase) -> Tensor | None:
     return torch.stack(values).reshape(len(values), -1)
 
 
-def _is_complete(dataset: OfflineDataset, discount: float) -> Tensor:
+def return_is_known(dataset: OfflineDataset, discount: float) -> Tensor:
     """Return whether all of the return that followed is known, but for a little of it, ``[n]``."""
     lengths = dataset.episode_lengths
     ends = lengths.cumsum(0)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -82,7 +82,13 @@ def ensure_data(settings: Sequence[Settings]) -> None:
         collection.ensure(source)
 
 
-def finish(jobs: Sequence[Job], processes: int) -> None:
+class Finishing(Protocol):
+    """What can be finished in a process of its own, and is not done again."""
+
+    def finish(self) -> None: ...
+
+
+def finish(jobs: Sequence[Finishing], processes: int) -> None:
     """Finish them, so many at a time; what is finished stays if one fails."""
     with ThreadPoolExecutor(processes) as executor:
         pending = [executor.submit(job.finish) for job in jobs]

@@ -1,14 +1,25 @@
-"""The settings of evaluate.py and of export.py."""
+"""The settings of evaluate.py, of export.py and of estimate.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from torchrl_iql_recipes.experiment.schema import Count, Flag, Natural, Part, Text, written
+from torchrl_iql_recipes.experiment.schema import (
+    Count,
+    Flag,
+    Fraction,
+    Natural,
+    Part,
+    Positive,
+    Rate,
+    Text,
+    written,
+)
 
-__all__ = ["Export", "Play"]
+__all__ = ["Estimation", "Export", "Play"]
 
 FILMS = (".mp4", ".png")
 FILES = (".pt2", ".onnx", ".npz")
@@ -62,6 +73,63 @@ class Export(Part):
         _require("output", self.output)
         _require_suffix("output", str(self.output), FILES)
         return self
+
+
+class Estimation(Part):
+    """What is estimated, and from what."""
+
+    checkpoint: Text | tuple[Text, ...] | None = Field(
+        None, description="whose policy is judged, or [a,b,c] to be ranked; has to be given"
+    )
+    dataset: Text | tuple[Text, ...] | None = Field(
+        None,
+        description="to judge by, as of offline.py; null: what the runs of the checkpoints learned from",
+    )
+    layout: dict | None = Field(
+        None,
+        description="of CSV, Parquet, NPZ and HDF5 files, as of offline.py; null: that of the runs",
+    )
+    episodes: Literal["as_stored", "until_success"] | None = Field(
+        None, description="until_success: they end at the first success; null: as in the runs"
+    )
+    fit_on: Literal["all", "learned", "held_out"] = Field(
+        "all",
+        description="all episodes, those that the runs have learned from, or those that validation= held out",
+    )
+    discount: Fraction | None = Field(
+        None, description="of rewards, per step; null: that of the runs, or 0.99 if they have none"
+    )
+    log_prob: Text | None = Field(
+        None,
+        description="the info with the log-probability of every action under who recorded it, for weighted "
+        "importance sampling beside fitted Q; null: not known",
+    )
+    networks: Count = Field(5, description="each on its own draw of episodes, with replacement")
+    hidden_sizes: tuple[Count, ...] = Field((256, 256), description="units of every hidden layer")
+    steps: Count = Field(10_000, description="gradient steps for each checkpoint")
+    batch_size: Count = Field(256, description="transitions")
+    learning_rate: Positive = Field(1e-3, description="of Adam, falls to 0 by half a cosine")
+    target_rate: Rate = Field(0.05, description="of the target networks, per gradient step")
+    seed: Natural = Field(0, description="of networks, draws and minibatches")
+    output: Text | None = Field(None, description="a file for the results, .json")
+    trust_env: Flag = Field(
+        False,
+        description="the environment that the checkpoints name may run code that nobody has registered here",
+    )
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Estimation:
+        if not self.checkpoint:
+            raise ValueError("give checkpoint=<file>, or checkpoint=[<file>,<file>]")
+        if self.output is not None:
+            _require_suffix("output", self.output, (".json",))
+        return self
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """Those that are given."""
+        given = self.checkpoint or ()
+        return (given,) if isinstance(given, str) else given
 
 
 def _require(name: str, value: str | None) -> None:

@@ -217,11 +217,13 @@ class Door:
         print(f"{self._first_line(settings)}{where}", flush=True)
 
     def _first_line(self, settings: Any) -> str:
-        (part,) = self.parts
-        values, defaults = settings.values, part.defaults()
-        given = (
-            f"{k}={written(v)}" for k, v in values.items() if written(v) != written(defaults[k])
-        )
+        parts = settings if isinstance(settings, tuple) else (settings,)
+        given = [
+            f"{name}={written(part.values[its])}"
+            for part in parts
+            for name, its in part.names().items()
+            if written(part.values[its]) != written(part.defaults()[its])
+        ]
         return f"{self.name}: {' '.join(given) or 'as by default'}"
 
     def _read_first(self, overrides: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from torchrl_iql.objectives.awac import AWACLoss
 from torchrl_iql.objectives.cql import CQLLoss
 from torchrl_iql.objectives.dt import DTLoss
+from torchrl_iql.objectives.fqe import FQELoss
 from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss
 
-__all__ = ["AWACLoss", "CQLLoss", "DTLoss", "DiscreteIQLLoss", "IQLLoss"]
+__all__ = ["AWACLoss", "CQLLoss", "DTLoss", "DiscreteIQLLoss", "FQELoss", "IQLLoss"]

@@ -1,10 +1,11 @@
 """Implicit Q-Learning as pure functions: the equations of the paper, one function each.
 
 "Offline Reinforcement Learning with Implicit Q-Learning", Kostrikov, Nair, Levine, 2021
-(https://arxiv.org/abs/2110.06169); and, of the same parts, AWAC. Tensors in, tensors out, one value per
-transition: ``[*B]`` is any batch shape and ``[N, *B]`` adds the N networks of the Q ensemble. Nothing here
-reduces over the batch, knows of keys or networks, or synchronises with the device, so the functions can be
-compiled, captured, and batched over independent learners.
+(https://arxiv.org/abs/2110.06169); and, of the same parts, AWAC and fitted Q
+evaluation. Tensors in, tensors out, one value per transition: ``[*B]`` is any batch shape and ``[N, *B]``
+adds the N networks of the Q ensemble. Nothing here reduces over the batch, knows of keys or networks, or
+synchronises with the device, so the functions can be compiled, captured, and batched over independent
+learners.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ __all__ = [
     "awac_losses",
     "conservative_gap",
     "expectile_loss",
+    "fitted_q_loss",
     "losses",
     "min_q",
     "qvalue_loss",
+    "return_bounds",
     "td_target",
     "value_loss",
 ]
@@ -275,3 +278,38 @@ def actor_loss(log_prob: Tensor, weight: Tensor) -> Tensor:
         ``[*B]``.
     """
     return -weight.detach() * log_prob
+
+
+def fitted_q_loss(q: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Sum the squared errors of networks that each have a target of their own over the ensemble.
+
+    Args:
+        q: Q_i(s, a), ``[N, *B]``.
+        target: of each, ``[N, *B]``, detached here.
+        weight: of each, ``[N, *B]``; None for 1.
+
+    Returns:
+        ``[*B]``.
+    """
+    squares = (q - target.detach()).square()
+    return (squares if weight is None else weight * squares).sum(dim=0)
+
+
+def return_bounds(reward: Tensor, terminated: Tensor, discount: float) -> tuple[float, float]:
+    r"""Return the lowest and the highest discounted return that rewards like those of some data can come to.
+
+    With rewards in :math:`[r_{min}, r_{max}]` where episodes go on, and in :math:`[t_{min}, t_{max}]` where
+    they end, :math:`\max(t_{max}, r_{max} / (1 - \gamma))`: to go on for ever, or to end at once, is best,
+    and anything between lies between. The lowest likewise.
+
+    Args:
+        reward: ``[n]``, of single steps.
+        terminated: bool, ``[n]``.
+        discount: :math:`\gamma` in [0, 1).
+    """
+    low, high = [], []
+    for rewards, factor in ((reward[terminated], 1.0), (reward[~terminated], 1 / (1 - discount))):
+        if len(rewards):
+            low.append(rewards.min().item() * factor)
+            high.append(rewards.max().item() * factor)
+    return min(low), max(high)

@@ -13,7 +13,7 @@ from torch.nn import Module
 from torchrl import objectives
 from torchrl.objectives.common import LossModule
 
-from torchrl_iql.objectives import AWACLoss, CQLLoss, DiscreteIQLLoss, DTLoss, IQLLoss
+from torchrl_iql.objectives import AWACLoss, CQLLoss, DiscreteIQLLoss, DTLoss, FQELoss, IQLLoss
 from torchrl_iql.training.adam import BETAS, EPSILON, Rates
 
 __all__ = ["Optimization", "Schedule", "cosine_decay", "network_of", "target_networks", "warm_up"]
@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 DESCENDED: dict[type, tuple[str, ...]] = {
     AWACLoss: ("loss_actor", "loss_qvalue"),
+    FQELoss: ("loss_qvalue",),
     IQLLoss: ("loss_actor", "loss_qvalue", "loss_value"),
     DiscreteIQLLoss: ("loss_actor", "loss_qvalue", "loss_value"),
     objectives.IQLLoss: ("loss_actor", "loss_qvalue", "loss_value"),

@@ -1,0 +1,435 @@
+"""How well policies are ranked without an environment: every measure, against the scores in it.
+
+    python recipes/comparison/ranking.py
+    python recipes/comparison/ranking.py --tasks mini/hopper-medium --steps 20000 --jobs 4
+    python recipes/comparison/ranking.py --tasks --runs runs/table runs/own/logs
+
+On each task IQL at several expectiles and the other algorithms are trained over the seeds, with a tenth of
+the episodes held out, by recipes/offline.py, and played at the end; ``--runs`` adds finished runs, wherever
+they are. recipes/estimate.py then judges every last.ckpt by the data alone. Runs go several at a time, with
+one thread each; what is finished is kept, what was interrupted goes on: the same command goes on after
+anything.
+
+It leaves ``ranking.md``, ``ranking.csv`` (a line for each policy) and ``ranking.png`` in the folder: for each
+data set and measure Spearman's rank correlation with the scores, with the 95% interval of a bootstrap over
+the policies, and the regret, which is the best score less that of the policy that the measure would choose,
+in shares of the range of the scores. ``--jobs 0`` makes them of what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+
+from torchrl_iql_recipes.comparison.jobs import Job, ensure_data, finish
+from torchrl_iql_recipes.comparison.plan import RECIPES
+from torchrl_iql_recipes.experiment import results
+from torchrl_iql_recipes.experiment.door import OFFLINE
+from torchrl_iql_recipes.experiment.plots import DPI
+from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.files import shown, whole
+
+TASKS = ["mini/pointmaze-medium", "mini/hopper-medium-replay", "mini/halfcheetah-medium"]
+FEWEST = 8
+"""Policies of a data set, below which nothing is said of it."""
+RESAMPLES = 2000
+
+MEASURES = {
+    "fitted_q": ("fitted Q", +1),
+    "fitted_q_low": ("fitted Q less its spread", +1),
+    "distance": ("actions near to the data's", -1),
+    "fitted_q_held_out": ("fitted Q on held-out episodes", +1),
+    "initial_value": ("initial value", +1),
+    "q_correlation": ("correlation of Q and return", +1),
+    "td_error": ("TD error", -1),
+    "log_likelihood": ("log-likelihood", +1),
+    "action_error": ("action error", -1),
+    "loss_actor": ("the policy's loss in training", -1),
+}
+"""What may rank policies, by its column: what it is called, and whether high or low is good."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One that was trained, and played.
+
+    Attributes:
+        dataset: that it was learned from.
+        title: of its algorithm.
+        name: of it among those of its run.
+        folder: its own.
+        score: in the environment, the mean over episodes.
+        stderr: its standard error, NaN if that is not known.
+        held_out: what was found on the episodes that it has not learned from, empty if there are none.
+    """
+
+    dataset: str
+    title: str
+    name: str
+    folder: Path
+    score: float
+    stderr: float
+    held_out: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One run of recipes/estimate.py.
+
+    Attributes:
+        checkpoint: that is judged.
+        fit_on: which episodes.
+        output: where it leaves its results.
+        settings: what else it is started with.
+    """
+
+    checkpoint: Path
+    fit_on: str
+    output: Path
+    settings: Sequence[str]
+
+    def result(self) -> dict[str, Any] | None:
+        """Return what was found, once it was."""
+        return json.loads(self.output.read_text()) if self.output.exists() else None
+
+    def finish(self) -> None:
+        """Do it, unless it is done.
+
+        Raises:
+            RuntimeError: it fails; its output is beside its results.
+            ValueError: it was done with other settings.
+        """
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        known = self.output.with_suffix(".settings.json")
+        asked = [f"fit_on={self.fit_on}", *self.settings]
+        if known.exists() and json.loads(known.read_text()) != asked:
+            raise ValueError(f"{self.output} is of other settings, see {known.name}: remove both")
+        if self.output.exists():
+            return
+        known.write_text(json.dumps(asked, indent=2) + "\n")
+        command = [
+            *(sys.executable, str(RECIPES / "estimate.py"), f"checkpoint='{self.checkpoint}'"),
+            *(f"output='{self.output}'", "compute.threads=1", *asked),
+        ]
+        log = self.output.with_suffix(".txt")
+        with log.open("w") as file:
+            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+        if done.returncode != 0 or not self.output.exists():
+            raise RuntimeError(f"estimate.py failed, see {log}")
+
+
+# --- Runs ----------------------------------------------------------------------------------------------
+
+
+def trainings(args: argparse.Namespace) -> list[Job]:
+    """Return the runs of all tasks, one of each algorithm."""
+    found = []
+    for task in args.tasks:
+        for algorithm in args.algorithms:
+            axes = [f"seeds=[{','.join(map(str, args.seeds))}]"]
+            if algorithm == "iql":
+                axes.append(f"expectile=[{','.join(map(str, args.expectiles))}]")
+            settings = [
+                *(f"task={task}", f"algorithm={algorithm}", f"steps={args.steps}", *axes),
+                *(f"eval_interval={args.steps}", f"eval_episodes={args.episodes}"),
+                *("validation=0.1", *args.settings),
+            ]
+            folder = args.folder / task.replace("/", "-") / algorithm
+            found.append(Job(RECIPES / "offline.py", folder, settings))
+    return found
+
+
+def policies_in(folders: Iterable[Path]) -> list[Policy]:
+    """Return the policies of finished runs that were played and have a checkpoint."""
+    found = []
+    for folder in folders:
+        its = results.read(folder)
+        for each in its["replicas"] if its else ():
+            own = folder / each["name"] if each.get("name") else folder
+            if "score" in each and not each.get("interrupted") and (own / "last.ckpt").exists():
+                kind = "normalized_score" if "normalized_score" in each else "return"
+                found.append(
+                    Policy(
+                        its["dataset"],  # pyright: ignore
+                        each["title"],
+                        each.get("name") or "",
+                        own,
+                        each["score"],
+                        each.get(f"{kind}_stderr", math.nan),
+                        each.get("held_out") or {},
+                    )
+                )
+    return found
+
+
+def fits(policy: Policy, args: argparse.Namespace) -> dict[str, Fit]:
+    """Return how a policy is judged, by the episodes that are fitted on."""
+    slug = re.sub(r"[^\w.=,+-]+", "-", str(shown(policy.folder))).strip("-")
+    own = [f"steps={args.fit_steps}", f"discount={args.discount:g}", *args.fit_settings]
+    parts = [part for part in args.fit_on if part == "all" or policy.held_out]
+    folder = args.folder.resolve() / "estimates"
+    return {
+        part: Fit(policy.folder / "last.ckpt", part, folder / f"{slug}-{part}.json", own)
+        for part in parts
+    }
+
+
+def measured(policy: Policy, args: argparse.Namespace) -> dict[str, float]:
+    """Return what there is of the measures of a policy, by its column."""
+    found = {key: float(policy.held_out[key]) for key in MEASURES if key in policy.held_out}
+    found.pop("loss_actor", None)
+    for part, fit in fits(policy, args).items():
+        if (its := fit.result()) is not None:
+            (of,) = its["policies"]
+            end = "" if part == "all" else f"_{part}"
+            found[f"fitted_q{end}"] = of["value"]
+            if part == "all":
+                found["fitted_q_low"] = of["value"] - (of["spread"] or 0.0)
+                found["distance"] = of["distance"]
+    metrics = policy.folder / "metrics.csv"
+    if metrics.exists():
+        with metrics.open(newline="") as lines:
+            losses = [row.get("loss_actor") for row in csv.DictReader(lines)]
+        if losses := [float(each) for each in losses if each]:
+            found["loss_actor"] = float(np.mean(losses[-max(1, len(losses) // 10) :]))
+    return found
+
+
+# --- Statistics ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How well a measure ranks the policies of a data set.
+
+    Attributes:
+        policies: how many have it.
+        correlation: Spearman's, of measure and score, positive if good is told from bad.
+        low: of its 95% interval.
+        high: of it.
+        regret: of choosing by the measure, in shares of the range of the scores.
+    """
+
+    policies: int
+    correlation: float
+    low: float
+    high: float
+    regret: float
+
+
+def ranking(scores: Sequence[float], values: Sequence[float], seed: int = 0) -> Ranking:
+    """Rank by values, of which high is good.
+
+    Args:
+        scores: of each policy.
+        values: of the measure, of each.
+        seed: of the bootstrap over policies.
+    """
+    true, its = np.asarray(scores, float), np.asarray(values, float)
+    rng, drawn = np.random.default_rng(seed), []
+    for rows in rng.integers(len(true), size=(RESAMPLES, len(true))):
+        drawn.append(_correlation(true[rows], its[rows]))
+    low, high = np.nanpercentile(drawn, [2.5, 97.5]) if np.isfinite(drawn).any() else (np.nan,) * 2
+    spread = true.max() - true.min()
+    chosen = true[its == its.max()].mean()  # of equal ones any may be chosen
+    regret = (true.max() - chosen) / spread if spread else 0.0
+    return Ranking(len(true), _correlation(true, its), float(low), float(high), float(regret))
+
+
+def _correlation(true: np.ndarray, its: np.ndarray) -> float:
+    if len(set(true)) < 2 or len(set(its)) < 2:
+        return math.nan
+    return float(spearmanr(true, its)[0])  # pyright: ignore
+
+
+def by_chance(scores: Sequence[float]) -> float:
+    """Return the mean regret of choosing blindly."""
+    true = np.asarray(scores, float)
+    spread = true.max() - true.min()
+    return float((true.max() - true.mean()) / spread) if spread else 0.0
+
+
+Table = Mapping[str, Sequence[tuple[Policy, Mapping[str, float]]]]
+"""By data set, the policies and their measures."""
+
+
+def rankings(of_data: Sequence[tuple[Policy, Mapping[str, float]]]) -> dict[str, Ranking]:
+    """Return how well each measure ranks the policies that have it, if there are enough of them."""
+    found = {}
+    for key, (_, sign) in MEASURES.items():
+        has = [(policy.score, sign * its[key]) for policy, its in of_data if key in its]
+        has = [(score, value) for score, value in has if math.isfinite(value)]
+        if len(has) >= FEWEST:
+            found[key] = ranking(*zip(*has, strict=True))
+    return found
+
+
+# --- What it leaves ------------------------------------------------------------------------------------
+
+
+def page(table: Table, args: argparse.Namespace) -> list[str]:
+    """Write the table: a row for each measure, two columns for each data set."""
+    its = {name: rankings(each) for name, each in table.items()}
+    told = {name: each for name, each in its.items() if each}
+    heads = [f"`{name}`, correlation | regret" for name in told]
+    lines = [
+        f"| measure | {' | '.join(heads)} | mean correlation | mean regret |",
+        f"| --- |{' ---: | ---: |' * (len(told) + 1)}",
+    ]
+    for key, (title, _) in MEASURES.items():
+        found = [each.get(key) for each in told.values()]
+        if any(found):
+            cells = [_cells(each, table[name]) for name, each in zip(told, found, strict=True)]
+            means = ["", ""]
+            if all(found):
+                means = [
+                    _plain(float(np.mean([each.correlation for each in found if each]))),
+                    f"{np.mean([each.regret for each in found if each]):.2f}",
+                ]
+            lines.append(f"| {title} | {' | '.join(cells)} | {' | '.join(means)} |")
+    blind = [by_chance([policy.score for policy, _ in table[name]]) for name in told]
+    mean = f"{np.mean(blind):.2f}" if blind else ""
+    lines.append(f"| blindly | {' | '.join(f'0 | {each:.2f}' for each in blind)} | 0 | {mean} |")
+    notes = [
+        "Correlation: Spearman's, of measure and score, positive where good policies are told from bad "
+        "ones, with the 95% interval of a bootstrap over the policies; in parentheses the number of "
+        "policies that have the measure, if not all do. Regret: the best score less that of the policy "
+        "that the measure puts first, over the range of the scores: 0 is the best choice, 1 the worst.",
+        *(_of_data(name, table[name]) for name in table),
+        f"Made by `python recipes/comparison/ranking.py`, {args.steps:,} steps of training, "
+        f"{args.fit_steps:,} of fitted Q, discount {args.discount:g}, "
+        f"{datetime.date.today().isoformat()}.",
+    ]
+    return [*lines, "", *(f"- {each}" for each in notes)]
+
+
+def _cells(its: Ranking | None, of_data: Sequence[Any]) -> str:
+    if its is None:
+        return " | "
+    few = f" ({its.policies})" if its.policies < len(of_data) else ""
+    interval = f" ({_plain(its.low)} to {_plain(its.high)})" if its.low == its.low else ""
+    return f"{_plain(its.correlation)}{interval}{few} | {its.regret:.2f}"
+
+
+def _plain(value: float) -> str:
+    return "-" if value != value else f"{value:.2f}"
+
+
+def _of_data(name: str, of_data: Sequence[tuple[Policy, Any]]) -> str:
+    scores = [policy.score for policy, _ in of_data]
+    errors = [policy.stderr for policy, _ in of_data if policy.stderr == policy.stderr]
+    error = f", standard error of one {np.median(errors):.1f}" if errors else ""
+    few = "" if len(scores) >= FEWEST else f": too few to rank, expected {FEWEST}"
+    titles = ", ".join(dict.fromkeys(policy.title for policy, _ in of_data))
+    low, high = min(scores), max(scores)
+    return (
+        f"`{name}`: {len(scores)} policies of {titles}, scores {low:.1f} to {high:.1f}{error}{few}."
+    )
+
+
+def write_policies(table: Table, file: Path) -> None:
+    """Write a line for each policy."""
+    with whole(file) as new, new.open("w", newline="") as lines:
+        writer = csv.writer(lines, lineterminator="\n")
+        writer.writerow(["dataset", "algorithm", "name", "score", "stderr", *MEASURES])
+        for name, each in table.items():
+            for policy, its in each:
+                row = [name, policy.title, policy.name, policy.score, policy.stderr]
+                writer.writerow([*row, *(its.get(key, "") for key in MEASURES)])
+
+
+def draw(table: Table, png: Path) -> None:
+    """Draw the score over fitted Q and over the initial value, a row for each data set."""
+    drawn = ["fitted_q", "initial_value"]
+    size = (3.4 * len(drawn), 2.6 * len(table) + 0.3)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    panels = np.atleast_2d(figure.subplots(len(table), len(drawn), squeeze=False))
+    for row, (name, each) in zip(panels, table.items(), strict=True):
+        for panel, key in zip(row, drawn, strict=True):
+            for title in dict.fromkeys(policy.title for policy, _ in each):
+                has = [(its[key], p.score) for p, its in each if p.title == title and key in its]
+                if has:
+                    panel.scatter(*zip(*has, strict=True), s=18, label=title)
+            panel.set(xlabel=MEASURES[key][0], ylabel="score")
+            panel.set_title(name, fontsize=8)
+        if row[0].get_legend_handles_labels()[1]:
+            row[0].legend(fontsize=7)
+    figure.savefig(png)
+
+
+def tabled(policies: Iterable[Policy], args: argparse.Namespace) -> Table:
+    """Return all policies and their measures, by data set."""
+    found: dict[str, list[tuple[Policy, Mapping[str, float]]]] = {}
+    for policy in policies:
+        found.setdefault(policy.dataset, []).append((policy, measured(policy, args)))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tasks", nargs="*", default=TASKS, help="to train on")
+    parser.add_argument("--algorithms", nargs="+", default=["iql", "bc", "awac", "td3bc"])
+    parser.add_argument("--expectiles", type=float, nargs="+", default=[0.5, 0.7, 0.9])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=int, default=30_000, help="gradient steps of each learner")
+    parser.add_argument("--episodes", type=int, default=100, help="that it is played")
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="folders of finished runs")
+    parser.add_argument("--fit-on", nargs="+", default=["all", "held_out"], help="of estimate.py")
+    parser.add_argument("--fit-steps", type=int, default=10_000, help="of estimate.py")
+    parser.add_argument("--fit-settings", nargs="*", default=[], help="others of estimate.py")
+    parser.add_argument("--discount", type=float, default=0.99, help="of estimate.py")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; 0 ranks what there is")
+    parser.add_argument("--folder", type=Path, default=Path("runs/ranking"), help="of all this")
+    parser.add_argument("settings", nargs="*", help="further ones of recipes/offline.py")
+    args = parser.parse_args()
+    try:
+        jobs = trainings(args)
+        if args.jobs:
+            ensure_data([OFFLINE.settings(each.settings) for each in jobs])
+            finish(jobs, args.jobs)
+        folders = [each.folder for each in jobs if each.result() is not None]
+        for given in args.runs:
+            if not (scored := sorted(given.rglob("scores.json"))):
+                raise SettingsError(f"--runs {given}: there is no scores.json in it")
+            folders += [file.parent for file in scored]
+        policies = policies_in(folders)
+        if not policies:
+            raise SettingsError(
+                f"there are no finished runs with scores in {args.folder} or --runs"
+            )
+        if args.jobs:
+            finish([fit for each in policies for fit in fits(each, args).values()], args.jobs)
+    except (SettingsError, ValueError, RuntimeError) as error:
+        sys.exit(f"ranking.py: {error}")
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on.", file=sys.stderr)
+        sys.exit(130)
+    table = tabled(policies, args)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    lines = page(table, args)
+    with whole(args.folder / "ranking.md") as new:
+        new.write_text("\n".join(lines) + "\n")
+    write_policies(table, args.folder / "ranking.csv")
+    draw(table, args.folder / "ranking.png")
+    print("\n".join(lines))
+    print(f"Table, CSV and picture: {shown(args.folder)}")
+
+
+if __name__ == "__main__":
+    main()
