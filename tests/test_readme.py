@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,24 @@ import pytest
 import torch
 from gymnasium.spaces import Box, flatten_space
 
-from iql_losses import built
+from iql_losses import built, iql_loss, transitions
 from runs import TINY
 from test_distributed import torchrun
 from test_logs import write_lerobot
 from torchrl_iql import IQLLoss, OfflineDataset, TrainStep, checkpoint, load_dataset, load_policy
+from torchrl_iql.data import Minibatches
 from torchrl_iql.data.__main__ import main as inspect
 from torchrl_iql.models import Architecture
+from torchrl_iql.training import NonFiniteError, reproduce
 from torchrl_iql_recipes import algorithms
+from torchrl_iql_recipes.collect import COLLECT
+from torchrl_iql_recipes.estimate import ESTIMATE
+from torchrl_iql_recipes.evaluate import EVALUATE
 from torchrl_iql_recipes.experiment import build, offline
-from torchrl_iql_recipes.experiment.door import OFFLINE
+from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.export import EXPORT
+from torchrl_iql_recipes.sac import SAC
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -97,6 +105,20 @@ def test_the_step_trains_on_a_prioritized_buffer(maze_id: str) -> None:
         ("100_000", "3"),
         page=TRAINING,
     )
+
+
+def test_a_step_that_is_not_finite_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    td = transitions(batch=(60,))
+    td["next", "reward"][17] = float("nan")
+    names = {"minibatches": Minibatches(td, 2, seeds=[0]), "step": TrainStep(iql_loss())}
+    names |= {"NonFiniteError": NonFiniteError, "reproduce": reproduce}
+    code = program("not finite", ("100_000", "200"), page=TRAINING)
+    exec(compile(code, "README.md", "exec"), names)
+    assert "loss_qvalue is nan" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("runs/own/nonfinite-step-*.pt"))) == 1
 
 
 @pytest.mark.slow
@@ -285,6 +307,50 @@ def test_every_page_is_reached_from_the_first() -> None:
             ahead += [target for target, _ in links(page)]
     assert set(PAGES) <= seen
     assert len(README.splitlines()) <= 200
+
+
+DOORS = {each.name: each for each in (OFFLINE, ONLINE, COLLECT, SAC, EVALUATE, EXPORT, ESTIMATE)}
+SCRIPTS = {"train": "offline", **{name: name for name in DOORS}}
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Yield those of the blocks for a shell."""
+    for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(re.sub("<([a-z]+)>", r"\1", line), comments=True)
+            if words[:1] == ["python"] and words[1].startswith("recipes/"):
+                yield [words[1].removeprefix("recipes/").removesuffix(".py"), *words[2:]]
+            elif words[:2] == ["python", "-m"]:
+                yield [words[3], *words[4:]]
+            elif words[:1] == ["torchrl-iql"] and len(words) > 1:
+                yield [SCRIPTS.get(words[1], words[1]), *words[2:]]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_have_settings_and_options_that_there_are(page: Path) -> None:
+    for script, *given in commands(page):
+        if script in DOORS:
+            DOORS[script].check([each for each in given if each != "-m" and "hydra" not in each])
+            continue
+        of_data = script in ("inspect", "replay")
+        file = ROOT / ("torchrl_iql/data/__main__.py" if of_data else f"recipes/{script}.py")
+        code = file.read_text() + (ROOT / "recipes/compare.py").read_text()
+        for option in (each for each in given if each.startswith("--")):
+            assert f'"{option}"' in code, (script, option)
+
+
+def test_every_block_of_python_is_tested() -> None:
+    blocks = {
+        page: re.findall(r"^(?:<!-- tested: (.+) -->\n)?```python$", page.read_text(), re.M)
+        for page in PAGES
+    }
+    names = [name for its in blocks.values() for name in its]
+    assert len(names) > 15 and "" not in names
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    for name in names:
+        assert f'"{name}"' in tests or f"tested: {name}" in tests or name.startswith("policy."), (
+            name
+        )
 
 
 def test_every_file_that_is_named_exists() -> None:
