@@ -260,7 +260,7 @@ def test_the_test_command_is_what_ci_runs() -> None:
 
 
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
     *(
         page
         for room in ("torchrl_iql", "recipes")
