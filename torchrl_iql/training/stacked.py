@@ -20,7 +20,6 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.utils._pytree import tree_map
 from torchrl.objectives import ValueEstimators
 from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS, LossModule
 
@@ -29,7 +28,8 @@ from torchrl_iql.objectives import functional as iql
 from torchrl_iql.objectives.base import at_least_float32
 from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss
 from torchrl_iql.training.adam import Rates, adam_
-from torchrl_iql.training.execution import STEPS_AT_ONCE, compiled_graph
+from torchrl_iql.training.execution import STEPS_AT_ONCE
+from torchrl_iql.training.losses import MEANS, Batch, Losses, Policy
 from torchrl_iql.training.native import Layers, Learner, Networks, columns
 from torchrl_iql.training.optimization import Optimization
 from torchrl_iql.training.program import Moments, Step, compiled_whole, summed
@@ -73,7 +73,8 @@ class StackedProgram:
         losses: R losses, of which :func:`refusal` says None.
         optimizations: one per loss.
         shared: of another program with such losses, to share compiled code.
-        native: whether a compiled step is to use the kernels of :mod:`torchrl_iql.training.native`.
+        native: whether a compiled step is to use the kernels of :mod:`torchrl_iql.training.native` and
+            :mod:`torchrl_iql.training.losses`, if these know the policy.
 
     Attributes:
         losses: the losses.
@@ -91,7 +92,7 @@ class StackedProgram:
     ) -> None:
         self.losses: list[LossModule] = list(losses)
         self.shared = shared or StackedLosses(losses[0], optimizations[0], native)
-        self._kernels: dict[tuple[int, int], Networks] = {}
+        self._kernels: dict[tuple[int, int], tuple[Networks, Losses]] = {}
         self.draws = self.shared.dropout > 0
         replicas, number = len(losses), self.shared.num_qvalue_nets
         like = next(losses[0].parameters()).detach()
@@ -102,10 +103,6 @@ class StackedProgram:
         )
         self._coefficients = torch.zeros(3, replicas, dtype=torch.float64, device=like.device)
         self.state = (self._online, self._frozen, self._moments, self._coefficients)
-        # What is in no layer: the policies' log deviations, their moments, and the coefficients.
-        outside = slice(sum(self.shared.widths[1:]), None)
-        vectors = self._online[-1], *self._moments[-1]
-        self.heads = (*(x[:, POLICY, outside] for x in vectors), self._coefficients)
         self._views = [self._views_of(r) for r in range(replicas)]
         self.adopt()
 
@@ -149,8 +146,8 @@ class StackedProgram:
     ) -> tuple[Tensor, Tensor | None]:
         return self.shared.update(state, columns, indices, rates, due)
 
-    def kernels(self, batch_size: int, batches: int) -> Networks:
-        """Return the only learner's networks for batches of a size, with the memory it takes."""
+    def kernels(self, batch_size: int, batches: int) -> tuple[Networks, Losses]:
+        """Return the only learner's networks and losses for batches of a size, with their memory."""
         key = batch_size, batches
         if key not in self._kernels:
             self._kernels = {key: self.shared.kernels(self.state, *key)}
@@ -206,7 +203,6 @@ class StackedLosses:
     """
 
     def __init__(self, loss: IQLLoss, optimization: Optimization, native: bool = False) -> None:
-        self.native = native
         networks = _Networks(loss)
         self.num_qvalue_nets = loss.num_qvalue_nets
         self.loss_function: iql.Distance = loss.loss_function
@@ -218,13 +214,16 @@ class StackedLosses:
         names = optimization.networks
         self.rows = [names.index(f"{name}_network") for name in ("actor", "value")]
         self.rows += [names.index("qvalue_network")] * self.num_qvalue_nets
-        self.no_rates = torch.ones(len(names), len(Rates._fields) + 1, dtype=torch.float64)
         self.policy_size, _, self.qvalue_size = (t.layers[-1].out_features for t in networks.torsos)
         self.state_size = networks.value.layers[0].in_features
         hidden = [layer.out_features for layer in networks.value.layers[:-1]]
         widths = [networks.qvalue.layers[0].in_features, *hidden]
         widths.append(max(self.policy_size, self.qvalue_size))
-        unit = max(WIDTH, columns(self.dtype) if native else 1)
+        policy = Policy.of(networks.head, networks.distribution, self.policy_size)
+        # What is compiled knows our policies, for the actions of their losses.
+        its = policy if native and policy and policy.choices == self.discrete else None
+        self.policy = its
+        unit = WIDTH if its is None else max(WIDTH, columns(self.dtype))
         self.widths = [-(-width // unit) * unit for width in widths]
         self.action_size = 0 if networks.log_std is None else len(networks.log_std)
         self.dropout = networks.policy.dropout
@@ -359,9 +358,7 @@ class StackedLosses:
     @property
     def metrics(self) -> list[str]:
         """What is measured, in the names of the output of :class:`~torchrl_iql.IQLLoss`."""
-        names = ["loss_actor", "loss_qvalue", "loss_value"]
-        names += ["advantage", "value", "qvalue", "clip_fraction"]
-        return names + (["entropy"] if self.distribution is not None else [])
+        return [name for name in MEANS if name != "entropy" or self.distribution is not None]
 
     def __call__(
         self, online: Stack, frozen: Stack, coefficients: Tensor, batch: Mapping[str, Tensor]
@@ -384,17 +381,6 @@ class StackedLosses:
         state, next_state, qvalue = self._inputs(batch)
         outputs, log_std = self._forward(online, [state, state] + [qvalue] * networks, self.dropout)
         frozen_outputs, _ = self._forward(frozen, [next_state] + [qvalue] * networks)
-        return self._losses(outputs, log_std[:, POLICY], frozen_outputs, coefficients, batch)
-
-    def _losses(
-        self,
-        outputs: Tensor,
-        log_std: Tensor,
-        frozen_outputs: Tensor,
-        coefficients: Tensor,
-        batch: Mapping[str, Tensor],
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Compute them from the networks' outputs, ``[R, K, B, out]``, and the policy's deviations."""
         action, v = batch["action"], outputs[:, VALUE, :, 0]
         expectile, temperature, discount = coefficients.to(v.dtype).unsqueeze(-1)
         if "steps_to_next_obs" in batch:
@@ -402,7 +388,7 @@ class StackedLosses:
         next_v = frozen_outputs[:, 0, :, 0]
         values = iql.losses(
             iql.Outputs(
-                self._log_likelihood(outputs[:, POLICY], log_std, action),
+                self._log_likelihood(outputs[:, POLICY], log_std[:, POLICY], action),
                 self._at_action(frozen_outputs[:, 1:], action),
                 self._at_action(outputs[:, QVALUES], action),
                 v,
@@ -423,50 +409,43 @@ class StackedLosses:
     # --- A step by kernels of this project -----------------------------------------------------------
 
     def compiled(self, due: frozenset[str], compiler: Callable[[Callable], Callable]) -> Step:
-        if not self.native:
+        if self.policy is None:
             return compiled_whole(self.update, due, compiler)
-        graphs: dict[tuple, Callable[..., list[Tensor]]] = {}
 
         def prepare(
             program: StackedProgram, columns: dict[str, Tensor], indices: Tensor | None
-        ) -> list[tuple[int, Callable[..., list[Tensor]], list[Tensor]]]:
-            """Gather minibatches of some steps: for each its place, the losses, what they read."""
+        ) -> list[tuple[int, Batch]]:
+            """Gather minibatches of some steps: for each its place, and what the losses read."""
             steps = 1 if indices is None else len(indices)
             if indices is not None:
                 indices = indices.flatten(1)
             size = len(columns["reward"]) if indices is None else indices.shape[1]
-            kernels = program.kernels(size, 1 if indices is None else STEPS_AT_ONCE)
-            batch = self._read(columns, indices, kernels.inputs[:steps])
-            one = {name: column[:1] for name, column in batch.items()}
-            key = tuple((k, c.shape, c.stride(), c.dtype) for k, c in one.items())
-            if key not in graphs:
-                example = program.heads, kernels.outputs, kernels.gradients, one, self.no_rates
-                graphs[key] = compiled_graph(self._descend, *tree_map(torch.clone, example))
-            parts = zip(*(column.split(1) for column in batch.values()), strict=True)
-            return [(t, graphs[key], list(part)) for t, part in enumerate(parts)]
+            networks, losses = program.kernels(size, 1 if indices is None else STEPS_AT_ONCE)
+            batches = self._read(columns, indices, networks.inputs[:steps])
+            return list(enumerate(losses.read(batches)))
 
         def take(
             program: StackedProgram,
             columns: dict[str, Tensor],
-            prepared: tuple[int, Callable[..., list[Tensor]], list[Tensor]],
+            prepared: tuple[int, Batch],
             rates: Tensor,
         ) -> tuple[Tensor, Tensor | None]:
-            (kernels,) = program._kernels.values()
-            place, losses, batch = prepared
-            kernels.forward(place)
-            metrics, td_error = losses(
-                *program.heads, kernels.outputs, kernels.gradients, *batch, rates
-            )
+            ((networks, losses),) = program._kernels.values()
+            place, batch = prepared
             table = rates.tolist()
             sizes = [table[row][STEP_SIZE] for row in self.rows]
-            kernels.backward(sizes, table[0][EPSILON], self.target_rate)
-            return metrics, td_error if len(kernels.inputs) == 1 else None
+            epsilon = table[0][EPSILON]
+            networks.forward(place)
+            losses.descend(batch, sizes[POLICY], epsilon)
+            networks.backward(sizes, epsilon, self.target_rate)
+            metrics = batch.means[: len(self.metrics)]
+            return metrics, batch.td_errors if len(networks.inputs) == 1 else None
 
         return Step(take, prepare)  # pyright: ignore
 
-    def kernels(self, state: tuple, batch_size: int, batches: int) -> Networks:
-        """Build the networks of the only learner of a state."""
-        online, frozen, moments, _ = state
+    def kernels(self, state: tuple, batch_size: int, batches: int) -> tuple[Networks, Losses]:
+        """Build the networks and the losses of the only learner of a state."""
+        online, frozen, moments, coefficients = state
         first, second = zip(*moments, strict=True)
 
         def layers(stack: Stack, place: int) -> Layers:
@@ -486,7 +465,17 @@ class StackedLosses:
         others = [layers(online, VALUE), *(layers(frozen, 1 + n) for n in range(number))]
         state_action = 0 if self.discrete else 2
         reads = [0, 0, *[state_action] * number, 1, *[state_action] * number]
-        return Networks(learning, others, reads, batch_size, batches)
+        networks = Networks(learning, others, reads, batch_size, batches)
+        assert self.policy is not None
+        losses = Losses(
+            self.policy,
+            networks,
+            [stack[-1][0, POLICY, sum(self.widths[1:]) :] for stack in (online, first, second)],
+            coefficients,
+            weight_clip=self.weight_clip,
+            distance=self.loss_function,
+        )
+        return networks, losses
 
     def _read(
         self, columns: Mapping[str, Tensor], indices: Tensor | None, inputs: Tensor
@@ -506,29 +495,6 @@ class StackedLosses:
         for place, its in zip(inputs.unbind(1), self._inputs(batch), strict=False):
             place[..., : its.shape[-1]] = its  # the padding is 0 and stays so
         return {key: column for key, column in batch.items() if not key.endswith("observation")}
-
-    def _descend(
-        self,
-        heads: tuple[Tensor, ...],
-        outputs: Tensor,
-        gradients: Tensor,
-        batch: Mapping[str, Tensor],
-        rates: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the losses' gradients by the outputs; take the step of what is in no layer."""
-        log_std, first, second, coefficients = heads
-        learning = 2 + self.num_qvalue_nets
-
-        def losses(outputs: Tensor, log_std: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            return self._losses(outputs, log_std, others, coefficients, batch)
-
-        others = outputs[None, learning:]
-        take = torch.func.grad(losses, argnums=(0, 1), has_aux=True)
-        (by_outputs, by_log_std), (metrics, td_error) = take(outputs[None, :learning], log_std)
-        gradients.copy_(by_outputs[0])
-        its = Rates(*rates[self.rows[POLICY]].to(log_std.dtype).unbind()[: len(Rates._fields)])
-        adam_(log_std, by_log_std, first, second, its.step_size, its.epsilon)
-        return metrics, td_error
 
     def _forward(
         self, stack: Stack, inputs: list[Tensor], dropout: float = 0.0

@@ -182,10 +182,10 @@ class TrainStep:
             general: list[Program] = list(map(LossProgram, losses, optimizations))
             return [(p, slice(r, r + 1)) for r, p in enumerate(general)], f"general: {reason}"
         unlike = refusal(losses, optimizations)
-        kernels = self._has_kernels()
+        kernels = self._may_have_kernels()
         first = StackedProgram(losses[:1], optimizations[:1], native=kernels)  # pyright: ignore
         path = "stacked: IQL on networks of torchrl_iql.models"
-        path += ", by kernels of their own" if kernels else ""
+        path += ", by kernels of their own" if first.shared.policy is not None else ""
         if unlike is None and self.device.type != "cpu" and not first.draws:
             joint: Program = StackedProgram(losses, optimizations, first.shared)  # pyright: ignore
             return [(joint, slice(0, len(losses)))], f"{path}, all learners in one computation"
@@ -221,8 +221,8 @@ class TrainStep:
         program, rows = self._program_of(replica)
         return program.moments(replica - rows.start)
 
-    def _has_kernels(self) -> bool:
-        """Return whether the kernels of this project can compute the stacks."""
+    def _may_have_kernels(self) -> bool:
+        """Return whether the kernels of this project can compute the stacks, but for their policies."""
         loss = self.losses[0]
         dtype = next(loss.parameters()).dtype
         dropout = any(isinstance(m, nn.Dropout) for m in loss.actor_network.modules())  # pyright: ignore
