@@ -135,28 +135,26 @@ class Losses:
         policy, action, reward = self._policy, batches["action"], batches["reward"]
         choice, constant = None, torch.full_like(reward, self._constant)
         if policy.choices:
-            choice, action = action.argmax(-1) if action.ndim == 3 else action.contiguous(), None
+            choice = action.argmax(-1) if action.ndim == 3 else action
             for its in (int(choice.min()), int(choice.max())):
                 if not 0 <= its < policy.outputs:
                     raise ValueError(
                         f"'action' holds {its}, expected integers from 0 to {policy.outputs - 1}"
                     )
-        else:
-            if policy.tanh is not None:
-                before = policy.tanh.inv(action)
-                constant -= policy.tanh.log_abs_det_jacobian(before, action).sum(-1)
-                action = before
-            action = action.contiguous()
+            action = None
+        elif policy.tanh is not None:
+            before = policy.tanh.inv(action)
+            constant -= policy.tanh.log_abs_det_jacobian(before, action).sum(-1)
+            action = before
         discount = self._coefficients[2].to(reward.dtype)
         if "steps_to_next_obs" in batches:
             discount = discount ** batches["steps_to_next_obs"]
-        numbers = [
-            x.to(reward.dtype).expand_as(reward).contiguous()
-            for x in (constant, reward, discount, *_shares(batches))
-        ]
+        columns = constant, reward, discount, *_shares(batches)
+        columns = [x.to(reward.dtype).expand_as(reward) for x in columns]
+        columns = [action, choice, *columns, batches["terminated"]]
+        columns = [None if x is None else x.contiguous() for x in columns]
         means = reward.new_empty(len(reward), len(MEANS))
-        td_errors = torch.empty_like(constant)
-        columns = action, choice, *numbers, batches["terminated"].contiguous(), means, td_errors
+        columns += [means, td_errors := torch.empty_like(constant)]
         starts = [(address(x), 0 if x is None else x[0].nbytes) for x in columns]
         return [
             Batch(

@@ -34,7 +34,7 @@ from torchrl_iql.training.native import Layers, Learner, Networks, columns
 from torchrl_iql.training.optimization import Optimization
 from torchrl_iql.training.program import Moments, Step, compiled_whole, summed
 
-__all__ = ["StackedLosses", "StackedProgram", "refusal"]
+__all__ = ["StackedLosses", "StackedProgram", "unlike", "unstackable"]
 
 Stack = tuple[Tensor, ...]
 """K networks of R learners: the weights of each layer, ``[R, K, in, out]``, and in one last tensor
@@ -49,19 +49,6 @@ POLICY, VALUE, QVALUES = 0, 1, slice(2, None)
 STEP_SIZE, EPSILON = Rates._fields.index("step_size"), Rates._fields.index("epsilon")
 
 
-def refusal(losses: Sequence[LossModule], optimizations: Sequence[Optimization]) -> str | None:
-    """Say why these losses can not be trained as one stack, or return None if they can."""
-    for loss, optimization in zip(losses, optimizations, strict=True):
-        reason = _unstackable(loss, optimization)
-        if reason is not None:
-            return reason
-    if any(its.target_rate != optimizations[0].target_rate for its in optimizations):
-        return "the targets follow at different rates"
-    first, *others = losses
-    networks = _Networks(first)  # pyright: ignore
-    return next(filter(None, (_unlike(first, networks, loss) for loss in others)), None)
-
-
 class StackedProgram:
     """A step of R learners, whose networks are two stacks.
 
@@ -70,7 +57,7 @@ class StackedProgram:
     them, by a cast, a move or assigned parameters, :meth:`adopt` joins them again, with its values.
 
     Args:
-        losses: R losses, of which :func:`refusal` says None.
+        losses: R losses, of which :func:`unstackable` and :func:`unlike` say None.
         optimizations: one per loss.
         shared: of another program with such losses, to share compiled code.
         native: whether a compiled step is to use the kernels of :mod:`torchrl_iql.training.native` and
@@ -159,8 +146,7 @@ class StackedProgram:
     def moments(self, learner: int) -> Moments:
         first, second = zip(*self._moments, strict=True)
         firsts, seconds = (
-            dict(self.shared.slices(self.losses[learner], _of(stack, learner)))
-            for stack in (first, second)
+            dict(self.shared.slices(_of(stack, learner))) for stack in (first, second)
         )
         return {name: (firsts[name], seconds[name]) for name in firsts}
 
@@ -178,19 +164,17 @@ class StackedProgram:
         for view, its in zip(views, values, strict=True):
             view.copy_(its)
 
-    def moments_of_format_1(self, learner: int, saved: Sequence[Sequence[Tensor]]) -> Moments:
+    def moments_of_format_1(self, saved: Sequence[Sequence[Tensor]]) -> Moments:
         """Return moments by name, from those of stacks padded to the widest network alone."""
         first, second = zip(*saved, strict=True)
-        loss = self.losses[learner]
-        firsts, seconds = (dict(self.shared.slices(loss, stack)) for stack in (first, second))
+        firsts, seconds = (dict(self.shared.slices(stack)) for stack in (first, second))
         return {name: (firsts[name], seconds[name]) for name in firsts}
 
     def _views_of(self, replica: int) -> dict[str, Tensor | None]:
         """Return the part of the stacks that holds each tensor of a loss, if one does, by name."""
-        loss, slices = self.losses[replica], self.shared.slices
-        views = dict(slices(loss, _of(self._online, replica)))
-        views |= slices(loss, _of(self._frozen, replica), frozen=True)
-        return {name: views.get(name) for name in _names(loss)}
+        views = dict(self.shared.slices(_of(self._online, replica)))
+        views |= self.shared.slices(_of(self._frozen, replica), frozen=True)
+        return {name: views.get(name) for name in _names(self.losses[replica])}
 
 
 class StackedLosses:
@@ -232,6 +216,7 @@ class StackedLosses:
         for name, buffer in networks.qvalue.scale_action.named_buffers():
             # Every Q network has the same.
             setattr(self.scale_action, name, buffer.reshape(-1, self.policy_size)[0])
+        self._learning, self._following = _places(loss, networks)
         self.head: Any = networks.head
         self.distribution = networks.distribution
 
@@ -240,34 +225,24 @@ class StackedLosses:
         return tuple(like.new_zeros(replicas, networks, *shape) for shape in shapes)
 
     def slices(
-        self, loss: LossModule, stack: Sequence[Tensor], *, frozen: bool = False
+        self, stack: Sequence[Tensor], *, frozen: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the parts of a learner's stack that are tensors of its loss, by their names there.
 
         Args:
-            loss: the learner's.
             stack: its networks, ``[K, in, out]`` and so on, in any padding.
             frozen: the stack is that of the targets, whose first network, V, is left out.
         """
-        names = dict(zip(map(id, _tensors(loss)), _names(loss), strict=True))
-        networks = _Networks(loss)  # pyright: ignore
         *weights, vectors = stack
         sizes = [weight.shape[-1] for weight in weights]
         *biases, log_std = vectors.split([*sizes, vectors.shape[-1] - sum(sizes)], dim=-1)
-        several = self.num_qvalue_nets > 1
-        if frozen:
-            places = [(networks.target_qvalue, slice(1, None) if several else 1)]
-        else:
-            qvalues = QVALUES if several else 2
-            places = [(networks.policy, POLICY), (networks.value, VALUE)]
-            places.append((networks.qvalue, qvalues))
-        for torso, rows in places:
-            for layer, weight, bias in zip(torso.layers, weights, biases, strict=True):
-                out, into = layer.weight.shape[-2:]
-                yield names[id(layer.weight)], weight[rows].mT[..., :out, :into]
-                yield names[id(layer.bias)], bias[rows, ..., :out]
-        if networks.log_std is not None and not frozen:
-            yield names[id(networks.log_std)], log_std[POLICY]
+        for rows, layers, of_log_std in self._following if frozen else self._learning:
+            for its, weight, bias in zip(layers, weights, biases, strict=True):
+                of_weight, of_bias, (out, into) = its
+                yield of_weight, weight[rows].mT[..., :out, :into]
+                yield of_bias, bias[rows, ..., :out]
+            if of_log_std is not None:
+                yield of_log_std, log_std[rows]
 
     def columns(self, source: TensorDictBase) -> dict[str, Tensor]:
         """Return what the losses read of transitions ``[n]``, numbers and flags without a last 1.
@@ -606,13 +581,37 @@ class _Networks:
             self.distribution = (list(last.dist_keys), kind, settings)
         self.value: Torso = loss.get_stateful_net("value_network").module
         self.qvalue: Torso = loss.get_stateful_net("qvalue_network").module
-        target: Any = deepcopy(loss.qvalue_network)
-        loss.target_qvalue_network_params.to_module(target, preserve_module_state=False)
-        self.target_qvalue: Torso = target.module
+        self._loss = loss
+
+    @property
+    def target_qvalue(self) -> Torso:
+        target: Any = deepcopy(self._loss.qvalue_network)
+        self._loss.target_qvalue_network_params.to_module(target, preserve_module_state=False)
+        return target.module
 
     @property
     def torsos(self) -> tuple[Torso, Torso, Torso]:
         return self.policy, self.value, self.qvalue
+
+
+_Place = tuple[int | slice, list[tuple[str, str, torch.Size]], str | None]
+"""The rows of a stack, of each layer the names of weight and bias and the size, and the name of log_std."""
+
+
+def _places(loss: IQLLoss, its: _Networks) -> tuple[list[_Place], list[_Place]]:
+    """Return what the stack that learns holds of a loss, and what the one that follows holds."""
+    names = dict(zip(map(id, _tensors(loss)), _names(loss), strict=True))
+
+    def place(rows: int | slice, torso: Torso, log_std: Tensor | None = None) -> _Place:
+        layers = [
+            (names[id(x.weight)], names[id(x.bias)], x.weight.shape[-2:]) for x in torso.layers
+        ]
+        return rows, layers, None if log_std is None else names[id(log_std)]
+
+    several = loss.num_qvalue_nets > 1
+    learning = [place(POLICY, its.policy, its.log_std), place(VALUE, its.value)]
+    learning.append(place(QVALUES if several else 2, its.qvalue))
+    return learning, [place(slice(1, None) if several else 1, its.target_qvalue)]
 
 
 def _torso_and_head(policy: TensorDictModuleBase) -> tuple[Any, nn.Module]:
@@ -626,8 +625,8 @@ def _torso_and_head(policy: TensorDictModuleBase) -> tuple[Any, nn.Module]:
     return module, nn.Identity()
 
 
-def _unstackable(loss: LossModule, optimization: Optimization) -> str | None:
-    """Say why the networks of this loss have no stack."""
+def unstackable(loss: LossModule, optimization: Optimization) -> str | None:
+    """Say why the networks of this loss have no stack, or return None if they have."""
     if type(loss) not in (IQLLoss, DiscreteIQLLoss):
         return f"{type(loss).__name__} of {type(loss).__module__} is not this project's IQL"
     assert isinstance(loss, IQLLoss)
@@ -670,7 +669,16 @@ def _unstackable(loss: LossModule, optimization: Optimization) -> str | None:
     return None
 
 
-def _unlike(first: LossModule, its: _Networks, loss: LossModule) -> str | None:
+def unlike(losses: Sequence[IQLLoss], optimizations: Sequence[Optimization]) -> str | None:
+    """Say why these losses, each of which has a stack, have none together, or return None if they do."""
+    if any(its.target_rate != optimizations[0].target_rate for its in optimizations):
+        return "the targets follow at different rates"
+    first, *others = losses
+    networks = _Networks(first)
+    return next(filter(None, (_unlike(first, networks, loss) for loss in others)), None)
+
+
+def _unlike(first: IQLLoss, its: _Networks, loss: IQLLoss) -> str | None:
     """Say why a loss does not fit into the stack of the first one."""
     for name in ("num_qvalue_nets", "loss_function", "weight_clip"):
         one, other = getattr(first, name), getattr(loss, name)
@@ -680,10 +688,12 @@ def _unlike(first: LossModule, its: _Networks, loss: LossModule) -> str | None:
         loss, "action_space", None
     ):
         return "the losses read different actions"
-    others = _Networks(loss)  # pyright: ignore
+    others = _Networks(loss)
     for module, other in [*zip(its.torsos, others.torsos, strict=True), (its.head, others.head)]:
         if not _same(module, other):
             return "the networks of the losses have different sizes, statistics or action bounds"
+    if str(its.distribution) != str(others.distribution) or _names(first) != _names(loss):
+        return "the policies of the losses are different"
     one, other = next(first.parameters()), next(loss.parameters())
     if (one.dtype, one.device) != (other.dtype, other.device):
         return f"the losses are {one.dtype} on {one.device} and {other.dtype} on {other.device}"
