@@ -13,9 +13,12 @@ from pathlib import Path
 
 from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.files import shown
 
 
 def run(settings: Settings, path: Path) -> None:
+    # PyTorch, which comes with the rest, takes seconds to load.
+    print(f"{settings.algorithm.title}, in {shown(path)}", flush=True)
     from torchrl_iql_recipes.experiment import offline
 
     print(offline.report(offline.run(settings, path), path, settings))

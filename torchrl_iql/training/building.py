@@ -93,7 +93,8 @@ def _loaded(path: Path) -> ctypes.CDLL | None:
 
 
 def _output(command: Sequence[str]) -> str:
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    plain = {**os.environ, "LC_ALL": "C"}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=plain)
     if ended.returncode:
         lines = ended.stderr.strip().splitlines() or [f"it returned {ended.returncode}"]
         error = next((line for line in lines if "error" in line), lines[0])
