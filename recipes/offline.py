@@ -17,10 +17,11 @@ from torchrl_iql_recipes.experiment.settings import Settings
 
 def run(settings: Settings, path: Path) -> float | None:
     from torchrl_iql_recipes.experiment import offline, results
-    from torchrl_iql_recipes.report import of_run
 
     scores = offline.run(settings, path)
     print(offline.report(scores, path, settings))
+    from torchrl_iql_recipes.report import of_run  # draws, which nothing did before
+
     if not any(each["interrupted"] for each in scores["replicas"]):
         print(of_run(path))
     return results.objective(scores, settings)

@@ -116,8 +116,11 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("execution", ["eager", "compiled"])
 @pytest.mark.parametrize("settings", NETWORKS.values(), ids=NETWORKS.keys())
-def test_every_kind_of_network_is_trained_as_the_loss_says(settings: dict[str, Any]) -> None:
+def test_every_kind_of_network_is_trained_as_the_loss_says(
+    settings: dict[str, Any], execution: str
+) -> None:
     settings = {"hidden_sizes": (16, 16), **settings}
     num = settings.pop("num", 2)
     architecture = Architecture(observation_size=3, action_size=2, **settings)
@@ -131,10 +134,11 @@ def test_every_kind_of_network_is_trained_as_the_loss_says(settings: dict[str, A
         return IQLLoss(*networks, **kwargs)
 
     ours, plain = loss(), PlainLoop(loss())
-    assert_trained_alike(ours, plain, discrete=architecture.discrete)
+    assert_trained_alike(ours, plain, execution, discrete=architecture.discrete)
 
 
-def test_one_hot_actions_are_trained_as_the_loss_says() -> None:
+@pytest.mark.parametrize("execution", ["eager", "compiled"])
+def test_one_hot_actions_are_trained_as_the_loss_says(execution: str) -> None:
     def loss() -> IQLLoss:
         torch.manual_seed(0)
         return DiscreteIQLLoss(
@@ -144,13 +148,18 @@ def test_one_hot_actions_are_trained_as_the_loss_says() -> None:
             action_space="one-hot",
         )
 
-    assert_trained_alike(loss(), PlainLoop(loss()), discrete=True, one_hot=True)
+    assert_trained_alike(loss(), PlainLoop(loss()), execution, discrete=True, one_hot=True)
 
 
 def assert_trained_alike(
-    ours: IQLLoss, plain: PlainLoop, *, discrete: bool = False, one_hot: bool = False
+    ours: IQLLoss,
+    plain: PlainLoop,
+    execution: Any,
+    *,
+    discrete: bool = False,
+    one_hot: bool = False,
 ) -> None:
-    step = TrainStep(ours)
+    step = TrainStep(ours, execution=execution)
     assert step.path.startswith("stacked"), step.path
     for _ in range(3):
         batch = transitions(32)

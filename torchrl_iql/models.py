@@ -272,7 +272,7 @@ def deterministic_policy(
         images=images,
     )
     spec = action if isinstance(action, TensorSpec) else None
-    return Actor(nn.Sequential(torso, _TanhTo(low, high)), spec=spec)
+    return Actor(nn.Sequential(torso, TanhTo(low, high)), spec=spec)
 
 
 def categorical_policy(
@@ -366,7 +366,7 @@ def decision_transformer(
         dropout=dropout,
         normalize=nn.Identity() if statistics is None else _Normalize(*statistics),
         scale_action=_Normalize((high + low) / 2, (high - low) / 2),
-        squash=_TanhTo(low, high),
+        squash=TanhTo(low, high),
     )
     return ReturnConditioned(actor, context, target_return)
 
@@ -646,7 +646,7 @@ def _torso(
     return SeeingTorso(vision, Torso(vision.features, outputs, hidden_sizes, **options))
 
 
-class _TanhTo(nn.Module):
+class TanhTo(nn.Module):
     """tanh, scaled and shifted into [low, high]."""
 
     middle: Tensor
@@ -670,7 +670,7 @@ class GaussianParameters(nn.Module):
         super().__init__()
         self.torso = torso
         self.log_std = nn.Parameter(torch.zeros(len(low)))
-        self.squash = _TanhTo(low, high) if squash_mean else nn.Identity()
+        self.squash = TanhTo(low, high) if squash_mean else nn.Identity()
         self.register_buffer("unit", (high - low) / 2 if squash_mean else torch.ones_like(low))
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:

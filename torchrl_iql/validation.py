@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from gymnasium.spaces import Box, Discrete
-from scipy.stats import spearmanr
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs import ExplorationType, set_exploration_type
@@ -128,6 +127,8 @@ class Validator:
             q, returns = found["q"][self._complete], self._returns[self._complete].double()
             more["q_bias"] = (q - returns).mean().item()
             if len(q) > 1 and q.std() > 0 and returns.std() > 0:
+                from scipy.stats import spearmanr  # takes half a second, before the first step
+
                 more["q_correlation"] = float(spearmanr(q, returns)[0])  # pyright: ignore
         found.pop("q", None)
         if (weight := found.pop("weight", None)) is not None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
-__all__ = ["entry_path", "read", "unfinished", "write"]
+__all__ = ["entry_path", "folder", "read", "unfinished", "write"]
 
 FOLDER_VARIABLE = "TORCHRL_IQL_CACHE"
 DEFAULT_FOLDER = "~/.cache/torchrl_iql"
@@ -42,6 +42,11 @@ ABANDONED_AFTER = 24 * 3600
 """Seconds after which what a killed process left unfinished is removed."""
 
 
+def folder() -> Path:
+    """Return the folder of all that is kept."""
+    return Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER)).expanduser()
+
+
 def entry_path(sources: Sequence[Path], *rules: Any) -> Path:
     """Name the file that keeps what these rules make of files and folders, as they are now.
 
@@ -52,8 +57,7 @@ def entry_path(sources: Sequence[Path], *rules: Any) -> Path:
     """
     paths = [str(source.resolve()) for source in sources]
     states = [_states(source) for source in sources]
-    folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER)).expanduser()
-    return folder / f"{_digest(paths, rules)}-{_digest(VERSION, states)}.tdz"
+    return folder() / f"{_digest(paths, rules)}-{_digest(VERSION, states)}.tdz"
 
 
 def _states(source: Path) -> list[tuple[str, int, int]]:

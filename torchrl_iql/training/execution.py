@@ -14,12 +14,11 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from torchrl_iql.training.building import compiler
 from torchrl_iql.training.program import Program, Step, rows
 
-__all__ = ["SUMS", "Execution", "Executor", "RandomStream", "compiled_function", "compiled_graph"]
+__all__ = ["SUMS", "Execution", "Executor", "RandomStream", "compiled_function"]
 
 Execution = Literal["auto", "eager", "compiled", "cudagraph"]
 Due = frozenset[str]
@@ -317,11 +316,13 @@ def _fastest(device: torch.device) -> tuple[Execution, str]:
     if device.type == "cuda":
         return "cudagraph", "a GPU replays recorded steps without waiting for the CPU"
     try:
-        torch.compile(torch.neg)(torch.ones(2, device=device))
-    except Exception as error:  # no compiler, no Python headers, a device without code generation
-        reason = f"nothing can be compiled here: {_first_line(error)}"
+        if device.type == "cpu":
+            compiler()
+    except FileNotFoundError as error:
+        reason = f"nothing can be compiled here: {error}"
         warnings.warn(f"training is not compiled, and slower: {reason}", stacklevel=5)
         return "eager", reason
+    # Whether it works, the first step tells.
     return "compiled", f"there is a compiler for {device.type}"
 
 
@@ -341,33 +342,6 @@ def compiled_function(function: FunctionType | MethodType) -> Callable:
     if isinstance(function, MethodType):
         copy = MethodType(copy, function.__self__)
     return torch.compile(copy, fullgraph=True, dynamic=False)
-
-
-def compiled_graph(function: Callable, *example: Any) -> Callable[..., list[Tensor]]:
-    """Compile a small function for tensors exactly like the given ones, which nobody checks.
-
-    Without Dynamo, whose look-up of the code takes longer than the function, and for one thread.
-
-    Args:
-        function: of tensors, and of dictionaries and tuples of them.
-        example: what it will be called with. It is called with them once.
-
-    Returns:
-        a function of all the tensors in ``example``, in their order, that returns all those in the
-        result, in theirs.
-    """
-    leaves, structure = tree_flatten(example)
-    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
-    def on_tensors(*tensors: Tensor) -> list[Tensor]:
-        for place, tensor in zip(places, tensors, strict=True):
-            leaves[place] = tensor
-        return tree_leaves(function(*tree_unflatten(leaves, structure)))
-
-    tensors = [leaves[place] for place in places]
-    with torch.no_grad():
-        graph = make_fx(on_tensors)(*tensors)
-        return torch._inductor.compile(graph, tensors, options={"cpp.threads": 1})  # pyright: ignore
 
 
 _COMPILATION_ERRORS = (TorchDynamoException, InductorError)

@@ -4,7 +4,7 @@ A network is a chain of linear layers with ReLU between them. Those that learn a
 with their moments and targets: Adam's step is taken where a gradient is computed, which is never
 written to memory. Autograd knows nothing of all this.
 
-The compiler, its options and the folder that keeps the result are those of :func:`torch.compile`.
+It is compiled together with ``losses.cpp``, by :mod:`torchrl_iql.training.building`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Layers", "Learner", "Networks", "columns", "unavailable"]
+from torchrl_iql.training.building import library
+
+__all__ = ["Layers", "Learner", "Networks", "address", "columns", "function", "unavailable"]
 
 _TYPES = {torch.float32: "float", torch.float64: "double"}
-# Beside those of torch.compile. None of them allows a wrong result for NaN or infinity.
-_OPTIONS = ("-ffp-contract=fast", "-fno-math-errno")
+_SOURCES = ("mlp.cpp", "losses.cpp")
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ class Networks:
                 gradients = [*map(torch.zeros_like, hidden), self.gradients[k]]
             self._kept += [activations, gradients]
             for layer, gradient in enumerate(gradients):
-                weights = _Parameter(*(_address(x and x.weights[layer]) for x in its))
-                biases = _Parameter(*(_address(x and x.biases[layer]) for x in its))
+                weights = _Parameter(*(address(x and x.weights[layer]) for x in its))
+                biases = _Parameter(*(address(x and x.biases[layer]) for x in its))
                 matrices = [_matrix(x) for x in (*activations[layer : layer + 2], gradient)]
                 table.append(_Layer(*widths[layer : layer + 2], *matrices, weights, biases))
         depth, layers = len(widths) - 1, (_Layer * len(table))(*table)
@@ -136,8 +137,8 @@ class Networks:
                 layer.inputs.data += self.inputs[0].nbytes
         self._latest = self._networks[0]
         self._rates = (ctypes.c_double * (len(learning) + 2))()
-        self._forward = _function("forward", first.dtype)
-        self._backward = _function("backward", first.dtype)
+        self._forward = function("forward", first.dtype)
+        self._backward = function("backward", first.dtype)
 
     def forward(self, batch: int = 0) -> None:
         """Compute ``outputs`` from one of the batches in ``inputs``."""
@@ -161,7 +162,7 @@ class Networks:
 
 def columns(dtype: torch.dtype) -> int:
     """Return what all widths are multiples of, at most 32: the numbers in two of its vectors."""
-    return _function("columns", dtype)()
+    return function("columns", dtype)()
 
 
 @cache
@@ -178,13 +179,11 @@ def unavailable() -> str | None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    from torch._inductor.codecache import CppCodeCache
-
-    source = Path(__file__).with_name("mlp.cpp").read_text()
-    return CppCodeCache.load(source, extra_flags=_OPTIONS)
+    return library([Path(__file__).with_name(name) for name in _SOURCES])
 
 
-def _function(name: str, dtype: torch.dtype) -> Callable[..., int]:
+def function(name: str, dtype: torch.dtype) -> Callable[..., int]:
+    """Return a function of the library for a type of numbers."""
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(reason)
@@ -219,7 +218,8 @@ class _Networks(ctypes.Structure):
     ]
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
+    """Return where the numbers of a tensor are; None, C's null, of None."""
     return None if tensor is None else tensor.data_ptr()
 
 

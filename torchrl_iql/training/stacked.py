@@ -20,7 +20,6 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.utils._pytree import tree_map
 from torchrl.objectives import ValueEstimators
 from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS, LossModule
 
@@ -29,12 +28,13 @@ from torchrl_iql.objectives import functional as iql
 from torchrl_iql.objectives.base import at_least_float32
 from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss
 from torchrl_iql.training.adam import Rates, adam_
-from torchrl_iql.training.execution import STEPS_AT_ONCE, compiled_graph
+from torchrl_iql.training.execution import STEPS_AT_ONCE
+from torchrl_iql.training.losses import MEANS, Batch, Losses, Policy
 from torchrl_iql.training.native import Layers, Learner, Networks, columns
 from torchrl_iql.training.optimization import Optimization
 from torchrl_iql.training.program import Moments, Step, compiled_whole, summed
 
-__all__ = ["StackedLosses", "StackedProgram", "refusal"]
+__all__ = ["StackedLosses", "StackedProgram", "unlike", "unstackable"]
 
 Stack = tuple[Tensor, ...]
 """K networks of R learners: the weights of each layer, ``[R, K, in, out]``, and in one last tensor
@@ -49,19 +49,6 @@ POLICY, VALUE, QVALUES = 0, 1, slice(2, None)
 STEP_SIZE, EPSILON = Rates._fields.index("step_size"), Rates._fields.index("epsilon")
 
 
-def refusal(losses: Sequence[LossModule], optimizations: Sequence[Optimization]) -> str | None:
-    """Say why these losses can not be trained as one stack, or return None if they can."""
-    for loss, optimization in zip(losses, optimizations, strict=True):
-        reason = _unstackable(loss, optimization)
-        if reason is not None:
-            return reason
-    if any(its.target_rate != optimizations[0].target_rate for its in optimizations):
-        return "the targets follow at different rates"
-    first, *others = losses
-    networks = _Networks(first)  # pyright: ignore
-    return next(filter(None, (_unlike(first, networks, loss) for loss in others)), None)
-
-
 class StackedProgram:
     """A step of R learners, whose networks are two stacks.
 
@@ -70,10 +57,11 @@ class StackedProgram:
     them, by a cast, a move or assigned parameters, :meth:`adopt` joins them again, with its values.
 
     Args:
-        losses: R losses, of which :func:`refusal` says None.
+        losses: R losses, of which :func:`unstackable` and :func:`unlike` say None.
         optimizations: one per loss.
         shared: of another program with such losses, to share compiled code.
-        native: whether a compiled step is to use the kernels of :mod:`torchrl_iql.training.native`.
+        native: whether a compiled step is to use the kernels of :mod:`torchrl_iql.training.native` and
+            :mod:`torchrl_iql.training.losses`, if these know the policy.
 
     Attributes:
         losses: the losses.
@@ -91,7 +79,7 @@ class StackedProgram:
     ) -> None:
         self.losses: list[LossModule] = list(losses)
         self.shared = shared or StackedLosses(losses[0], optimizations[0], native)
-        self._kernels: dict[tuple[int, int], Networks] = {}
+        self._kernels: dict[tuple[int, int], tuple[Networks, Losses]] = {}
         self.draws = self.shared.dropout > 0
         replicas, number = len(losses), self.shared.num_qvalue_nets
         like = next(losses[0].parameters()).detach()
@@ -102,10 +90,6 @@ class StackedProgram:
         )
         self._coefficients = torch.zeros(3, replicas, dtype=torch.float64, device=like.device)
         self.state = (self._online, self._frozen, self._moments, self._coefficients)
-        # What is in no layer: the policies' log deviations, their moments, and the coefficients.
-        outside = slice(sum(self.shared.widths[1:]), None)
-        vectors = self._online[-1], *self._moments[-1]
-        self.heads = (*(x[:, POLICY, outside] for x in vectors), self._coefficients)
         self._views = [self._views_of(r) for r in range(replicas)]
         self.adopt()
 
@@ -149,8 +133,8 @@ class StackedProgram:
     ) -> tuple[Tensor, Tensor | None]:
         return self.shared.update(state, columns, indices, rates, due)
 
-    def kernels(self, batch_size: int, batches: int) -> Networks:
-        """Return the only learner's networks for batches of a size, with the memory it takes."""
+    def kernels(self, batch_size: int, batches: int) -> tuple[Networks, Losses]:
+        """Return the only learner's networks and losses for batches of a size, with their memory."""
         key = batch_size, batches
         if key not in self._kernels:
             self._kernels = {key: self.shared.kernels(self.state, *key)}
@@ -162,8 +146,7 @@ class StackedProgram:
     def moments(self, learner: int) -> Moments:
         first, second = zip(*self._moments, strict=True)
         firsts, seconds = (
-            dict(self.shared.slices(self.losses[learner], _of(stack, learner)))
-            for stack in (first, second)
+            dict(self.shared.slices(_of(stack, learner))) for stack in (first, second)
         )
         return {name: (firsts[name], seconds[name]) for name in firsts}
 
@@ -181,19 +164,17 @@ class StackedProgram:
         for view, its in zip(views, values, strict=True):
             view.copy_(its)
 
-    def moments_of_format_1(self, learner: int, saved: Sequence[Sequence[Tensor]]) -> Moments:
+    def moments_of_format_1(self, saved: Sequence[Sequence[Tensor]]) -> Moments:
         """Return moments by name, from those of stacks padded to the widest network alone."""
         first, second = zip(*saved, strict=True)
-        loss = self.losses[learner]
-        firsts, seconds = (dict(self.shared.slices(loss, stack)) for stack in (first, second))
+        firsts, seconds = (dict(self.shared.slices(stack)) for stack in (first, second))
         return {name: (firsts[name], seconds[name]) for name in firsts}
 
     def _views_of(self, replica: int) -> dict[str, Tensor | None]:
         """Return the part of the stacks that holds each tensor of a loss, if one does, by name."""
-        loss, slices = self.losses[replica], self.shared.slices
-        views = dict(slices(loss, _of(self._online, replica)))
-        views |= slices(loss, _of(self._frozen, replica), frozen=True)
-        return {name: views.get(name) for name in _names(loss)}
+        views = dict(self.shared.slices(_of(self._online, replica)))
+        views |= self.shared.slices(_of(self._frozen, replica), frozen=True)
+        return {name: views.get(name) for name in _names(self.losses[replica])}
 
 
 class StackedLosses:
@@ -206,7 +187,6 @@ class StackedLosses:
     """
 
     def __init__(self, loss: IQLLoss, optimization: Optimization, native: bool = False) -> None:
-        self.native = native
         networks = _Networks(loss)
         self.num_qvalue_nets = loss.num_qvalue_nets
         self.loss_function: iql.Distance = loss.loss_function
@@ -218,13 +198,16 @@ class StackedLosses:
         names = optimization.networks
         self.rows = [names.index(f"{name}_network") for name in ("actor", "value")]
         self.rows += [names.index("qvalue_network")] * self.num_qvalue_nets
-        self.no_rates = torch.ones(len(names), len(Rates._fields) + 1, dtype=torch.float64)
         self.policy_size, _, self.qvalue_size = (t.layers[-1].out_features for t in networks.torsos)
         self.state_size = networks.value.layers[0].in_features
         hidden = [layer.out_features for layer in networks.value.layers[:-1]]
         widths = [networks.qvalue.layers[0].in_features, *hidden]
         widths.append(max(self.policy_size, self.qvalue_size))
-        unit = max(WIDTH, columns(self.dtype) if native else 1)
+        policy = Policy.of(networks.head, networks.distribution, self.policy_size)
+        # What is compiled knows our policies, for the actions of their losses.
+        its = policy if native and policy and policy.choices == self.discrete else None
+        self.policy = its
+        unit = WIDTH if its is None else max(WIDTH, columns(self.dtype))
         self.widths = [-(-width // unit) * unit for width in widths]
         self.action_size = 0 if networks.log_std is None else len(networks.log_std)
         self.dropout = networks.policy.dropout
@@ -233,6 +216,7 @@ class StackedLosses:
         for name, buffer in networks.qvalue.scale_action.named_buffers():
             # Every Q network has the same.
             setattr(self.scale_action, name, buffer.reshape(-1, self.policy_size)[0])
+        self._learning, self._following = _places(loss, networks)
         self.head: Any = networks.head
         self.distribution = networks.distribution
 
@@ -241,34 +225,24 @@ class StackedLosses:
         return tuple(like.new_zeros(replicas, networks, *shape) for shape in shapes)
 
     def slices(
-        self, loss: LossModule, stack: Sequence[Tensor], *, frozen: bool = False
+        self, stack: Sequence[Tensor], *, frozen: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the parts of a learner's stack that are tensors of its loss, by their names there.
 
         Args:
-            loss: the learner's.
             stack: its networks, ``[K, in, out]`` and so on, in any padding.
             frozen: the stack is that of the targets, whose first network, V, is left out.
         """
-        names = dict(zip(map(id, _tensors(loss)), _names(loss), strict=True))
-        networks = _Networks(loss)  # pyright: ignore
         *weights, vectors = stack
         sizes = [weight.shape[-1] for weight in weights]
         *biases, log_std = vectors.split([*sizes, vectors.shape[-1] - sum(sizes)], dim=-1)
-        several = self.num_qvalue_nets > 1
-        if frozen:
-            places = [(networks.target_qvalue, slice(1, None) if several else 1)]
-        else:
-            qvalues = QVALUES if several else 2
-            places = [(networks.policy, POLICY), (networks.value, VALUE)]
-            places.append((networks.qvalue, qvalues))
-        for torso, rows in places:
-            for layer, weight, bias in zip(torso.layers, weights, biases, strict=True):
-                out, into = layer.weight.shape[-2:]
-                yield names[id(layer.weight)], weight[rows].mT[..., :out, :into]
-                yield names[id(layer.bias)], bias[rows, ..., :out]
-        if networks.log_std is not None and not frozen:
-            yield names[id(networks.log_std)], log_std[POLICY]
+        for rows, layers, of_log_std in self._following if frozen else self._learning:
+            for its, weight, bias in zip(layers, weights, biases, strict=True):
+                of_weight, of_bias, (out, into) = its
+                yield of_weight, weight[rows].mT[..., :out, :into]
+                yield of_bias, bias[rows, ..., :out]
+            if of_log_std is not None:
+                yield of_log_std, log_std[rows]
 
     def columns(self, source: TensorDictBase) -> dict[str, Tensor]:
         """Return what the losses read of transitions ``[n]``, numbers and flags without a last 1.
@@ -359,9 +333,7 @@ class StackedLosses:
     @property
     def metrics(self) -> list[str]:
         """What is measured, in the names of the output of :class:`~torchrl_iql.IQLLoss`."""
-        names = ["loss_actor", "loss_qvalue", "loss_value"]
-        names += ["advantage", "value", "qvalue", "clip_fraction"]
-        return names + (["entropy"] if self.distribution is not None else [])
+        return [name for name in MEANS if name != "entropy" or self.distribution is not None]
 
     def __call__(
         self, online: Stack, frozen: Stack, coefficients: Tensor, batch: Mapping[str, Tensor]
@@ -384,17 +356,6 @@ class StackedLosses:
         state, next_state, qvalue = self._inputs(batch)
         outputs, log_std = self._forward(online, [state, state] + [qvalue] * networks, self.dropout)
         frozen_outputs, _ = self._forward(frozen, [next_state] + [qvalue] * networks)
-        return self._losses(outputs, log_std[:, POLICY], frozen_outputs, coefficients, batch)
-
-    def _losses(
-        self,
-        outputs: Tensor,
-        log_std: Tensor,
-        frozen_outputs: Tensor,
-        coefficients: Tensor,
-        batch: Mapping[str, Tensor],
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Compute them from the networks' outputs, ``[R, K, B, out]``, and the policy's deviations."""
         action, v = batch["action"], outputs[:, VALUE, :, 0]
         expectile, temperature, discount = coefficients.to(v.dtype).unsqueeze(-1)
         if "steps_to_next_obs" in batch:
@@ -402,7 +363,7 @@ class StackedLosses:
         next_v = frozen_outputs[:, 0, :, 0]
         values = iql.losses(
             iql.Outputs(
-                self._log_likelihood(outputs[:, POLICY], log_std, action),
+                self._log_likelihood(outputs[:, POLICY], log_std[:, POLICY], action),
                 self._at_action(frozen_outputs[:, 1:], action),
                 self._at_action(outputs[:, QVALUES], action),
                 v,
@@ -423,50 +384,43 @@ class StackedLosses:
     # --- A step by kernels of this project -----------------------------------------------------------
 
     def compiled(self, due: frozenset[str], compiler: Callable[[Callable], Callable]) -> Step:
-        if not self.native:
+        if self.policy is None:
             return compiled_whole(self.update, due, compiler)
-        graphs: dict[tuple, Callable[..., list[Tensor]]] = {}
 
         def prepare(
             program: StackedProgram, columns: dict[str, Tensor], indices: Tensor | None
-        ) -> list[tuple[int, Callable[..., list[Tensor]], list[Tensor]]]:
-            """Gather minibatches of some steps: for each its place, the losses, what they read."""
+        ) -> list[tuple[int, Batch]]:
+            """Gather minibatches of some steps: for each its place, and what the losses read."""
             steps = 1 if indices is None else len(indices)
             if indices is not None:
                 indices = indices.flatten(1)
             size = len(columns["reward"]) if indices is None else indices.shape[1]
-            kernels = program.kernels(size, 1 if indices is None else STEPS_AT_ONCE)
-            batch = self._read(columns, indices, kernels.inputs[:steps])
-            one = {name: column[:1] for name, column in batch.items()}
-            key = tuple((k, c.shape, c.stride(), c.dtype) for k, c in one.items())
-            if key not in graphs:
-                example = program.heads, kernels.outputs, kernels.gradients, one, self.no_rates
-                graphs[key] = compiled_graph(self._descend, *tree_map(torch.clone, example))
-            parts = zip(*(column.split(1) for column in batch.values()), strict=True)
-            return [(t, graphs[key], list(part)) for t, part in enumerate(parts)]
+            networks, losses = program.kernels(size, 1 if indices is None else STEPS_AT_ONCE)
+            batches = self._read(columns, indices, networks.inputs[:steps])
+            return list(enumerate(losses.read(batches)))
 
         def take(
             program: StackedProgram,
             columns: dict[str, Tensor],
-            prepared: tuple[int, Callable[..., list[Tensor]], list[Tensor]],
+            prepared: tuple[int, Batch],
             rates: Tensor,
         ) -> tuple[Tensor, Tensor | None]:
-            (kernels,) = program._kernels.values()
-            place, losses, batch = prepared
-            kernels.forward(place)
-            metrics, td_error = losses(
-                *program.heads, kernels.outputs, kernels.gradients, *batch, rates
-            )
+            ((networks, losses),) = program._kernels.values()
+            place, batch = prepared
             table = rates.tolist()
             sizes = [table[row][STEP_SIZE] for row in self.rows]
-            kernels.backward(sizes, table[0][EPSILON], self.target_rate)
-            return metrics, td_error if len(kernels.inputs) == 1 else None
+            epsilon = table[0][EPSILON]
+            networks.forward(place)
+            losses.descend(batch, sizes[POLICY], epsilon)
+            networks.backward(sizes, epsilon, self.target_rate)
+            metrics = batch.means[: len(self.metrics)]
+            return metrics, batch.td_errors if len(networks.inputs) == 1 else None
 
         return Step(take, prepare)  # pyright: ignore
 
-    def kernels(self, state: tuple, batch_size: int, batches: int) -> Networks:
-        """Build the networks of the only learner of a state."""
-        online, frozen, moments, _ = state
+    def kernels(self, state: tuple, batch_size: int, batches: int) -> tuple[Networks, Losses]:
+        """Build the networks and the losses of the only learner of a state."""
+        online, frozen, moments, coefficients = state
         first, second = zip(*moments, strict=True)
 
         def layers(stack: Stack, place: int) -> Layers:
@@ -486,7 +440,17 @@ class StackedLosses:
         others = [layers(online, VALUE), *(layers(frozen, 1 + n) for n in range(number))]
         state_action = 0 if self.discrete else 2
         reads = [0, 0, *[state_action] * number, 1, *[state_action] * number]
-        return Networks(learning, others, reads, batch_size, batches)
+        networks = Networks(learning, others, reads, batch_size, batches)
+        assert self.policy is not None
+        losses = Losses(
+            self.policy,
+            networks,
+            [stack[-1][0, POLICY, sum(self.widths[1:]) :] for stack in (online, first, second)],
+            coefficients,
+            weight_clip=self.weight_clip,
+            distance=self.loss_function,
+        )
+        return networks, losses
 
     def _read(
         self, columns: Mapping[str, Tensor], indices: Tensor | None, inputs: Tensor
@@ -506,29 +470,6 @@ class StackedLosses:
         for place, its in zip(inputs.unbind(1), self._inputs(batch), strict=False):
             place[..., : its.shape[-1]] = its  # the padding is 0 and stays so
         return {key: column for key, column in batch.items() if not key.endswith("observation")}
-
-    def _descend(
-        self,
-        heads: tuple[Tensor, ...],
-        outputs: Tensor,
-        gradients: Tensor,
-        batch: Mapping[str, Tensor],
-        rates: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the losses' gradients by the outputs; take the step of what is in no layer."""
-        log_std, first, second, coefficients = heads
-        learning = 2 + self.num_qvalue_nets
-
-        def losses(outputs: Tensor, log_std: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            return self._losses(outputs, log_std, others, coefficients, batch)
-
-        others = outputs[None, learning:]
-        take = torch.func.grad(losses, argnums=(0, 1), has_aux=True)
-        (by_outputs, by_log_std), (metrics, td_error) = take(outputs[None, :learning], log_std)
-        gradients.copy_(by_outputs[0])
-        its = Rates(*rates[self.rows[POLICY]].to(log_std.dtype).unbind()[: len(Rates._fields)])
-        adam_(log_std, by_log_std, first, second, its.step_size, its.epsilon)
-        return metrics, td_error
 
     def _forward(
         self, stack: Stack, inputs: list[Tensor], dropout: float = 0.0
@@ -640,13 +581,37 @@ class _Networks:
             self.distribution = (list(last.dist_keys), kind, settings)
         self.value: Torso = loss.get_stateful_net("value_network").module
         self.qvalue: Torso = loss.get_stateful_net("qvalue_network").module
-        target: Any = deepcopy(loss.qvalue_network)
-        loss.target_qvalue_network_params.to_module(target, preserve_module_state=False)
-        self.target_qvalue: Torso = target.module
+        self._loss = loss
+
+    @property
+    def target_qvalue(self) -> Torso:
+        target: Any = deepcopy(self._loss.qvalue_network)
+        self._loss.target_qvalue_network_params.to_module(target, preserve_module_state=False)
+        return target.module
 
     @property
     def torsos(self) -> tuple[Torso, Torso, Torso]:
         return self.policy, self.value, self.qvalue
+
+
+_Place = tuple[int | slice, list[tuple[str, str, torch.Size]], str | None]
+"""The rows of a stack, of each layer the names of weight and bias and the size, and the name of log_std."""
+
+
+def _places(loss: IQLLoss, its: _Networks) -> tuple[list[_Place], list[_Place]]:
+    """Return what the stack that learns holds of a loss, and what the one that follows holds."""
+    names = dict(zip(map(id, _tensors(loss)), _names(loss), strict=True))
+
+    def place(rows: int | slice, torso: Torso, log_std: Tensor | None = None) -> _Place:
+        layers = [
+            (names[id(x.weight)], names[id(x.bias)], x.weight.shape[-2:]) for x in torso.layers
+        ]
+        return rows, layers, None if log_std is None else names[id(log_std)]
+
+    several = loss.num_qvalue_nets > 1
+    learning = [place(POLICY, its.policy, its.log_std), place(VALUE, its.value)]
+    learning.append(place(QVALUES if several else 2, its.qvalue))
+    return learning, [place(slice(1, None) if several else 1, its.target_qvalue)]
 
 
 def _torso_and_head(policy: TensorDictModuleBase) -> tuple[Any, nn.Module]:
@@ -660,8 +625,8 @@ def _torso_and_head(policy: TensorDictModuleBase) -> tuple[Any, nn.Module]:
     return module, nn.Identity()
 
 
-def _unstackable(loss: LossModule, optimization: Optimization) -> str | None:
-    """Say why the networks of this loss have no stack."""
+def unstackable(loss: LossModule, optimization: Optimization) -> str | None:
+    """Say why the networks of this loss have no stack, or return None if they have."""
     if type(loss) not in (IQLLoss, DiscreteIQLLoss):
         return f"{type(loss).__name__} of {type(loss).__module__} is not this project's IQL"
     assert isinstance(loss, IQLLoss)
@@ -704,7 +669,16 @@ def _unstackable(loss: LossModule, optimization: Optimization) -> str | None:
     return None
 
 
-def _unlike(first: LossModule, its: _Networks, loss: LossModule) -> str | None:
+def unlike(losses: Sequence[IQLLoss], optimizations: Sequence[Optimization]) -> str | None:
+    """Say why these losses, each of which has a stack, have none together, or return None if they do."""
+    if any(its.target_rate != optimizations[0].target_rate for its in optimizations):
+        return "the targets follow at different rates"
+    first, *others = losses
+    networks = _Networks(first)
+    return next(filter(None, (_unlike(first, networks, loss) for loss in others)), None)
+
+
+def _unlike(first: IQLLoss, its: _Networks, loss: IQLLoss) -> str | None:
     """Say why a loss does not fit into the stack of the first one."""
     for name in ("num_qvalue_nets", "loss_function", "weight_clip"):
         one, other = getattr(first, name), getattr(loss, name)
@@ -714,10 +688,12 @@ def _unlike(first: LossModule, its: _Networks, loss: LossModule) -> str | None:
         loss, "action_space", None
     ):
         return "the losses read different actions"
-    others = _Networks(loss)  # pyright: ignore
+    others = _Networks(loss)
     for module, other in [*zip(its.torsos, others.torsos, strict=True), (its.head, others.head)]:
         if not _same(module, other):
             return "the networks of the losses have different sizes, statistics or action bounds"
+    if str(its.distribution) != str(others.distribution) or _names(first) != _names(loss):
+        return "the policies of the losses are different"
     one, other = next(first.parameters()), next(loss.parameters())
     if (one.dtype, one.device) != (other.dtype, other.device):
         return f"the losses are {one.dtype} on {one.device} and {other.dtype} on {other.device}"

@@ -21,7 +21,7 @@ from torchrl_iql.training.execution import SUMS, Execution, Executor, RandomStre
 from torchrl_iql.training.nonfinite import Mark, OnNonfinite, Watch
 from torchrl_iql.training.optimization import Optimization, Schedule, network_of
 from torchrl_iql.training.program import LossProgram, Moments, Program
-from torchrl_iql.training.stacked import StackedProgram, refusal
+from torchrl_iql.training.stacked import StackedProgram, unlike, unstackable
 
 __all__ = ["FORMAT", "Own", "TrainStep"]
 
@@ -176,25 +176,25 @@ class TrainStep:
     def _programs_for(self) -> tuple[Sequence[tuple[Program, slice]], str]:
         """Return what takes the steps, of which learners, and why it does."""
         losses, optimizations = self.losses, self._optimizations
-        alone = [refusal([x], [o]) for x, o in zip(losses, optimizations, strict=True)]
-        reason = next(filter(None, alone), None)
+        reasons = map(unstackable, losses, optimizations)
+        reason = next(filter(None, reasons), None)
         if reason is not None:
             general: list[Program] = list(map(LossProgram, losses, optimizations))
             return [(p, slice(r, r + 1)) for r, p in enumerate(general)], f"general: {reason}"
-        unlike = refusal(losses, optimizations)
-        kernels = self._has_kernels()
+        apart = unlike(losses, optimizations)  # pyright: ignore
+        kernels = self._may_have_kernels()
         first = StackedProgram(losses[:1], optimizations[:1], native=kernels)  # pyright: ignore
         path = "stacked: IQL on networks of torchrl_iql.models"
-        path += ", by kernels of their own" if kernels else ""
-        if unlike is None and self.device.type != "cpu" and not first.draws:
+        path += ", by kernels of their own" if first.shared.policy is not None else ""
+        if apart is None and self.device.type != "cpu" and not first.draws:
             joint: Program = StackedProgram(losses, optimizations, first.shared)  # pyright: ignore
             return [(joint, slice(0, len(losses)))], f"{path}, all learners in one computation"
         programs: list[Program] = [first]
-        shared = first.shared if unlike is None else None
+        shared = first.shared if apart is None else None
         for loss, optimization in zip(losses[1:], optimizations[1:], strict=True):
             program = StackedProgram([loss], [optimization], shared, kernels)  # pyright: ignore
             programs.append(program)
-        why = unlike or ("each draws its own dropout" if first.draws else "one fits a CPU's caches")
+        why = apart or ("each draws its own dropout" if first.draws else "one fits a CPU's caches")
         path += f", one learner after the other: {why}" if len(losses) > 1 else ""
         return [(program, slice(r, r + 1)) for r, program in enumerate(programs)], path
 
@@ -221,8 +221,8 @@ class TrainStep:
         program, rows = self._program_of(replica)
         return program.moments(replica - rows.start)
 
-    def _has_kernels(self) -> bool:
-        """Return whether the kernels of this project can compute the stacks."""
+    def _may_have_kernels(self) -> bool:
+        """Return whether the kernels of this project can compute the stacks, but for their policies."""
         loss = self.losses[0]
         dtype = next(loss.parameters()).dtype
         dropout = any(isinstance(m, nn.Dropout) for m in loss.actor_network.modules())  # pyright: ignore
@@ -504,11 +504,11 @@ class TrainStep:
             self._streams[replica].state = [random.cpu() for random in state["random"]]
 
     def _load_moments(self, state: Mapping[str, Any], replica: int) -> None:
-        program, rows = self._program_of(replica)
+        program, _ = self._program_of(replica)
         saved = state["moments"]
         if state.get("format", 1) == 1:
             assert isinstance(program, StackedProgram)
-            saved = program.moments_of_format_1(replica - rows.start, saved)
+            saved = program.moments_of_format_1(saved)
         for key, pair in self._moments(replica).items():
             for moment, its in zip(pair, saved[key], strict=True):
                 moment.copy_(its)
