@@ -20,7 +20,7 @@ import torchrl_iql.data
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = [torchrl_iql, torchrl_iql.data]
-LIGHT = {"cloudpickle", "farama_notifications", "gymnasium", "torchrl_iql"}
+LIGHT = {"cloudpickle", "farama_notifications", "filelock", "gymnasium", "torchrl_iql"}
 """What the loss may load beside TorchRL's."""
 
 

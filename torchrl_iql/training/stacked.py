@@ -184,6 +184,9 @@ class StackedLosses:
         loss: one of them; the others are alike.
         optimization: its.
         native: as in :class:`StackedProgram`.
+
+    Attributes:
+        policy: what the kernels compute with; None without them.
     """
 
     def __init__(self, loss: IQLLoss, optimization: Optimization, native: bool = False) -> None:
@@ -203,11 +206,11 @@ class StackedLosses:
         hidden = [layer.out_features for layer in networks.value.layers[:-1]]
         widths = [networks.qvalue.layers[0].in_features, *hidden]
         widths.append(max(self.policy_size, self.qvalue_size))
-        policy = Policy.of(networks.head, networks.distribution, self.policy_size)
-        # What is compiled knows our policies, for the actions of their losses.
-        its = policy if native and policy and policy.choices == self.discrete else None
-        self.policy = its
-        unit = WIDTH if its is None else max(WIDTH, columns(self.dtype))
+        self.policy = None
+        if native:
+            policy = Policy.of(networks.head, networks.distribution, self.policy_size)
+            self.policy = policy if policy and policy.choices == self.discrete else None
+        unit = WIDTH if self.policy is None else max(WIDTH, columns(self.dtype))
         self.widths = [-(-width // unit) * unit for width in widths]
         self.action_size = 0 if networks.log_std is None else len(networks.log_std)
         self.dropout = networks.policy.dropout
