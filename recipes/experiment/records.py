@@ -330,7 +330,7 @@ class Records:
 
         maze = self._evaluations and self._evaluations.maze
         title = self.settings.algorithm.title
-        if len(self.folders) > 1:
+        if len(self.folders) > 1 and any(folder.metrics.exists() for folder in self.folders):
             plots.learners(
                 self._combinations(),
                 self._path / "learning_curves.png",
