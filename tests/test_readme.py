@@ -276,7 +276,8 @@ def prose(page: Path) -> str:
 
 def links(page: Path) -> list[tuple[Path, str]]:
     """Return where those of a page lead, within the project: the file and the anchor."""
-    its = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    its = re.findall(r"\]\(([^)\s]*)\)", prose(page))
+    assert "" not in its, page
     own = [link.partition("#") for link in its if not link.startswith("https://")]
     return [((page.parent / path).resolve() if path else page, anchor) for path, _, anchor in own]
 

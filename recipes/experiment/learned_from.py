@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gymnasium.spaces import Box
 
+from torchrl_iql.data.bins import bin_edges
 from torchrl_iql_recipes.files import whole
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _action(values: np.ndarray, low: float, high: float) -> dict[str, Any]:
 
 def _histogram(values: np.ndarray, limits: tuple[float, float] | None = None) -> dict[str, Any]:
     values = values.astype(np.float64)
-    counts, edges = np.histogram(values, BINS, range=limits)
+    counts, edges = np.histogram(values, bin_edges(values, BINS, limits))
     return {
         "mean": float(values.mean()),
         "lowest": float(values.min()),

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from torchrl_iql.data.bins import bin_edges
+
 if TYPE_CHECKING:
     from torchrl_iql.data.dataset import OfflineDataset
 
@@ -91,7 +93,7 @@ def _styled(axes: Axes, name: str) -> None:
 
 def _histogram(axes: Axes, values: np.ndarray, name: str) -> None:
     values = values.astype(np.float64)
-    axes.hist(values, BINS, color=BLUE)
+    axes.hist(values, bin_edges(values, BINS), color=BLUE)  # pyright: ignore
     axes.axvline(values.mean(), color=SLATE, lw=1, ls=":")
     if len(values) > MANY:  # a few of them matter, too
         axes.set_yscale("log")
@@ -116,7 +118,8 @@ def _actions(panels: list[Axes], dataset: OfflineDataset, space: Box, dimensions
             continue
         values, bounds = actions[:, i], np.array([low[i], high[i]])
         is_bounded = bool(np.isfinite(bounds).all())
-        axes.hist(values, BINS, range=tuple(bounds) if is_bounded else None, color=BLUE)  # pyright: ignore
+        edges = bin_edges(values, BINS, tuple(bounds) if is_bounded else None)
+        axes.hist(values, edges, color=BLUE)  # pyright: ignore
         name = f"action {i}"
         if is_bounded:
             for bound in bounds:
