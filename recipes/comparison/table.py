@@ -115,7 +115,7 @@ def launch(args: argparse.Namespace, jobs: int) -> None:
             f"job={','.join(map(str, range(jobs)))}",
             f"hydra.sweep.dir='{args.folder.resolve() / 'launcher'}'",
         ),
-        *args.options,
+        *args.given,
     ]
     done = subprocess.run(command, check=False)
     if done.returncode != 0:
