@@ -20,11 +20,9 @@ def run(settings: Settings, path: Path) -> float | None:
     from torchrl_iql_recipes.experiment import online, results
 
     scores = online.run(settings, path)
-    print(online.report(scores, path, settings))
-    from torchrl_iql_recipes.report import of_run  # draws, which nothing did before
+    from torchrl_iql_recipes.report import conclude  # draws, which nothing did before
 
-    if not any(each["interrupted"] for each in scores["replicas"]):
-        print(of_run(path))
+    conclude(online.report(scores, path, settings), scores, path)
     return results.objective(scores, settings)
 
 

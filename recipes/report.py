@@ -16,8 +16,9 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torchrl_iql_recipes.commands import Parser, errors_in_one_line, label, typed
 from torchrl_iql_recipes.experiment.schema import SettingsError
@@ -83,7 +84,20 @@ def _state(paths: Sequence[Path]) -> set[tuple[str, int]]:
     return found
 
 
-def of_run(path: Path) -> str:
+def conclude(told: str, scores: Mapping[str, Any], path: Path) -> None:
+    """Print what a run has come to, and write its page if it is over: the last things that its script does.
+
+    Args:
+        told: what its user reads.
+        scores: what ``scores.json`` holds.
+        path: its folder.
+    """
+    print(told)
+    if not any(each["interrupted"] for each in scores["replicas"]):
+        print(_page_of(path))
+
+
+def _page_of(path: Path) -> str:
     """Write the page of a run into its folder, and return the line that says so, or why there is none."""
     out = path / "report.html"
     try:

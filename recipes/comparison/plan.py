@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ import yaml
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.comparison.jobs import Job
 from torchrl_iql_recipes.comparison.record import Curves, Known, Record, curves_of
+from torchrl_iql_recipes.experiment.curves import in_file
 from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE, Experiment
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
@@ -151,10 +151,8 @@ def _scores_in(folder: Path) -> Iterator[tuple[int, float]]:
     """Read the steps and scores of a learner, of an offline phase too."""
     for metrics in (folder / "offline/metrics.csv", folder / "metrics.csv"):
         if metrics.exists():
-            with metrics.open(newline="") as lines:
-                for row in csv.DictReader(lines):
-                    if row.get("eval/score"):
-                        yield int(row["step"]), float(row["eval/score"])
+            steps, scores = in_file(metrics).get("eval/score", ((), ()))
+            yield from zip(map(int, steps), map(float, scores), strict=True)
 
 
 @dataclass(frozen=True)
@@ -217,8 +215,7 @@ class Plan:
 
     def finished(self) -> Record:
         """Return what is to be kept."""
-        its = [(cell, cell.finished()) for cell in self.cells]
-        return Record(tuple(Known(cell.settings.values, curves) for cell, curves in its if curves))
+        return Record(tuple(each for cell in self.cells for each in cell.kept()))
 
     def cell(self, task: str, algorithm: str) -> Cell | None:
         found = [each for each in self.cells if (each.task, each.algorithm) == (task, algorithm)]

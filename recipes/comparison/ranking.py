@@ -38,6 +38,7 @@ from scipy.stats import spearmanr
 from torchrl_iql_recipes.comparison.jobs import Job, ensure_data, finish
 from torchrl_iql_recipes.comparison.plan import RECIPES
 from torchrl_iql_recipes.experiment import results
+from torchrl_iql_recipes.experiment.curves import in_file
 from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.plots import DPI
 from torchrl_iql_recipes.experiment.schema import SettingsError
@@ -202,9 +203,8 @@ def measured(policy: Policy, args: argparse.Namespace) -> dict[str, float]:
                 found["distance"] = of["distance"]
     metrics = policy.folder / "metrics.csv"
     if metrics.exists():
-        with metrics.open(newline="") as lines:
-            losses = [row.get("loss_actor") for row in csv.DictReader(lines)]
-        if losses := [float(each) for each in losses if each]:
+        _, losses = in_file(metrics).get("loss_actor", ((), ()))
+        if len(losses):
             found["loss_actor"] = float(np.mean(losses[-max(1, len(losses) // 10) :]))
     return found
 
