@@ -470,7 +470,8 @@ def small(dataset: str, *overrides: str) -> Any:
 def test_a_larger_return_to_aim_at_is_a_larger_return(paid: str, tmp_path: Path) -> None:
     """In the range of the data; the best of them without a setting; and from where it began."""
     settings = small(
-        paid, "learning_rate=3e-3", "steps=300", "eval_interval=300", "eval_episodes=4"
+        *(paid, "learning_rate=3e-3", "steps=300", "eval_interval=300", "eval_episodes=4"),
+        "log_interval=20",
     )
     scores = offline.run(settings, tmp_path)["replicas"][0]
     losses = [float(row["loss_actor"]) for row in rows(tmp_path) if row["loss_actor"]]

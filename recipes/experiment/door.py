@@ -185,7 +185,8 @@ class Door:
                     exit_code(),
                     self._told_if_stopped(folder, settings),
                 ):
-                    self._announce(settings, folder)
+                    if self.keeps_folder:
+                        self._announce(settings, folder)
                     return run(settings, folder)
 
         self._register()
@@ -213,16 +214,13 @@ class Door:
 
     def _announce(self, settings: Any, folder: Path) -> None:
         """Print what will run, before PyTorch is loaded, which takes seconds."""
-        where = f"; results: {shown(folder)}" if self.keeps_folder else ""
-        print(f"{self._first_line(settings)}{where}", flush=True)
+        print(f"{self._first_line(settings)}; results: {shown(folder)}", flush=True)
 
     def _first_line(self, settings: Any) -> str:
-        parts = settings if isinstance(settings, tuple) else (settings,)
+        (part,) = self.parts
+        values, defaults = settings.values, part.defaults()
         given = [
-            f"{name}={written(part.values[its])}"
-            for part in parts
-            for name, its in part.names().items()
-            if written(part.values[its]) != written(part.defaults()[its])
+            f"{k}={written(v)}" for k, v in values.items() if written(v) != written(defaults[k])
         ]
         return f"{self.name}: {' '.join(given) or 'as by default'}"
 
