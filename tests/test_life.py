@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -511,6 +512,12 @@ def test_a_full_disk_ends_a_run_with_what_was_saved(
     assert scores["replicas"][0]["steps"] == 60
     offline.run(settings, tmp_path / "whole")
     assert rows(tmp_path) == rows(tmp_path / "whole")
+    with (tmp_path / "times.csv").open(newline="") as file:
+        times = list(csv.DictReader(file))
+    assert [row["step"] for row in times] == [row["step"] for row in rows(tmp_path)]
+    seconds = [float(row["seconds"]) for row in times]
+    assert seconds == sorted(seconds)
+    assert all(float(row["updates_per_second"]) > 0 for row in times)
 
 
 def test_data_that_vanish_while_they_are_streamed_do_no_harm(

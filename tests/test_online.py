@@ -550,6 +550,7 @@ def test_a_run_leaves_what_the_readme_lists(offline_run: Path, tmp_path: Path) -
         "config.yaml",
         "scores.json",
         "times.json",
+        "times.csv",
         "data.json",
         "metrics.csv",
         "checkpoints",

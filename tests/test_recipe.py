@@ -55,7 +55,7 @@ LEARNERS = [f"temperature={t},seed={seed}" for t in ("10.0", "0.0") for seed in 
 
 def test_a_run_leaves_everything_that_the_readme_lists(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    own = {"scores.json", "times.json", "data.json", "learning_curves.png"}
+    own = {"scores.json", "times.json", "times.csv", "data.json", "learning_curves.png"}
     assert names == {".lock", "config.yaml", *own, *LEARNERS}
     for folder in map(finished.joinpath, LEARNERS):
         names = {path.name for path in folder.iterdir()}
@@ -193,6 +193,7 @@ def test_without_evaluation_no_environment_is_needed(
         "config.yaml",
         "scores.json",
         "times.json",
+        "times.csv",
         "data.json",
         "metrics.csv",
         "checkpoints",

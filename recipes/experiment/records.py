@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import platform
 import sys
@@ -128,6 +129,7 @@ class Records:
         for r, folder in enumerate(self.folders):
             own = {key: value[r] for key, value in values.items()}
             folder.log(self.step.steps, common | own)
+        self._times.log(self._evaluations)
         losses = {key[5:]: value for key, value in values.items() if key.startswith("loss_")}
         scores = [evaluation.score for evaluation in self.latest if evaluation is not None]
         known = len(scores) == len(self.latest)
@@ -380,21 +382,55 @@ class Records:
 
 
 class Times:
-    """How long a run took: ``times.json``, a file of its own, since the others are the same in every run.
+    """How long a run took: files of their own, since the others are the same in every run.
+
+    ``times.json`` has a line for each session, ``times.csv`` one for each line of metrics.
 
     Args:
         path: of the run.
         step: what trains.
     """
 
+    COLUMNS = "step", "seconds", "updates_per_second"
+
     def __init__(self, path: Path, step: TrainStep) -> None:
         self._file = path / "times.json"
+        self._lines = path / "times.csv"
         self._step = step
+        self._before = self._return_to(step.steps)
+        self._last = step.steps, 0.0, 0.0
         self._from = step.steps
         self._started = datetime.now(UTC)
         self._began = time.monotonic()
         self._earlier = json.loads(self._file.read_text()) if self._file.exists() else []
         self._machine = _machine(step)
+
+    def _return_to(self, step: int) -> float:
+        """Drop the lines after a step, and return the seconds until then."""
+        known: list[dict[str, str]] = []
+        if self._lines.exists():
+            with self._lines.open(newline="") as file:
+                # A kill or a full disk may have cut the last one.
+                whole_lines = (row for row in csv.DictReader(file) if row["updates_per_second"])
+                known = [row for row in whole_lines if int(row["step"]) <= step]
+        with whole(self._lines) as new, new.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.COLUMNS)
+            writer.writeheader()
+            writer.writerows(known)
+        return float(known[-1]["seconds"]) if known else 0.0
+
+    def log(self, evaluations: Evaluations | None) -> None:
+        """Add a line: the time until now, and how fast it was since the last, waiting left out."""
+        step, seconds, waited = self._last
+        now = time.monotonic() - self._began
+        waited_now = evaluations.waited if evaluations else 0.0
+        spent = now - seconds - (waited_now - waited)
+        rate = (self._step.steps - step) / max(spent, 1e-9)
+        self._last = self._step.steps, now, waited_now
+        with self._lines.open("a", newline="") as file:
+            csv.writer(file).writerow(
+                [self._step.steps, f"{self._before + now:.3f}", f"{rate:.1f}"]
+            )
 
     def write(self, evaluations: Evaluations | None) -> None:
         """Write the line for the time since this was made, after those of earlier sessions."""
