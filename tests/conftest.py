@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Small networks gain nothing from more threads, and threads that wait slow each other down; here, and in
@@ -18,10 +20,12 @@ import torch
 gymnasium.register_envs(gymnasium_robotics)  # what tests make of it themselves
 
 
-@pytest.fixture(scope="session", autouse=True)
-def users_cache_is_left_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep what tests load out of the user's cache."""
-    os.environ["TORCHRL_IQL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep what tests load and compile out of the user's cache, in one that all workers share."""
+    if not hasattr(config, "workerinput"):  # a worker inherits it
+        folder = tempfile.mkdtemp(prefix="torchrl-iql-tests-")
+        os.environ["TORCHRL_IQL_CACHE"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")

@@ -568,3 +568,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         new.write_text("after")
     assert file.read_text() == "after"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_files_that_differ_in_their_suffix_are_written_at_once(tmp_path: Path) -> None:
+    with files.whole(tmp_path / "a.json") as one, files.whole(tmp_path / "a.csv") as another:
+        one.write_text("one")
+        another.write_text("another")
+    assert (tmp_path / "a.json").read_text() == "one"
+    assert (tmp_path / "a.csv").read_text() == "another"

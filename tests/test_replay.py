@@ -10,6 +10,7 @@ import h5py
 import minari
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from gymnasium.spaces import Box
 from minari.data_collector import EpisodeBuffer
 
@@ -419,7 +420,7 @@ class TestMinari:
         assert "gives another first observation, in column 0 " in found.reason
 
     def test_rounding_that_grows_is_not_told_from_another_simulator(self):
-        class Drifting(gymnasium.envs.classic_control.CartPoleEnv):
+        class Drifting(CartPoleEnv):
             steps = 0
 
             def step(self, action: Any) -> Any:

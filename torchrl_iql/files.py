@@ -16,7 +16,7 @@ def whole(path: Path) -> Iterator[Path]:
     Args:
         path: to be replaced, if it is there.
     """
-    new = path.with_suffix(".new")
+    new = path.with_name(f"{path.name}.new")
     try:
         yield new
     except BaseException:

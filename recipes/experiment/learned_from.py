@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gymnasium.spaces import Box
 
-from torchrl_iql.data.bins import bin_edges
+from torchrl_iql.data.bins import BINS, EDGE, bin_edges
 from torchrl_iql_recipes.files import whole
 
 if TYPE_CHECKING:
@@ -21,16 +21,11 @@ FILE = "data.json"
 
 VERSION = 1
 
-BINS = 40
-
 DIMENSIONS = 12
 """Dimensions of actions that are counted, the first ones."""
 
 ROWS = 20_000
 """Transitions, evenly spread, of which the actions are counted."""
-
-EDGE = 0.01
-"""Share of the range of the actions that counts as their bound."""
 
 
 def write(

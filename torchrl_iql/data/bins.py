@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["bin_edges"]
+__all__ = ["BINS", "EDGE", "bin_edges"]
+
+BINS = 40
+"""Of a histogram of data."""
+
+EDGE = 0.01
+"""Share of the range of actions that counts as their bound."""
 
 
 def bin_edges(

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from torchrl_iql.data.bins import bin_edges
+from torchrl_iql.data.bins import BINS, EDGE, bin_edges
 
 if TYPE_CHECKING:
     from torchrl_iql.data.dataset import OfflineDataset
@@ -21,7 +21,6 @@ BLUE = "#2a6f97"
 SLATE = "#2f3640"
 RED = "#e63946"
 DPI = 150
-BINS = 40
 DIMENSIONS = 12
 """Dimensions of actions that are drawn, a panel each, six in a row."""
 PER_LINE = 6
@@ -29,8 +28,6 @@ ROWS = 20_000
 """Transitions, evenly spread, that the quantiles of observations are taken of."""
 MANY = 1000
 """Values of which the numbers are drawn on a logarithmic scale."""
-EDGE = 0.01
-"""Share of the range of the actions that counts as their bound."""
 
 
 def page(dataset: OfflineDataset) -> Figure:
