@@ -41,14 +41,14 @@ def write(paths: Sequence[Path], out: Path, *, watching: bool = False) -> bool:
         watching: whether it loads itself anew as long as runs go on.
 
     Returns:
-        whether a run is going on.
+        whether a process is at work in a run.
 
     Raises:
         NoRunError: one of the folders holds no run.
         TooLargeError: there are too many.
     """
     runs, left = gather.runs(paths)
-    goes_on = any(run.state == "running" for run in runs)
+    goes_on = any(gather.is_going_on(path) for path in paths)
     made_by = f"{typed('report')} {shlex.join([*map(str, paths), '--out', str(out)])}"
     html = page(runs, made_by=made_by, left=left, watching=watching and goes_on)
     with whole(out) as new:

@@ -190,6 +190,10 @@ def named(maze_id: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["name=mine", "resume=runs/pointmaze/stitch/mine"], "goes on with one run, in its folder"),
         (["resume=runs/pointmaze/stitch/mine/last.ckpt"], "last.ckpt: is a file, give its folder"),
         (["resume=runs/pointmaze/stitch/yours"], "yours: there is no such folder"),
+        (
+            ["resume=runs/pointmaze/stitch/mine", "steps=90", "--cfg", "job"],
+            "--cfg: resume=.*mine goes on with a run, without options",
+        ),
     ],
 )
 def test_only_resume_resumes(given: list[str], message: str, named: Path, maze_id: str) -> None:

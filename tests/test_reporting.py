@@ -318,11 +318,27 @@ def test_runs_that_are_not_finished_are_not_compared(runs: Path) -> None:
     assert gather.run(runs / "bc").learners[2].seed == 2
 
 
+def test_the_page_that_a_run_ends_with_is_of_a_finished_run(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its process is at work in the folder, still."""
+    for name in ("bc", "online"):
+        scores = json.loads((runs / name / "scores.json").read_text())
+        with held(runs / name):
+            report.conclude("That is all.", scores, runs / name)
+        told = capsys.readouterr().out
+        assert told.startswith("That is all.\nPage: ")
+        text = Page((runs / name / "report.html").read_text(encoding="utf-8")).text
+        assert "is running" not in text and "No run is finished" not in text
+
+
 def test_a_run_that_was_extended_is_not_finished(runs: Path) -> None:
     cfg = OmegaConf.load(runs / "bc" / "config.yaml")
     cfg.steps = 12
     OmegaConf.save(cfg, runs / "bc" / "config.yaml")
     assert gather.run(runs / "bc").state == "interrupted"
+    with held(runs / "bc"):
+        assert gather.run(runs / "bc").state == "running"
 
 
 @pytest.mark.usefixtures("words")

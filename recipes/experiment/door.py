@@ -159,6 +159,11 @@ class Door:
                 print(self.help(description, overrides))
                 return
             if self.keeps_folder and (folder := _folder(overrides)) is not None:
+                if options:
+                    raise SettingsError(
+                        f"{options[0]}: {argument('resume', folder)} goes on with a run, without options; "
+                        "its settings are in its config.yaml"
+                    )
                 settings = self.resumed(folder, overrides)
                 self._announce(settings, folder)
                 with exit_code(), self._told_if_stopped(folder, settings):

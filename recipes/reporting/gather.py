@@ -397,16 +397,17 @@ def _curves(metrics_csv: Path) -> Curves:
 
 
 def _state(path: Path, script: str, values: Mapping[str, Any], scores: Mapping[str, Any]) -> State:
-    if is_alive(path):
-        return "running"
     replicas = scores.get("replicas", ())
-    if not replicas or any(each.get("interrupted") for each in replicas):
-        return "interrupted"
     done, asked = ("frames", "env_steps") if script == "online" else ("steps", "steps")
     asked = values.get(asked)
-    if isinstance(asked, int) and any(each.get(done, asked) < asked for each in replicas):
-        return "interrupted"  # it went on after it was finished
-    return "finished"
+    is_over = bool(replicas) and not any(
+        each.get("interrupted")
+        or (isinstance(asked, int) and each.get(done, asked) < asked)  # it has gone on since
+        for each in replicas
+    )
+    if is_over:  # though its process may be there, and write its page
+        return "finished"
+    return "running" if is_alive(path) else "interrupted"
 
 
 def _dataset(values: Mapping[str, Any]) -> str:
