@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torchrl_iql_recipes.experiment import build, results
 from torchrl_iql_recipes.experiment.diagnosis import Diagnosis
 from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.networks import architecture_for
+from torchrl_iql_recipes.experiment.validation import HeldOut
 
 EPISODES, LENGTH = 150, 20
 N = EPISODES * LENGTH
@@ -36,8 +38,22 @@ def made(reward: Any, action: Any = None) -> OfflineDataset:
     )
 
 
-def found(dataset: OfflineDataset, *given: str, steps: int = 300) -> dict[str, str]:
-    """Train on it, and return what is said."""
+def found(
+    dataset: OfflineDataset,
+    *given: str,
+    steps: int = 300,
+    held_out: float = 0.0,
+    returns: Sequence[tuple[float, float]] = (),
+) -> dict[str, str]:
+    """Train on it, but for the share that is held out, and return what is said.
+
+    Args:
+        dataset: all there is, whose mean return is taken for 100.
+        given: settings.
+        steps: of gradient.
+        held_out: the share.
+        returns: of evaluations, with their standard errors.
+    """
     settings = OFFLINE.settings(
         [
             *("dataset=made", "task=own", "normalize_observation=false", "hidden_sizes=[32,32]"),
@@ -46,14 +62,20 @@ def found(dataset: OfflineDataset, *given: str, steps: int = 300) -> dict[str, s
         ]
     )
     (learner,) = settings.learners
-    learned = build.learned_from(settings, dataset)
+    learned, rest = dataset.split(held_out, seed=0) if held_out else (dataset, None)
+    learned = build.learned_from(settings, learned)
     architecture = architecture_for(settings.networks, learned)
     step = build.step_for([learner], architecture, learned, settings.compute, steps)
     minibatches, rows = learned.minibatches(64), []
+    look = None if rest is None else HeldOut(settings, rest)
     for _ in range(20):
-        metrics = step.run(minibatches, steps // 20)
-        rows.append({key: value.item() for key, value in metrics.items()})
-    return Diagnosis(settings, learned)(learner, step.losses[0], rows)
+        step.run(minibatches, steps // 20)
+        row = {"step": step.steps, **{key: value.item() for key, value in step.means().items()}}
+        rows.append(row | (look(step.losses)[0] if look is not None else {}))
+    for row, (mean, error) in zip(rows[-len(returns) :], returns, strict=False):
+        row |= {"eval/score": mean, "eval/return": mean, "eval/return_stderr": error}
+    look = Diagnosis(settings, learned if rest is None else rest, 100.0)
+    return look(learner, step.losses[0], rows)
 
 
 def of_the_action(s: np.ndarray, a: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -62,6 +84,41 @@ def of_the_action(s: np.ndarray, a: np.ndarray, rng: np.random.Generator) -> np.
 
 def test_where_nothing_is_wrong_nothing_is_said() -> None:
     assert found(made(of_the_action), "discount=0.5") == {}
+
+
+def test_where_nothing_is_wrong_with_what_is_held_out_nothing_is_said() -> None:
+    assert found(made(of_the_action), "discount=0.5", "validation=0.1", held_out=0.1) == {}
+
+
+def test_values_that_are_overfitted() -> None:
+    """Rewards of chance, and seven short episodes to remember them by."""
+
+    def chance(s: np.ndarray, a: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return rng.normal(size=len(a))
+
+    settings = ("discount=0.5", "validation=0.95", "hidden_sizes=[128,128]")
+    got = found(made(chance), *settings, steps=3000, held_out=0.95)["overfitted"]
+    assert got.startswith("the values are overfitted: the loss of Q is ")
+    assert "whose TD error was lowest after" in got
+
+
+@pytest.mark.parametrize(
+    ("returns", "said"),
+    [
+        ([(97, 2)], {}),
+        ([(80, 15)], {}),
+        ([(80, 4)], {"poor": "the policy's return, 80 ± 4, is below the mean of the data's episodes, 100: "}),
+        ([(140, 5), (120, 5)], {}),
+        ([(140, 1), (110, 2)], {"fallen": "the score was 140 after 285 steps, and is 110 at the end"}),
+        ([(110, 2), (140, 1)], {}),
+    ],
+)  # fmt: skip
+def test_scores_below_the_data_and_below_those_before(
+    returns: list[tuple[float, float]], said: dict[str, str]
+) -> None:
+    got = found(made(of_the_action), "discount=0.5", returns=returns)
+    assert got.keys() == said.keys()
+    assert all(got[name].startswith(its) for name, its in said.items())
 
 
 def test_rewards_that_are_all_the_same() -> None:
@@ -83,6 +140,11 @@ def test_values_that_are_not_converged() -> None:
     got = found(always, "discount=0.99", "learning_rate=3e-4")["values"]
     assert "the mean of Q went from " in got
     assert "values" not in found(always, "discount=0.5", steps=600)
+    # TD3+BC has no mean of Q, but lambda.
+    its = ("algorithm=td3bc", "normalize_observation=false", "policy_noise=0.1")
+    got = found(always, *its, "discount=0.99", "learning_rate=3e-4")["values"]
+    assert "the mean of |Q| went from " in got
+    assert "values" not in found(always, *its, "discount=0.5", steps=900)
 
 
 def test_weights_of_which_few_count() -> None:

@@ -213,7 +213,7 @@ def of(value: float, spread: float, **others: Any) -> FittedQ:
         (of(0.2, 0.1), "Worse than the data, by 0.8."),
         (of(1.2, 0.1), "As good as the data, as far as this can tell."),
         (of(2.0, 0.6), "As good as the data, as far as this can tell."),
-        (of(3.5, 0.1), "Above every episode of the data: rather too high than true."),
+        (of(3.5, 0.1), "Above every episode of the data: better than all of them, or, more often, too high."),
         (of(2.0, 0.1, distance=1.2), "Better than the data, by 1. It does what the data hardly show"),
         (of(2.0, 0.1, clip_fraction=0.3), "Not to be trusted: Q diverges, 30% of the targets are beyond"),
         (of(2.0, 0.1, sweeps=2.0), "Not to be trusted: steps times target_rate"),
@@ -233,6 +233,15 @@ def test_who_is_not_told_apart_is_by_the_same_draws() -> None:
         "The first is apart from all others" in estimating.ranked({"a": alike, "b": worse}, 0.9)[-1]
     )
     assert estimating.ranked({"a": alike, "c": noisy}, 0.9)[-1].endswith("of the difference: 2.")
+
+
+def test_what_is_to_be_said_of_one_is_said_of_each_that_is_ranked() -> None:
+    found = {"a": of(2.0, 0.1), "b": of(9.0, 0.1, distance=1.2)}
+    said = [line for line in estimating.ranked(found, 0.9) if line.endswith(".")][:2]
+    assert said == [
+        f"  1. {estimating.verdict(found['b'])}",
+        f"  2. {estimating.verdict(found['a'])}",
+    ]
 
 
 @pytest.mark.slow

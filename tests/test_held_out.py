@@ -122,6 +122,7 @@ def test_online_it_is_not_learned_from_either(maze_id: str, tmp_path: Path) -> N
         (["validation=1"], "validation"),
         (["best_by=validation/td_error", "validation=0"], "nothing is held out, give validation=0"),
         (["best_by=td_error"], "expected eval/... or validation/..."),
+        (["best_by=eval/scor"], "expected eval/ and one of score, return, "),
     ],
 )
 def test_what_can_not_be_is_refused_at_once(given: list[str], message: str) -> None:

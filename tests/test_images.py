@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from episodes import MARKS, record, walk, write
 from runs import TINY, rows
 from torchrl_iql import load_dataset, load_policy, models
 from torchrl_iql.data import OfflineDataset
+from torchrl_iql.data.report import report
 from torchrl_iql.models import Architecture
-from torchrl_iql.spaces import images_of
+from torchrl_iql.spaces import images_of, observed_rows
 from torchrl_iql_recipes.experiment import offline, online
 from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.schema import SettingsError
@@ -99,6 +101,35 @@ def test_the_recipes_train_on_images(name: str, tmp_path: Path) -> None:
     assert scores["replicas"]
     with pytest.raises(SettingsError, match="encoder: the checkpoint has networks of its own"):
         ONLINE.settings([*given, "encoder=mlp"])
+
+
+def test_images_that_are_not_what_was_seen_are_named() -> None:
+    """A camera in JPEG is Minari's default; joints beside it are no picture."""
+    space = spaces.Dict({"camera": CAMERA, "joints": spaces.Box(-1, 1, (2,))})
+    pixels = np.random.default_rng(0).integers(0, 256, (7, *CAMERA.shape), np.uint8)
+    seen = {"camera": pixels, "joints": np.zeros((7, 2), np.float32)}
+    for number, jpeg in enumerate((True, False)):
+        options = {"observation_space": space, "jpeg_encoding": jpeg}
+        name = write(walk(6, observations=seen), dataset_id=f"test/jpeg-v{number}", **options)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            dataset = load_dataset(name)
+        kept = dataset.transitions["observation"][:, :-2].reshape(6, *CAMERA.shape).numpy()
+        assert (kept == pixels[:6]).all() == (not jpeg)
+        assert any("images are stored as JPEG" in str(each.message) for each in told) == jpeg
+        (line,) = (
+            line for line in str(report(dataset)).splitlines() if line.startswith("observation")
+        )
+        assert line.endswith("4,322 columns: camera [40, 36, 3] uint8, joints [2] float32")
+
+
+def test_a_camera_that_is_scaled_is_refused() -> None:
+    space = spaces.Dict({"camera": CAMERA, "joints": spaces.Box(-1, 1, (2,))})
+    seen = {"camera": np.full(CAMERA.shape, 51, np.uint8), "joints": np.zeros(2)}
+    rows, _ = observed_rows(space, {**seen, "camera": seen["camera"].astype(float)})
+    assert (rows[0, :-2] == 51).all()
+    with pytest.raises(ValueError, match=r"observation/camera\[0, 0\] is 0.2, expected 0, 1, "):
+        observed_rows(space, {**seen, "camera": seen["camera"] / 255})
 
 
 def test_discrete_actions_and_data_without_images(tmp_path: Path) -> None:

@@ -782,7 +782,7 @@ def test_ctrl_c_ends_a_run_without_noise(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     # The terminal sends it to all of them.
     output, errors = interrupted(lambda process: os.killpg(process.pid, signal.SIGINT), folder)
-    assert "Interrupted. Continue with: python recipes/online.py resume=run" in output
+    assert "steps. Continue with: python recipes/online.py resume=run" in output
     assert "Traceback" not in errors
     (its,) = json.loads((folder / "scores.json").read_text())["replicas"]
     frames = its["frames"]

@@ -137,7 +137,10 @@ def spec_of(env: Env | None) -> EnvSpec | None:
             importlib.import_module(module)
         return gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(f"unknown environment {env!r}: {error}") from error
+        where = "; it has to be installed, or in a folder of PYTHONPATH" * isinstance(
+            error, ModuleNotFoundError
+        )
+        raise ValueError(f"unknown environment {env!r}: {error}{where}") from error
 
 
 def _spec_of_maker(make: Callable[[], gymnasium.Env]) -> EnvSpec:

@@ -228,6 +228,8 @@ def observed_rows(
         several = is_batch
         for _, rows in _leaves(leaf, values if is_batch else values[None], name):
             require_finite(rows, name)
+            if leaf.dtype == np.uint8:  # a camera that somebody has scaled is another one
+                _bytes(rows, name)
             leaves.append(_bytes(rows, name) if dtype is np.uint8 else rows)
     lengths = {len(rows) for rows in leaves}
     if len(lengths) != 1:

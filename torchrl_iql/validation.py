@@ -34,6 +34,9 @@ BATCH = 1_000
 REST = 0.05
 """What a reward beyond the end of the record may count at most, where a return is taken for complete."""
 
+FEWEST = 30
+"""Transitions whose return is known, below which Q is not compared with it."""
+
 QUANTILES = (0.1, 0.5, 0.9)
 
 
@@ -52,7 +55,8 @@ class Validation:
             - ``log_likelihood``: of the actions;
             - ``initial_value``: V(s) where episodes begin, else min_i Q_i(s, pi(s));
             - ``q_bias`` and ``q_correlation``: Q(s, a) less the discounted return that followed, and
-              Spearman's rank correlation of the two, where the whole return is known;
+              Spearman's rank correlation of the two, where the whole return is known, of at least 30
+              transitions;
             - ``advantage_10``, ``_50``, ``_90``: its quantiles, in percent;
             - ``effective_sample_size``: of the weights w, (sum w)^2 / (n sum w^2), a share.
         q: Q(s, a), mean of the networks, ``[n]``, where the return is known.
@@ -123,7 +127,7 @@ class Validator:
             more["td_error"] = error.mean().sqrt().item()
         if (error := found.pop("squared_action_error", None)) is not None:
             more["action_error"] = error.mean().sqrt().item()
-        if "q" in found and self._returns is not None and self._complete.any():
+        if "q" in found and self._returns is not None and self._complete.sum() >= FEWEST:
             q, returns = found["q"][self._complete], self._returns[self._complete].double()
             more["q_bias"] = (q - returns).mean().item()
             if len(q) > 1 and q.std() > 0 and returns.std() > 0:

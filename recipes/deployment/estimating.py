@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -110,6 +111,11 @@ def run(settings: Estimation, compute: Compute) -> dict[str, FittedQ]:
             if len(judged) > 1:
                 its = found[each.path]
                 tqdm.write(f"{each.path}: {its.value:.4g} ± {its.spread:.2g}")
+    except KeyboardInterrupt:
+        kept = settings.output if found and settings.output is not None else "nothing"
+        done = f"{len(found)} of {len(judged)} policies judged"
+        tqdm.write(f"Interrupted: {done}; {kept} has what was found", file=sys.stderr)
+        raise
     finally:
         if settings.output is not None and found:
             _write(Path(settings.output), found, dataset, discount, settings)
@@ -280,7 +286,7 @@ def verdict(its: FittedQ) -> str:
     error = math.hypot(*(0.0 if math.isnan(each) else each for each in (its.spread, data.stderr)))
     difference = its.value - data.value
     if its.value > data.best and data.episodes > 1:
-        said = "Above every episode of the data: rather too high than true."
+        said = "Above every episode of the data: better than all of them, or, more often, too high."
     elif abs(difference) <= APART * error:
         said = "As good as the data, as far as this can tell."
     else:
@@ -308,6 +314,7 @@ def ranked(found: Mapping[str, FittedQ], discount: float) -> list[str]:
         if place > 1 and not difference.mean() > APART * difference.std():
             alike.append(place)
     lines.append(_data_line(best.of_data))
+    lines += [f"{place:>3}. {verdict(found[path])}" for place, path in enumerate(order, start=1)]
     if alike:
         lines.append(
             f"Not told apart from the first, by {APART:g} standard deviations of the difference: "

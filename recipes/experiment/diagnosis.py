@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,18 @@ __all__ = ["Diagnosis"]
 
 MOVED = 0.1
 """Of a value, between the last tenth of the steps and the one two before it."""
+
+OVERFITTED = 4.0
+"""Times the squared error of Q in training, on held-out episodes."""
+
+RISEN = 1.2
+"""Times the lowest TD error there was on held-out episodes."""
+
+POORER = 0.1
+"""Of a return, that another is less, beyond what chance explains."""
+
+FALLEN = 3.0
+"""Standard errors between the best of several evaluations and the last."""
 
 FEW = 0.02
 """Effective sample size of the weights: less is noise. On AntMaze at temperature 10 it is 0.07."""
@@ -50,10 +63,14 @@ class Diagnosis:
     Args:
         settings: of the run.
         dataset: what they are looked at with: what is held out, else what they have learned from.
+        data_return: the mean return of all episodes there are, as they were recorded.
     """
 
-    def __init__(self, settings: Settings, dataset: OfflineDataset) -> None:
+    def __init__(
+        self, settings: Settings, dataset: OfflineDataset, data_return: float | None = None
+    ) -> None:
         self._settings = settings
+        self._data_return = data_return
         self._look = Validator(dataset, rows=ROWS)
         asks_for_rewards = hasattr(settings.algorithm, "discount") and dataset.window is None
         self._of_rewards = dict(_of_rewards(dataset)) if asks_for_rewards else {}
@@ -82,7 +99,9 @@ class Diagnosis:
         of_weights = _of_weights(self._settings, learner, metrics)
         return {
             **self._of_rewards,
-            **dict(_of_values(rows)),
+            **dict(_of_scores(rows, learner, self._data_return)),
+            **dict(_of_values(rows, learner, metrics)),
+            **dict(_of_held_out(rows)),
             **dict(of_weights),
             **dict(of_actions),
         }
@@ -108,8 +127,58 @@ def _of_rewards(dataset: OfflineDataset) -> Iterator[tuple[str, str]]:
         )
 
 
-def _of_values(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    values = np.array([float(row["qvalue"]) for row in rows if row.get("qvalue")])
+def _of_scores(
+    rows: Sequence[Mapping[str, Any]], learner: Learner, data_return: float | None
+) -> Iterator[tuple[str, str]]:
+    """Compare the last evaluation with the data, and with the best one before."""
+    scored = [row for row in rows if _has(row, "eval/score")]
+    if not scored:
+        return
+
+    def figure(row: Mapping[str, Any], name: str) -> tuple[float, float]:
+        error = f"eval/{name}_stderr"  # of a single episode there is none
+        return float(row[f"eval/{name}"]), float(row[error]) if _has(row, error) else math.nan
+
+    last, error = figure(scored[-1], "return")
+    if data_return is not None and last + 2 * error < data_return - POORER * abs(data_return):
+        weighted = getattr(learner.algorithm, "temperature", 0.0)
+        advice = "cloning (algorithm=bc) may be better, and " if weighted else ""
+        yield (
+            "poor",
+            f"the policy's return, {last:.4g} ± {error:.2g}, is below the mean of the data's episodes, "
+            f"{data_return:.4g}: {advice}normalize_observation=true and more steps are the first things to "
+            "try",
+        )
+    best = max(scored, key=lambda row: float(row["eval/score"]))
+    (high, spread), (last, error) = (figure(row, _score(row)) for row in (best, scored[-1]))
+    if high - last > max(FALLEN * np.hypot(spread, error), POORER * abs(high)):
+        yield (
+            "fallen",
+            f"the score was {high:.4g} after {best['step']} steps, and is {last:.4g} at the end, which the "
+            "chance of episodes does not explain. More steps do not help here, a smaller learning_rate or "
+            "normalize_observation=true may",
+        )
+
+
+def _has(row: Mapping[str, Any], name: str) -> bool:
+    """Return whether a line has a value, whether it is in memory or was read from a file."""
+    return row.get(name, "") != ""
+
+
+def _score(row: Mapping[str, Any]) -> str:
+    """Return what the score of an evaluation is."""
+    return "normalized_score" if _has(row, "eval/normalized_score") else "return"
+
+
+def _of_values(
+    rows: Sequence[Mapping[str, Any]], learner: Learner, metrics: Mapping[str, float]
+) -> Iterator[tuple[str, str]]:
+    values = np.array([float(row["qvalue"]) for row in rows if _has(row, "qvalue")])
+    name = "Q"
+    if not len(values) and (alpha := getattr(learner.algorithm, "alpha", None)):
+        # TD3+BC: lambda is alpha over the mean of |Q|.
+        values = np.array([alpha / float(row["lmbd"]) for row in rows if _has(row, "lmbd")])
+        name = "|Q|"
     tenth = max(1, len(values) // 10)
     if len(values) < 5:
         return
@@ -117,11 +186,32 @@ def _of_values(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     before, last = values[end - 3 * tenth : end - 2 * tenth], values[end - tenth :]
     change = abs(last.mean() - before.mean())
     chance = 2 * np.hypot(before.std(), last.std()) / np.sqrt(tenth)
-    if change > max(MOVED * abs(last.mean()), chance):
+    # Where Q is about 0 on average, what it tells apart says what is much.
+    told_apart = metrics.get("advantage_90", 0.0) - metrics.get("advantage_10", 0.0)
+    if change > max(MOVED * abs(last.mean()), MOVED * told_apart, chance):
         yield (
             "values",
-            f"the values are not converged: the mean of Q went from {before.mean():.3g} to {last.mean():.3g} "
-            "in the last fifth of the steps; give more steps, or a larger target_rate",
+            f"the values are not converged: the mean of {name} went from {before.mean():.3g} to "
+            f"{last.mean():.3g} in the last fifth of the steps; give more steps, or a larger target_rate",
+        )
+
+
+def _of_held_out(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    def column(name: str) -> list[tuple[int, float]]:
+        return [(int(row["step"]), float(row[name])) for row in rows if _has(row, name)]
+
+    trained, held_out = column("loss_qvalue"), column("validation/loss_qvalue")
+    errors = column("validation/td_error")
+    if not trained or not held_out or not errors:
+        return
+    step, lowest = min(errors, key=lambda each: each[1])
+    last = errors[-1][1]
+    if held_out[-1][1] > OVERFITTED * trained[-1][1] and last > RISEN * lowest:
+        yield (
+            "overfitted",
+            f"the values are overfitted: the loss of Q is {trained[-1][1]:.3g} in training and "
+            f"{held_out[-1][1]:.3g} on the held-out episodes, whose TD error was lowest after {step} steps, "
+            f"{lowest:.3g}, and is {last:.3g}; give more data, or fewer steps",
         )
 
 

@@ -438,6 +438,10 @@ class Door:
     def help(self, description: str | None, overrides: Sequence[str] = ()) -> str:
         """Describe every setting with its default, its meaning and its range."""
         parsed = _parsed(overrides)
+        for each in parsed:
+            if each.key_or_group in self.groups:
+                for value in _values_of(each):
+                    _check_file(each.key_or_group, str(value))
         lines = [as_typed(description or "").strip()]
         by_task, otherwise = self._by_task(parsed), self._otherwise(parsed)
         for part in self.parts_of(parsed):

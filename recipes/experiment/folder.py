@@ -98,6 +98,10 @@ class RunFolder:
         """Return the scores of all evaluations, by step."""
         return self._values(SCORE)
 
+    def evaluated_after(self) -> int | None:
+        """Return the step of the last evaluation; None if there is none."""
+        return max(self.scores(), default=None)
+
     def best_row(self) -> dict[str, Any] | None:
         """Find where it was best, the first of several such steps.
 

@@ -20,6 +20,9 @@ from torchrl_iql_recipes.files import shown
 
 __all__ = ["report", "run", "train"]
 
+FEW_EPISODES = 5
+"""Held out, below which what is seen of them is that of one or two."""
+
 STEPS_PER_CALL = 100
 """Gradient steps between two looks at whether the run is to stop, if they take less than a second."""
 
@@ -88,7 +91,8 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
     records.draw()
     unfinished = step.steps < settings.training.steps
     seen = learned if held_out is None else held_out
-    diagnosis = None if unfinished else Diagnosis(settings, seen)
+    mean_return = dataset.episode_returns.mean().item()
+    diagnosis = None if unfinished else Diagnosis(settings, seen, mean_return)
     replicas = [
         results.outcome(
             learner,
@@ -97,6 +101,7 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
             interrupted=unfinished,
             best=folder.best_row(),
             skipped=skipped,
+            evaluated_after=folder.evaluated_after(),
             held_out=folder.latest("validation/"),
             diagnosis={} if diagnosis is None else diagnosis(learner, loss, folder.rows()),
         )
@@ -158,14 +163,24 @@ def describe(dataset: OfflineDataset, held_out: OfflineDataset | None = None) ->
     share = (
         f", {dropped} of {recording.transitions} recorded transitions dropped" if dropped else ""
     )
+    longest, limit = int(dataset.episode_lengths.max()), None
+    if dataset.env_spec is not None:
+        limit = dataset.env_spec.max_episode_steps
+    ends = f", which ends episodes after {limit} steps; the longest of the data has {longest}"
     return (
         f"{dataset.name}: {rows} transitions in "
         f"{len(dataset.episode_lengths)} episodes, mean return {dataset.episode_returns.mean():.1f}; "
-        f"environment: {dataset.env_spec and dataset.env_spec.id}\n"
+        f"environment: {dataset.env_spec and dataset.env_spec.id}"
+        f"{ends if limit is not None and longest > limit else ''}\n"
         f"Rules: reward {dataset.reward_rule}, r -> {dataset.reward_transform}; episodes "
         f"{dataset.episode_rule}{share}"
-        + ("" if held_out is None else f"\nHeld out: {len(held_out.episode_lengths)} episodes")
+        + ("" if held_out is None else f"\nHeld out: {_held_out(len(held_out.episode_lengths))}")
     )
+
+
+def _held_out(episodes: int) -> str:
+    few = ", too few to judge by: give a larger share" if episodes < FEW_EPISODES else ""
+    return f"{episodes} episodes{few}"
 
 
 def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
@@ -178,8 +193,10 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
     lines += results.diagnosis(replicas)
     lines += results.skipped(replicas)
     if replicas[0]["interrupted"]:
+        steps, of = replicas[0]["steps"], replicas[0].get("evaluated_after")
+        scored = f"; the score is of the policy after {of}" if of not in (None, steps) else ""
         lines.append(
-            f"Interrupted after {replicas[0]['steps']} steps. "
+            f"Interrupted after {steps} steps{scored}. "
             f"Continue with: {settings.command_to_resume(path)}"
         )
     policy = Path(shown(path), replicas[0]["name"], "last.ckpt")

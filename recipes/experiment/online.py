@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -362,9 +363,17 @@ class FineTuning:
             skipped=self.step.skipped[0],
             held_out=self.folder.latest("validation/"),
             frames=self.frames,
+            evaluated_after=self._evaluated_after(),
             before=self.before,
             after=latest.summary() if latest else None,
         )
+
+    def _evaluated_after(self) -> int | None:
+        """Return the frames of the last evaluation; None if there is none."""
+        at, rate = self.folder.evaluated_after(), self.settings.online.updates_per_frame
+        if at is None or not rate:
+            return None if at is None else self.frames
+        return min(self.frames, math.ceil((at - self.switch) / rate))
 
     def draw(self) -> None:
         """Draw as offline, with the curves of the offline run, and a line where this one begins."""
@@ -384,9 +393,12 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
     if learner.get("before") and learner.get("after"):
         before, after = learner["before"]["score"], learner["after"]["score"]
         name = "normalized score" if "normalized_score" in learner["after"] else "return"
-        lines.append(f"{name}: {before:.1f} before, {after:.1f} after {learner['frames']} steps")
+        frames = learner.get("evaluated_after", learner["frames"])
+        lines.append(f"{name}: {before:.1f} before, {after:.1f} after {frames} steps")
     lines += results.skipped([learner])
     if learner["interrupted"]:
-        lines.append(f"Interrupted. Continue with: {settings.command_to_resume(path)}")
+        lines.append(
+            f"Interrupted after {learner['frames']} steps. Continue with: {settings.command_to_resume(path)}"
+        )
     lines.append(f"Results: {shown(path)} (scores.json, times.json, metrics.csv, *.png, *.ckpt)")
     return "\n".join(lines)

@@ -40,6 +40,9 @@ HELD_OUT = {
 }
 """What is said of what is held out, and how."""
 
+FEWEST_SEEDS = 3
+"""With an interval: that of two is wider than anything it could say."""
+
 VERSION = 2
 """Of ``scores.json``. Without one: written before there were versions."""
 
@@ -143,8 +146,8 @@ def summaries(replicas: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> lis
 
     Returns:
         for each: its ``title``, these settings, the number of ``seeds``, the mean ``score``, and
-        half the width of its 95% confidence interval (Student's t), ``ci95``, None for a single
-        seed.
+        half the width of its 95% confidence interval (Student's t), ``ci95``, None below three
+        seeds.
     """
     groups: dict[tuple, list[float]] = {}
     for each in replicas:
@@ -153,7 +156,7 @@ def summaries(replicas: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> lis
     rows = []
     for settings, values in groups.items():
         seeds = len(values)
-        ci95 = half_width(values) if seeds > 1 else None
+        ci95 = half_width(values) if seeds >= FEWEST_SEEDS else None
         rows.append({**dict(settings), "seeds": seeds, "score": mean(values), "ci95": ci95})
     return rows
 
@@ -194,9 +197,10 @@ def report(scores: Mapping[str, Any]) -> list[str]:
         varied = [key for key in settings if len({other[key] for other in rows}) > 1]
         name = ", ".join(f"{key}={row[key]:g}" for key in varied)
         title = row["title"]
-        seeds = (
-            "one seed" if row["seeds"] == 1 else f"± {row['ci95']:.1f}, 95% of {row['seeds']} seeds"
-        )
+        number = row["seeds"]
+        seeds = "one seed" if number == 1 else f"{number} seeds"
+        if row["ci95"] is not None:
+            seeds = f"± {row['ci95']:.1f}, 95% of {number} seeds"
         lines.append(
             f"{f'{title}, {name}' if name else title}: {score} {row['score']:.1f} ({seeds})"
         )

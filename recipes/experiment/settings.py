@@ -191,6 +191,10 @@ class Training(Part):
         return self
 
 
+OF_EVALUATIONS = ("score", "return", "length", "success", "normalized_score")
+"""What an evaluation may come to, the last two as far as the environment tells."""
+
+
 class Evaluation(Part):
     """How what is learned is tried out."""
 
@@ -222,6 +226,10 @@ class Evaluation(Part):
         if kind not in ("eval", "validation") or not name:
             raise ValueError(
                 f"best_by={self.best_by}: expected eval/... or validation/..., with a minus for the lowest"
+            )
+        if kind == "eval" and name not in OF_EVALUATIONS:
+            raise ValueError(
+                f"best_by={self.best_by}: expected eval/ and one of {', '.join(OF_EVALUATIONS)}"
             )
         if kind == "validation" and not self.validation:
             raise ValueError(

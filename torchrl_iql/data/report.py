@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.spaces import Discrete
+from gymnasium.spaces import Dict, Discrete
 from torch import Tensor
 
 from torchrl_iql.data.episodes import EpisodeRule
@@ -42,6 +43,7 @@ class Report:
         terminations: episodes that terminate.
         time_outs: episodes that are truncated, so that values bootstrap from their last observation.
         observation_size: columns of an observation.
+        observation_parts: name, shape and type of the entries, of a dictionary.
         constant_columns: indices of the columns in which all observations are equal.
         nan_rows: next observations with NaN, which only follow a termination.
         action_ranges: lowest and highest action in each dimension; empty for ``Discrete``.
@@ -62,6 +64,7 @@ class Report:
     terminations: int
     time_outs: int
     observation_size: int
+    observation_parts: tuple[tuple[str, tuple[int, ...], str], ...]
     constant_columns: tuple[int, ...]
     nan_rows: int
     action_ranges: tuple[tuple[float, float], ...]
@@ -87,7 +90,7 @@ class Report:
             "success": _known(self.success_rate, ".1%", "needs raw rewards of 0 and 1"),
             "reward": _range(self.rewards),
             "ends": f"{self.terminations:,} terminations, {self.time_outs:,} time-outs",
-            "observation": f"{self.observation_size} columns",
+            "observation": _parts(self.observation_size, self.observation_parts),
             "constant": f"columns {_listed(self.constant_columns) or 'none'}",
             "NaN": f"{self.nan_rows:,} observations after a termination",
             "action": actions,
@@ -109,6 +112,8 @@ class Described(Protocol):
     def episode_returns(self) -> Tensor: ...
     @property
     def action_space(self) -> Space: ...
+    @property
+    def observation_space(self) -> Space: ...
     @property
     def env_spec(self) -> EnvSpec | None: ...
     @property
@@ -165,11 +170,24 @@ def report(dataset: Described) -> Report:
         terminations=int(terminated.sum()),
         time_outs=int((following["truncated"] & ~terminated).sum()),
         observation_size=lowest.shape[-1],
+        observation_parts=tuple(
+            (name, each.shape or (), str(each.dtype)) for name, each in _entries(dataset)
+        ),
         constant_columns=tuple((lowest == highest).nonzero()[:, 0].tolist()),
         nan_rows=int(following["observation"].isnan().any(1).sum()),
         action_ranges=tuple((low, high) for low, high in ranges),
         action_counts=tuple(counts),
     )
+
+
+def _entries(dataset: Described) -> list[tuple[str, Space]]:
+    space = dataset.observation_space
+    return list(space.spaces.items()) if isinstance(space, Dict) else []
+
+
+def _parts(columns: int, parts: Sequence[tuple[str, tuple[int, ...], str]]) -> str:
+    of_each = ", ".join(f"{name} {list(shape)} {dtype}" for name, shape, dtype in parts)
+    return f"{columns:,} columns{of_each and ': '}{of_each}"
 
 
 def _range(values: tuple[float, float, float]) -> str:
