@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -112,8 +113,8 @@ def test_any_environment_is_played_in(env: Any, walker: str, tmp_path: Path) -> 
 def test_the_checkpoint_of_a_run_names_its_environment(
     maze_id: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the score of the data: here the success, in percent."""
-    overrides = [*TINY, "temperature=3", f"dataset={maze_id}", "seeds=4"]
+    """With the score of the data: here the success, in percent; also of a run that was not evaluated."""
+    overrides = [*TINY, "temperature=3", f"dataset={maze_id}", "seeds=4", "eval_episodes=0"]
     offline.run(OFFLINE.settings(of_maze(overrides)), tmp_path)
     its = play(tmp_path / "last.ckpt", episodes=2, seed=3)
     spec = EnvSpec.from_json(checkpoint.load_metadata(tmp_path / "last.ckpt")["env"])
@@ -262,7 +263,7 @@ def test_whoever_walks_is_followed() -> None:
     renderer: Any = env.unwrapped.mujoco_renderer  # pyright: ignore
     assert renderer.model.camera(renderer.camera_id).name == "track"
     theirs = gymnasium.spec("Hopper-v5")
-    theirs.kwargs = {"camera_id": 0}
+    theirs = dataclasses.replace(theirs, kwargs={"camera_id": 0})  # that of the registry stays
     assert film._rendered(theirs).unwrapped.mujoco_renderer.camera_id == 0  # pyright: ignore
     assert film._rendered(gymnasium.spec("Reacher-v5")).unwrapped.mujoco_renderer.camera_id == -1  # pyright: ignore
 

@@ -496,7 +496,7 @@ def test_trust_reaches_all_of_an_online_run(tmp_path: Path) -> None:
 
 
 def test_the_command_that_goes_on_says_what_it_needs(tmp_path: Path) -> None:
-    its = [{"steps": 1, "interrupted": True, "name": "", "score": 0.0}]
+    its = [{"steps": 1, "frames": 1, "interrupted": True, "name": "", "score": 0.0}]
     for module, door in ((offline, OFFLINE), (online, ONLINE)):
         for given in ([], ["trust_env=true"], ["env=evil:Env-v0"]):
             settings = door.settings(["seeds=0", "temperature=3", *given])

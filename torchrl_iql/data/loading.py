@@ -81,8 +81,8 @@ def load(
             those of such files, its time limit ends the episodes of D4RL files
             that do not tell where they end, and its task gives the rewards of OGBench's files.
             Reference scores are the first that a source names.
-        with_env: whether the environment that a Minari data set names is looked up. Without, it may be one
-            that is not installed here, or not trusted.
+        with_env: whether the environment that a Minari data set names has to be known here. Without, one
+            that is not installed, or not trusted, is left out.
         trust_env: whether the environment that a Minari data set names may be made by code that only the
             data set names, see :func:`~torchrl_iql.environments.registered`. Beside ``env`` it is not used.
         action_space: the space of the actions, ``(low, high)``, each a number or one per dimension, or how

@@ -48,7 +48,7 @@ def minari_source(
         download: whether to download an id that is not there locally.
         observation_keys: the entries of its observations that are read; all by default.
         trust_env: whether its environment may be made by code that only the data set names.
-        with_env: whether that of the data set is looked up at all.
+        with_env: whether that of the data set has to be known here; without, one that is not is left out.
 
     Raises:
         FileNotFoundError: if there is no such data set, or its download failed.
@@ -72,9 +72,14 @@ def minari_source(
                 "policy; Minari stores them as they are with jpeg_encoding=False",
                 stacklevel=3,
             )
-        if env_spec is None and with_env:
+        if env_spec is None:
             # Minari has no public name for this specification, only for the environment made from it.
-            env_spec = stored_env(dataset._eval_env_spec or dataset.env_spec, trust_env=trust_env)
+            stored = dataset._eval_env_spec or dataset.env_spec
+            try:
+                env_spec = stored_env(stored, trust_env=trust_env)
+            except (ImportError, ValueError):
+                if with_env:
+                    raise
         if observation_keys is not None and env_spec is not None:
             env_spec = observing(env_spec, observation_keys)
     return Source(
