@@ -121,9 +121,9 @@ def test_every_file_says_what_it_is(tmp_path: Path) -> None:
         {"key": "dials", "size": 2, "start": 5},
         {"key": "dials", "size": 3, "start": -1},
         {"key": "hand/gear", "size": 4, "start": -1},
-        {"key": "hand/position", "size": 6},
-        {"key": "lights", "size": 3},
-        {"key": "pair/0", "size": 2},
+        {"key": "hand/position", "size": 6, "shape": [2, 3], "dtype": "float32"},
+        {"key": "lights", "size": 3, "shape": [3], "dtype": "int8"},
+        {"key": "pair/0", "size": 2, "shape": [2], "dtype": "float64"},
         {"key": "pair/1", "size": 2, "start": 0},
     ]
     flat = gymnasium.spaces.flatten_space(COMPOUND)

@@ -332,10 +332,15 @@ def test_the_page_that_a_run_ends_with_is_of_a_finished_run(
         assert "is running" not in text and "No run is finished" not in text
 
 
-def test_a_run_that_was_extended_is_not_finished(runs: Path) -> None:
-    cfg = OmegaConf.load(runs / "bc" / "config.yaml")
+def extend(run: Path) -> None:
+    """Ask for more steps than are done."""
+    cfg = OmegaConf.load(run / "config.yaml")
     cfg.steps = 12
-    OmegaConf.save(cfg, runs / "bc" / "config.yaml")
+    OmegaConf.save(cfg, run / "config.yaml")
+
+
+def test_a_run_that_was_extended_is_not_finished(runs: Path) -> None:
+    extend(runs / "bc")
     assert gather.run(runs / "bc").state == "interrupted"
     with held(runs / "bc"):
         assert gather.run(runs / "bc").state == "running"
@@ -509,6 +514,7 @@ def test_the_command_leads_to_the_settings_of_the_run(made: Path, name: str) -> 
 
 @pytest.mark.usefixtures("words")
 def test_a_run_that_goes_on_is_shown_as_such(runs: Path) -> None:
+    extend(runs / "bc")
     with held(runs / "bc"):
         its = shown(runs / "bc", watching=True)
         assert "bc is running" in its.text

@@ -306,11 +306,12 @@ def _metadata(checkpoint: str | Path, act: Acting) -> dict[str, Any]:
         assert isinstance(taken, spaces.Box)
         bounds = {"low": _bound(taken.low), "high": _bound(taken.high)}
         action = {"shape": list(taken.shape), "dtype": str(taken.dtype), **bounds}
-    env = known.get("env")
+    env, config = known.get("env"), known.get("config") or {}
     return {
         "version": torchrl_iql.__version__,
-        "algorithm": (known.get("config") or {}).get("algorithm"),
+        "algorithm": config.get("algorithm"),
         "dataset": known.get("dataset"),
+        "layout": config.get("layout"),  # of logs: which column is what, in order
         "environment": env and json.loads(env)["id"],
         "steps": known["steps"],
         "observation": observation,
@@ -340,7 +341,8 @@ def _entries(space: Space, *keys: str) -> Iterator[dict[str, Any]]:
             for n, start in zip(space.nvec.flat, space.start.flat, strict=True):
                 yield {"key": key, "size": int(n), "start": int(start)}
         case _:
-            yield {"key": key, "size": spaces.flatdim(space)}
+            shape, dtype = list(space.shape or ()), str(space.dtype)
+            yield {"key": key, "size": spaces.flatdim(space), "shape": shape, "dtype": dtype}
 
 
 def _observations(

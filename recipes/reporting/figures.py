@@ -246,9 +246,14 @@ def _place(figure: Figure, axes: Axes) -> None:
     """Leave as much room as words and numbers need; a layout that is found by drawing takes long."""
     width, height = figure.get_size_inches()
     labels = [label.get_text() for label in axes.get_yticklabels()]
-    left = 0.14 + 0.08 * max(map(len, labels), default=0) + 0.27 * bool(axes.get_ylabel())
+    left = 0.14 + max(map(_inches, labels), default=0) + 0.27 * bool(axes.get_ylabel())
     bottom = 0.27 + 0.2 * bool(axes.get_xlabel())
     figure.subplots_adjust(left / width, bottom / height, 1 - 0.15 / width, 1 - 0.08 / height)
+
+
+def _inches(text: str) -> float:
+    """Return about how long a word is, whatever font a browser takes; capitals and signs are wide."""
+    return sum(0.105 if each.isupper() or each in "+=%mw…" else 0.08 for each in text)
 
 
 PLACE = "\0"

@@ -430,7 +430,8 @@ def _histograms(data: Mapping[str, Any], name: str, room: Room) -> list[tuple[st
             x=x,
             y=y,
         )
-        figures_of = f"{its['lowest']:.3g} to {its['highest']:.3g}, mean {its['mean']:.3g}"
+        low, high, mean = (_plain(its[key]) for key in ("lowest", "highest", "mean"))
+        figures_of = f"{low} to {high}, mean {mean}"
         panels.append((f"{title}: {figures_of}", room.take("histograms", draw)))
     actions = data["actions"]
     if "categories" in actions:
@@ -577,6 +578,11 @@ def _shown(run: Run, key: str) -> str:
 def _figure(value: Any) -> str:
     """Write a score."""
     return NONE if value is None or value != value else f"{value:.1f}"
+
+
+def _plain(value: float) -> str:
+    """Write a number without a power of ten, where that is short."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 def _count(value: Any) -> str:

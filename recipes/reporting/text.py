@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torchrl_iql_recipes.commands import typed
 from torchrl_iql_recipes.experiment.schema import written
 from torchrl_iql_recipes.files import shown
 from torchrl_iql_recipes.reporting import gather
@@ -35,7 +36,8 @@ def table(folders: Sequence[Path]) -> list[str]:
             left.append(f"{world}: {idle} learners are not finished, not evaluated, or there twice")
     if not lines:
         raise gather.NoRunError(
-            f"{shown(folders[0])}: none of these runs is finished and evaluated"
+            f"{shown(folders[0])}: none of these runs is finished and evaluated in an environment; "
+            f"without one, {typed('estimate')} 'checkpoint=[...,...]' ranks policies by data"
         )
     lines.append(
         "Score: of the last step, mean over seeds, half its 95% interval from three seeds on."
