@@ -118,6 +118,8 @@ def test_scores_below_the_data_and_below_those_before(
 ) -> None:
     got = found(made(of_the_action), "discount=0.5", returns=returns)
     assert got.keys() == said.keys()
+    baseline = found(made(of_the_action), "discount=0.5", "temperature=0", returns=returns)
+    assert "poor" not in baseline
     assert all(got[name].startswith(its) for name, its in said.items())
 
 

@@ -41,6 +41,7 @@ def run(folder: Path, script: str, *overrides: str) -> None:
         "temperature=3 eval_workers=1",
         pytest.param("temperature=3 compute.execution=auto", marks=SLOW),
         pytest.param("algorithm=bc compute.execution=auto", marks=SLOW),
+        pytest.param("algorithm=td3bc compute.execution=auto", marks=SLOW),
     ],
 )
 def test_offline(maze_id: str, tmp_path: Path, settings: str) -> None:

@@ -67,6 +67,7 @@ def set_up(compute: Compute) -> None:
         ) from None
     # A line of tensordict's, when a loss is compiled.
     warnings.filterwarnings("ignore", ".*inline_inbuilt_nn_modules is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", r"Using lock_\(\) inside a compiled graph", UserWarning)
     if compute.device == "cpu":  # where nobody misses what PyTorch looks for when it compiles
         logging.getLogger("torch.utils.cpp_extension").addFilter(_is_not_of_cuda)
     if compute.threads is not None:

@@ -15,7 +15,7 @@ from torchrl_iql import OfflineDataset
 from torchrl_iql.validation import Validator
 from torchrl_iql_recipes.experiment.settings import Learner, Settings
 
-__all__ = ["Diagnosis"]
+__all__ = ["FALLEN", "Diagnosis"]
 
 MOVED = 0.1
 """Of a value, between the last tenth of the steps and the one two before it."""
@@ -140,9 +140,11 @@ def _of_scores(
         return float(row[f"eval/{name}"]), float(row[error]) if _has(row, error) else math.nan
 
     last, error = figure(scored[-1], "return")
-    if data_return is not None and last + 2 * error < data_return - POORER * abs(data_return):
-        weighted = getattr(learner.algorithm, "temperature", 0.0)
-        advice = "cloning (algorithm=bc) may be better, and " if weighted else ""
+    temperature = getattr(learner.algorithm, "temperature", None)
+    least = None if data_return is None else data_return - POORER * abs(data_return)
+    # Temperature 0 is the baseline that others are to be better than.
+    if least is not None and temperature != 0 and last + 2 * error < least:
+        advice = "cloning (algorithm=bc) may be better, and " if temperature else ""
         yield (
             "poor",
             f"the policy's return, {last:.4g} ± {error:.2g}, is below the mean of the data's episodes, "
@@ -155,8 +157,8 @@ def _of_scores(
         yield (
             "fallen",
             f"the score was {high:.4g} after {best['step']} steps, and is {last:.4g} at the end, which the "
-            "chance of episodes does not explain. More steps do not help here, a smaller learning_rate or "
-            "normalize_observation=true may",
+            "chance of episodes does not explain: what is learned is not stable; normalize_observation=true, "
+            "or a smaller learning_rate, may help",
         )
 
 

@@ -20,6 +20,8 @@ from torchrl_iql_recipes.files import shown
 
 __all__ = ["report", "run", "train"]
 
+COMPILING = "compiling"
+
 FEW_EPISODES = 5
 """Held out, below which what is seen of them is that of one or two."""
 
@@ -129,6 +131,8 @@ def train(
     log_interval, chunk = settings.training.log_interval, STEPS_PER_CALL
     with progress.bar(settings.algorithm.title, step.steps, end) as bar:
         records.make_up(stop, now=step.steps == end)
+        if step.execution != "eager":  # which may take minutes, and moves no bar
+            bar.set_postfix_str(COMPILING)
         while step.steps < end and not stop.requested:
             done, began = step.steps, time.monotonic()
             steps = min(
@@ -138,6 +142,8 @@ def train(
                 step.run(minibatches, steps)
                 step.check_finite()
             chunk = _chunk((time.monotonic() - began) / steps)
+            if bar.postfix == COMPILING:
+                bar.set_postfix_str("", refresh=False)
             bar.update(steps)
             records.evaluated()
             if step.steps % log_interval == 0 or step.steps == end:

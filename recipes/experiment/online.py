@@ -27,6 +27,7 @@ from torchrl_iql_recipes.experiment import (
     progress,
     results,
 )
+from torchrl_iql_recipes.experiment.diagnosis import FALLEN
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
@@ -395,6 +396,17 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
         name = "normalized score" if "normalized_score" in learner["after"] else "return"
         frames = learner.get("evaluated_after", learner["frames"])
         lines.append(f"{name}: {before:.1f} before, {after:.1f} after {frames} steps")
+        key = (
+            "normalized_score_stderr" if "normalized_score" in learner["after"] else "return_stderr"
+        )
+        error = math.hypot(
+            *(each.get(key, math.nan) for each in (learner["before"], learner["after"]))
+        )
+        if before - after > FALLEN * error:
+            lines.append(
+                "Note: it has got worse, by more than the chance of episodes: more offline steps before, a "
+                "smaller learning_rate, or more offline data in the batches may help"
+            )
     lines += results.skipped([learner])
     if learner["interrupted"]:
         lines.append(

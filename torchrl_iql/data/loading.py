@@ -192,6 +192,8 @@ def _open(
         found = ogbench_source(source, env_spec=env_spec, download=download)
     elif is_logs(source, layout):
         found = logs_source(source, layout, **told)
+    elif layout is not None and not Path(source).exists():
+        raise FileNotFoundError(f"there is no file or folder {str(source)!r}, of which a layout is")
     elif layout is not None:
         raise ValueError(
             f"{source}: a layout is of CSV, Parquet, NPZ and HDF5 files, and of folders of these"
