@@ -281,6 +281,24 @@ class TestBuilding:
         left = {path.name for path in store.iterdir()}
         assert left == {"walks-v0", ".walks-v0.lock"}
 
+    def test_who_interrupts_it_is_told_what_is_kept(
+        self, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ):
+        play = collection._play_job
+
+        def stopped(job: tuple) -> int:
+            if job[1] == 1:
+                raise KeyboardInterrupt
+            return play(job)
+
+        monkeypatch.setattr(collection, "_play_job", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            collection.build("walks-v0", STITCH, collection.PART + 100, workers=1)
+        told = (
+            f"Interrupted: {collection.PART:,} of {collection.PART + 100:,} transitions are kept; "
+        )
+        assert told in capsys.readouterr().err
+
     def test_an_environment_that_fails_leaves_what_was_made(self, store: Path):
         """The error of a worker arrives, and what is complete is kept; not for another behaviour."""
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -274,8 +275,16 @@ def _play(folder: Path, id: str, behavior: Behavior, recipe: dict[str, Any], wor
         unit="step",
     ) as bar:
         jobs = [(seed, part, parts, sizes[part], paths[part]) for part in missing]
-        for done in _map(behavior, jobs, min(workers, len(jobs))):
-            bar.update(done)
+        try:
+            for done in _map(behavior, jobs, min(workers, len(jobs))):
+                bar.update(done)
+        except KeyboardInterrupt:
+            kept = transitions - sum(sizes[i] for i in missing if not paths[i].exists())
+            tqdm.write(
+                f"Interrupted: {kept:,} of {transitions:,} transitions are kept; the same command goes on",
+                file=sys.stderr,
+            )
+            raise
 
 
 def _map(behavior: Behavior, jobs: list[tuple], workers: int) -> Iterator[int]:

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit
 
-__all__ = ["FEWEST", "Band", "Curve", "Curves", "band", "in_file", "unit"]
+from torchrl_iql_recipes.experiment.results import FEWEST
 
-FEWEST = 3
-"""Seeds, without which there is no interval."""
+__all__ = ["FEWEST", "Band", "Curve", "Curves", "band", "in_file", "unit"]
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Steps and values, ``[n]`` each."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torchrl_iql_recipes.experiment.settings import Learner, Settings
 
 __all__ = [
+    "FEWEST",
     "VERSION",
     "diagnosis",
     "half_width",
@@ -40,8 +41,8 @@ HELD_OUT = {
 }
 """What is said of what is held out, and how."""
 
-FEWEST_SEEDS = 3
-"""With an interval: that of two is wider than anything it could say."""
+FEWEST = 3
+"""Seeds, without which there is no interval: that of two is wider than anything it could say."""
 
 VERSION = 2
 """Of ``scores.json``. Without one: written before there were versions."""
@@ -156,7 +157,7 @@ def summaries(replicas: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> lis
     rows = []
     for settings, values in groups.items():
         seeds = len(values)
-        ci95 = half_width(values) if seeds >= FEWEST_SEEDS else None
+        ci95 = half_width(values) if seeds >= FEWEST else None
         rows.append({**dict(settings), "seeds": seeds, "score": mean(values), "ci95": ci95})
     return rows
 

@@ -154,7 +154,10 @@ def _title(runs: Sequence[Run]) -> str:
     worlds = list(dict.fromkeys(run.world for run in runs))
     titles = list(dict.fromkeys(its.title for run in runs for its in run.learners))
     where = worlds[0] if len(worlds) == 1 else f"{len(worlds)} tasks"
-    what = " and ".join(titles) if len(titles) < 4 else f"{len(titles)} algorithms"
+    *first, last = titles or ["Runs"]
+    what = f"{', '.join(first)} and {last}" if first else last
+    if len(titles) > 3:
+        what = f"{len(titles)} algorithms"
     return f"{what} on {where}"
 
 
