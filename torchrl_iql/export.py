@@ -35,7 +35,7 @@ from torchrl_iql.checkpoint import (
 )
 from torchrl_iql.files import whole
 from torchrl_iql.models import Architecture, Torso, Vision
-from torchrl_iql.spaces import environment_actions, observation_dtype
+from torchrl_iql.spaces import environment_actions, named_leaves, observation_dtype
 
 __all__ = ["SUFFIXES", "Exported", "export_policy"]
 
@@ -325,24 +325,18 @@ def _bound(values: np.ndarray) -> Any:
     return its[0] if len(set(its)) == 1 else its
 
 
-def _entries(space: Space, *keys: str) -> Iterator[dict[str, Any]]:
+def _entries(space: Space) -> Iterator[dict[str, Any]]:
     """Yield what a flat observation is joined from."""
-    key = "/".join(keys)
-    match space:
-        case spaces.Dict():
-            for name, each in space.spaces.items():
-                yield from _entries(each, *keys, name)
-        case spaces.Tuple():
-            for i, each in enumerate(space.spaces):
-                yield from _entries(each, *keys, str(i))
-        case spaces.Discrete():
-            yield {"key": key, "size": int(space.n), "start": int(space.start)}
-        case spaces.MultiDiscrete():
-            for n, start in zip(space.nvec.flat, space.start.flat, strict=True):
-                yield {"key": key, "size": int(n), "start": int(start)}
-        case _:
-            shape, dtype = list(space.shape or ()), str(space.dtype)
-            yield {"key": key, "size": spaces.flatdim(space), "shape": shape, "dtype": dtype}
+    for key, leaf in named_leaves(space):
+        match leaf:
+            case spaces.Discrete():
+                yield {"key": key, "size": int(leaf.n), "start": int(leaf.start)}
+            case spaces.MultiDiscrete():
+                for n, start in zip(leaf.nvec.flat, leaf.start.flat, strict=True):
+                    yield {"key": key, "size": int(n), "start": int(start)}
+            case _:
+                shape, dtype = list(leaf.shape or ()), str(leaf.dtype)
+                yield {"key": key, "size": spaces.flatdim(leaf), "shape": shape, "dtype": dtype}
 
 
 def _observations(

@@ -28,6 +28,7 @@ __all__ = [
     "flags",
     "images_of",
     "leaf_spaces",
+    "named_leaves",
     "numbers",
     "observation_dtype",
     "observation_rows",
@@ -120,15 +121,25 @@ def observation_dtype(space: Space) -> type[np.generic]:
 
 def leaf_spaces(space: Space) -> Iterator[Space]:
     """Yield the spaces that a compound one is made of, itself if it is not compound."""
+    yield from (leaf for _, leaf in named_leaves(space))
+
+
+def named_leaves(space: Space, *keys: str) -> Iterator[tuple[str, Space]]:
+    """Yield the spaces that a compound one is made of, each with its name, as ``"hand/position"``.
+
+    Args:
+        space: one that is not compound yields itself.
+        *keys: what stands before the names.
+    """
     match space:
         case spaces.Dict():
-            for subspace in space.spaces.values():
-                yield from leaf_spaces(subspace)
+            for name, subspace in space.spaces.items():
+                yield from named_leaves(subspace, *keys, name)
         case spaces.Tuple():
-            for subspace in space.spaces:
-                yield from leaf_spaces(subspace)
+            for i, subspace in enumerate(space.spaces):
+                yield from named_leaves(subspace, *keys, str(i))
         case _:
-            yield space
+            yield "/".join(keys), space
 
 
 def images_of(space: Space, smallest: int) -> list[tuple[int, list[int]]]:
@@ -228,9 +239,8 @@ def observed_rows(
         several = is_batch
         for _, rows in _leaves(leaf, values if is_batch else values[None], name):
             require_finite(rows, name)
-            if leaf.dtype == np.uint8:  # a camera that somebody has scaled is another one
-                _bytes(rows, name)
-            leaves.append(_bytes(rows, name) if dtype is np.uint8 else rows)
+            # Also beside numbers: a camera that somebody has scaled is another one.
+            leaves.append(_bytes(rows, name) if leaf.dtype == np.uint8 else rows)
     lengths = {len(rows) for rows in leaves}
     if len(lengths) != 1:
         raise ValueError(

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from torchrl_iql_recipes.comparison.plan import Cell, Plan
-from torchrl_iql_recipes.experiment.curves import FEWEST
 from torchrl_iql_recipes.experiment.plots import BLUE, DPI, RED, SEEDS, SLATE
+from torchrl_iql_recipes.experiment.results import FEWEST
 
 __all__ = ["Aggregates", "curves", "draw_aggregates", "of"]
 

@@ -13,7 +13,7 @@ from scipy.special import stdtrit
 
 from torchrl_iql_recipes.experiment.results import FEWEST
 
-__all__ = ["FEWEST", "Band", "Curve", "Curves", "band", "in_file", "unit"]
+__all__ = ["Band", "Curve", "Curves", "band", "in_file", "unit"]
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Steps and values, ``[n]`` each."""

@@ -379,8 +379,7 @@ class Door:
         for each in parsed:
             key = each.key_or_group
             if key in self.groups:
-                for value in _values_of(each):
-                    _check_file(key, str(value))
+                _check_choice(each)
                 continue
             if (key == "resume" and self.keeps_folder) or re.split("[./]", key)[0] == "hydra":
                 if not each.is_sweep_override():
@@ -440,8 +439,7 @@ class Door:
         parsed = _parsed(overrides)
         for each in parsed:
             if each.key_or_group in self.groups:
-                for value in _values_of(each):
-                    _check_file(each.key_or_group, str(value))
+                _check_choice(each)
         lines = [as_typed(description or "").strip()]
         by_task, otherwise = self._by_task(parsed), self._otherwise(parsed)
         for part in self.parts_of(parsed):
@@ -849,6 +847,12 @@ def _check_name(override: Override) -> None:
         raise SettingsError(
             f"name={written(given)}: expected the name of a folder, of letters, digits and _.=,+-"
         )
+
+
+def _check_choice(override: Override) -> None:
+    """Refuse what is no file of a group."""
+    for value in _values_of(override):
+        _check_file(override.key_or_group, str(value))
 
 
 def _check_file(group: str, name: str) -> None:

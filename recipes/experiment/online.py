@@ -392,17 +392,13 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
     (learner,) = scores["replicas"]
     lines = []
     if learner.get("before") and learner.get("after"):
-        before, after = learner["before"]["score"], learner["after"]["score"]
-        name = "normalized score" if "normalized_score" in learner["after"] else "return"
+        before, after = learner["before"], learner["after"]
+        kind = "normalized_score" if "normalized_score" in after else "return"
         frames = learner.get("evaluated_after", learner["frames"])
-        lines.append(f"{name}: {before:.1f} before, {after:.1f} after {frames} steps")
-        key = (
-            "normalized_score_stderr" if "normalized_score" in learner["after"] else "return_stderr"
-        )
-        error = math.hypot(
-            *(each.get(key, math.nan) for each in (learner["before"], learner["after"]))
-        )
-        if before - after > FALLEN * error:
+        values = f"{before['score']:.1f} before, {after['score']:.1f} after {frames} steps"
+        lines.append(f"{kind.replace('_', ' ')}: {values}")
+        error = math.hypot(*(each.get(f"{kind}_stderr", math.nan) for each in (before, after)))
+        if before["score"] - after["score"] > FALLEN * error:
             lines.append(
                 "Note: it has got worse, by more than the chance of episodes: more offline steps before, a "
                 "smaller learning_rate, or more offline data in the batches may help"

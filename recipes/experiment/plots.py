@@ -16,14 +16,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter
 
 from torchrl_iql.antmaze import Map
-from torchrl_iql_recipes.experiment.curves import (
-    FEWEST,
-    Curve,
-    Curves,
-    band,
-    in_file,
-    unit,
-)
+from torchrl_iql_recipes.experiment.curves import Curve, Curves, band, in_file, unit
+from torchrl_iql_recipes.experiment.results import FEWEST
 
 if TYPE_CHECKING:
     from gymnasium_robotics.envs.maze.maze_v4 import Maze

@@ -12,8 +12,7 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from torchrl_iql_recipes.experiment.curves import FEWEST
-from torchrl_iql_recipes.experiment.results import half_width
+from torchrl_iql_recipes.experiment.results import FEWEST, half_width
 from torchrl_iql_recipes.experiment.schema import written
 from torchrl_iql_recipes.experiment.settings import has_effect
 from torchrl_iql_recipes.reporting.gather import Learner, Run

@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
-from torchrl_iql_recipes.experiment.curves import FEWEST, Curve, band
+from torchrl_iql_recipes.experiment.curves import Curve, band
+from torchrl_iql_recipes.experiment.results import FEWEST
 from torchrl_iql_recipes.reporting.compare import Group
 
 __all__ = ["DASHES", "PLACE", "SERIES", "curves", "histogram", "intervals", "ranges"]

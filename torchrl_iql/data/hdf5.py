@@ -14,16 +14,17 @@ from minari.dataset.minari_storage import is_image_space
 
 from torchrl_iql.spaces import leaf_spaces
 
-__all__ = ["hdf5_episodes", "is_plain_hdf5"]
+__all__ = ["has_images", "hdf5_episodes", "is_plain_hdf5"]
 
 
 def is_plain_hdf5(dataset: MinariDataset) -> bool:
     """Return whether :func:`hdf5_episodes` can read a data set: HDF5, no JPEG-encoded images."""
-    encoded = _has_images(dataset.observation_space) or _has_images(dataset.action_space)
+    encoded = has_images(dataset.observation_space) or has_images(dataset.action_space)
     return dataset.storage.FORMAT == "hdf5" and not encoded
 
 
-def _has_images(space: Space) -> bool:
+def has_images(space: Space) -> bool:
+    """Return whether Minari stores some of it as images, by default as JPEG."""
     return any(map(is_image_space, leaf_spaces(space)))
 
 

@@ -16,15 +16,15 @@ from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
 from minari import EpisodeData, MinariDataset
 from minari.dataset.minari_dataset import DATASET_ID_RE
-from minari.dataset.minari_storage import MinariStorage, is_image_space
+from minari.dataset.minari_storage import MinariStorage
 from minari.storage import get_dataset_path
 
 from torchrl_iql.data.episodes import errors_at
-from torchrl_iql.data.hdf5 import hdf5_episodes, is_plain_hdf5
+from torchrl_iql.data.hdf5 import has_images, hdf5_episodes, is_plain_hdf5
 from torchrl_iql.data.source import Source
 from torchrl_iql.data.stored import DownloadError
 from torchrl_iql.environments import observing, registered, require_reference_scores
-from torchrl_iql.spaces import leaf_spaces, selected
+from torchrl_iql.spaces import selected
 
 __all__ = ["minari_source", "opened", "stored_env"]
 
@@ -66,7 +66,7 @@ def minari_source(
         ) from error
     with errors_at(str(source)):
         space = selected(dataset.observation_space, observation_keys)
-        if metadata.get("jpeg_encoding") and any(map(is_image_space, leaf_spaces(space))):
+        if metadata.get("jpeg_encoding") and has_images(space):
             warnings.warn(
                 f"{source}: images are stored as JPEG, and are not quite what the environment shows a "
                 "policy; Minari stores them as they are with jpeg_encoding=False",

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 import torch
 from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.spaces import Dict, Discrete
+from gymnasium.spaces import Discrete
 from torch import Tensor
 
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.rewards import RewardRule
 from torchrl_iql.environments import reference_scores_of
+from torchrl_iql.spaces import named_leaves
 
 __all__ = ["Report", "report"]
 
@@ -43,7 +44,7 @@ class Report:
         terminations: episodes that terminate.
         time_outs: episodes that are truncated, so that values bootstrap from their last observation.
         observation_size: columns of an observation.
-        observation_parts: name, shape and type of the entries, of a dictionary.
+        observation_parts: name, shape and type of the entries, of a dictionary or a tuple.
         constant_columns: indices of the columns in which all observations are equal.
         nan_rows: next observations with NaN, which only follow a termination.
         action_ranges: lowest and highest action in each dimension; empty for ``Discrete``.
@@ -171,18 +172,15 @@ def report(dataset: Described) -> Report:
         time_outs=int((following["truncated"] & ~terminated).sum()),
         observation_size=lowest.shape[-1],
         observation_parts=tuple(
-            (name, each.shape or (), str(each.dtype)) for name, each in _entries(dataset)
+            (name, leaf.shape or (), str(leaf.dtype))
+            for name, leaf in named_leaves(dataset.observation_space)
+            if name
         ),
         constant_columns=tuple((lowest == highest).nonzero()[:, 0].tolist()),
         nan_rows=int(following["observation"].isnan().any(1).sum()),
         action_ranges=tuple((low, high) for low, high in ranges),
         action_counts=tuple(counts),
     )
-
-
-def _entries(dataset: Described) -> list[tuple[str, Space]]:
-    space = dataset.observation_space
-    return list(space.spaces.items()) if isinstance(space, Dict) else []
 
 
 def _parts(columns: int, parts: Sequence[tuple[str, tuple[int, ...], str]]) -> str:

@@ -13,13 +13,14 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Discrete
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import DATASET_ID_RE, parse_dataset_id
-from minari.dataset.minari_storage import MinariStorage, is_image_space
+from minari.dataset.minari_storage import MinariStorage
 from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage import get_dataset_path
 from tensordict import NestedKey, TensorDict
 
 from torchrl_iql.data.cache import unfinished
-from torchrl_iql.spaces import leaf_spaces, observations_of, written
+from torchrl_iql.data.hdf5 import has_images
+from torchrl_iql.spaces import observations_of, written
 
 if TYPE_CHECKING:
     from torchrl_iql.data.dataset import OfflineDataset
@@ -53,7 +54,7 @@ def save_minari(dataset: OfflineDataset, dataset_id: str) -> None:
         create_namespace(namespace)
     with unfinished(path) as folder:
         folder.mkdir()
-        pictures = any(map(is_image_space, leaf_spaces(dataset.observation_space)))
+        pictures = has_images(dataset.observation_space)
         options: Any = {"jpeg_encoding": False} if pictures else {}  # which would change them
         storage = MinariStorage.new(
             folder / "data",
