@@ -455,8 +455,13 @@ def test_what_is_not_said_is_asked_for(tmp_path: Path) -> None:
         ValueError, match=f"^{path}: line 10, column terminals ends an episode, and nothing"
     ):
         load(path, columns=["qpos"])
-    with pytest.raises(ValueError, match="test/walks-v0: a layout is of CSV"):
+    with pytest.raises(
+        FileNotFoundError, match="no file or folder 'test/walks-v0'; a layout is of CSV"
+    ):
         load("test/walks-v0", layout=LAYOUT)
+    with pytest.raises(ValueError, match=f"^{tmp_path}: a layout is of CSV"):
+        (tmp_path / "log.csv").unlink()
+        load(tmp_path, layout=LAYOUT)
 
 
 def test_files_that_do_not_fit_together(tmp_path: Path) -> None:

@@ -192,12 +192,11 @@ def _open(
         found = ogbench_source(source, env_spec=env_spec, download=download)
     elif is_logs(source, layout):
         found = logs_source(source, layout, **told)
-    elif layout is not None and not Path(source).exists():
-        raise FileNotFoundError(f"there is no file or folder {str(source)!r}, of which a layout is")
     elif layout is not None:
-        raise ValueError(
-            f"{source}: a layout is of CSV, Parquet, NPZ and HDF5 files, and of folders of these"
-        )
+        read = "a layout is of CSV, Parquet, NPZ and HDF5 files, and of folders of these"
+        if Path(source).exists():
+            raise ValueError(f"{source}: {read}")
+        raise FileNotFoundError(f"there is no file or folder {str(source)!r}; {read}")
     elif is_d4rl(source):
         found = d4rl_source(source, download=download, **told)
     else:
