@@ -399,7 +399,7 @@ class TestScores:
 
     @pytest.mark.parametrize("hand", ["Door", "Hammer", "Relocate"])
     def test_of_hands_pay_for_the_distance_to_the_object(self, hand: str):
-        """Not as D4RL's, which charge it. If this fails, correct the README and adroit/base.yaml."""
+        """Not as D4RL's, which charge it. If this fails, correct config/README.md and adroit/base.yaml."""
         env = gymnasium.make(f"AdroitHand{hand}-v1").unwrapped
         env.reset(seed=0)
         _, reward, *_ = env.step(np.zeros(env.action_space.shape))
