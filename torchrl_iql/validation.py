@@ -20,6 +20,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from torchrl.objectives.common import LossModule
 
 from torchrl_iql.data import OfflineDataset
+from torchrl_iql.data.bins import share_at_bounds
 from torchrl_iql.objectives import functional
 from torchrl_iql.objectives.base import AdvantageWeightedLoss, is_deterministic
 
@@ -184,17 +185,11 @@ class Validator:
         else:
             squares = (taken - action).flatten(1).square()
             found["squared_action_error"] = squares.mean(1)
-            if isinstance(self._action_space, Box) and self._action_space.is_bounded():
-                share = self.at_bounds(taken.cpu(), self._action_space)
+            if isinstance(space := self._action_space, Box) and space.is_bounded():
+                low, high = space.low.ravel(), space.high.ravel()
+                share = share_at_bounds(taken.flatten(1).cpu().numpy(), low, high)
                 found["actions_at_bounds"] = torch.full((len(batch),), share)
         return found
-
-    @staticmethod
-    def at_bounds(actions: Tensor, space: Box) -> float:
-        """Return the share of actions, ``[n, A]``, each dimension by itself, that are at a bound."""
-        low, high = (torch.as_tensor(bound).flatten() for bound in (space.low, space.high))
-        near = (torch.minimum(actions - low, high - actions)) < (high - low) / 100
-        return near.float().mean().item()
 
     def _initial_value(self, loss: LossModule, device: torch.device) -> float | None:
         initial = self._initial.to(device)

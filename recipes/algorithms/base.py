@@ -18,6 +18,8 @@ from torchrl_iql_recipes.experiment.schema import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torchrl.objectives import LossModule
 
     from torchrl_iql import OfflineDataset
@@ -105,6 +107,10 @@ class Algorithm(Part):
             "learning_rate": self.learning_rate,
             "schedule": {"actor_network": cosine_decay(decay)} if decay else {},
         }
+
+    def values(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Return the mean of the values that it learns, by their symbol, where a line of metrics tells."""
+        return {"Q": float(metrics["qvalue"])} if "qvalue" in metrics else {}
 
     def __str__(self) -> str:
         return self.title

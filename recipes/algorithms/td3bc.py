@@ -14,6 +14,8 @@ from torchrl_iql_recipes.algorithms.base import Algorithm, Discount, TargetRate
 from torchrl_iql_recipes.experiment.schema import AXIS, Count, NotNegative
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torchrl.objectives import TD3BCLoss
 
     from torchrl_iql_recipes.experiment.networks import Networks
@@ -61,6 +63,12 @@ class TD3BC(Algorithm):
             size = getattr(self, name) * (high - low) / 2
             loss.register_buffer(name, torch.as_tensor(size), persistent=False)
         return loss
+
+    def values(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Return the mean magnitude, of which ``lmbd`` is ``alpha`` over it."""
+        return (
+            {"|Q|": self.alpha / float(metrics["lmbd"])} if self.alpha and "lmbd" in metrics else {}
+        )
 
     def optimization(self, steps: int) -> dict[str, Any]:
         every = self.policy_interval

@@ -162,7 +162,7 @@ def policies_in(folders: Iterable[Path]) -> list[Policy]:
         for each in its["replicas"] if its else ():
             own = folder / each["name"] if each.get("name") else folder
             if "score" in each and not each.get("interrupted") and (own / "last.ckpt").exists():
-                kind = "normalized_score" if "normalized_score" in each else "return"
+                kind = results.score_kind(each)
                 found.append(
                     Policy(
                         its["dataset"],  # pyright: ignore

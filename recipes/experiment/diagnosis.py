@@ -12,7 +12,9 @@ from gymnasium.spaces import Box
 from torchrl.objectives.common import LossModule
 
 from torchrl_iql import OfflineDataset
+from torchrl_iql.data.bins import share_at_bounds
 from torchrl_iql.validation import Validator
+from torchrl_iql_recipes.experiment.results import score_kind
 from torchrl_iql_recipes.experiment.settings import Learner, Settings
 
 __all__ = ["FALLEN", "Diagnosis"]
@@ -79,7 +81,9 @@ class Diagnosis:
         if isinstance(space, Box):
             actions = actions[:: max(1, len(actions) // ROWS)]
             self._spread = float(actions.double().var(dim=0).mean())
-            self._at_bounds = Validator.at_bounds(actions, space)
+            if space.is_bounded():
+                low, high = space.low.ravel(), space.high.ravel()
+                self._at_bounds = share_at_bounds(actions.numpy(), low, high)
 
     def __call__(
         self, learner: Learner, loss: LossModule, rows: Sequence[Mapping[str, Any]]
@@ -152,7 +156,8 @@ def _of_scores(
             "try",
         )
     best = max(scored, key=lambda row: float(row["eval/score"]))
-    (high, spread), (last, error) = (figure(row, _score(row)) for row in (best, scored[-1]))
+    kind = score_kind({"normalized_score": best.get("eval/normalized_score", "")})
+    (high, spread), (last, error) = (figure(row, kind) for row in (best, scored[-1]))
     if high - last > max(FALLEN * np.hypot(spread, error), POORER * abs(high)):
         yield (
             "fallen",
@@ -167,20 +172,13 @@ def _has(row: Mapping[str, Any], name: str) -> bool:
     return row.get(name, "") != ""
 
 
-def _score(row: Mapping[str, Any]) -> str:
-    """Return what the score of an evaluation is."""
-    return "normalized_score" if _has(row, "eval/normalized_score") else "return"
-
-
 def _of_values(
     rows: Sequence[Mapping[str, Any]], learner: Learner, metrics: Mapping[str, float]
 ) -> Iterator[tuple[str, str]]:
-    values = np.array([float(row["qvalue"]) for row in rows if _has(row, "qvalue")])
-    name = "Q"
-    if not len(values) and (alpha := getattr(learner.algorithm, "alpha", None)):
-        # TD3+BC: lambda is alpha over the mean of |Q|.
-        values = np.array([alpha / float(row["lmbd"]) for row in rows if _has(row, "lmbd")])
-        name = "|Q|"
+    recorded = ({name: row[name] for name in row if _has(row, name)} for row in rows)
+    found = [its for each in recorded if (its := learner.algorithm.values(each))]
+    name = next(iter(found[0])) if found else ""
+    values = np.array([its[name] for its in found])
     tenth = max(1, len(values) // 10)
     if len(values) < 5:
         return

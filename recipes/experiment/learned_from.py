@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gymnasium.spaces import Box
 
-from torchrl_iql.data.bins import BINS, EDGE, bin_edges
+from torchrl_iql.data.bins import BINS, bin_edges, share_at_bounds
 from torchrl_iql_recipes.files import whole
 
 if TYPE_CHECKING:
@@ -99,10 +99,8 @@ def summary(
 def _action(values: np.ndarray, low: float, high: float) -> dict[str, Any]:
     if not np.isfinite([low, high]).all():
         return {**_histogram(values), "bounds": None, "at_bounds": None}
-    margin = EDGE * (high - low)
-    at = (values <= low + margin) | (values >= high - margin)
     its = _histogram(values, (min(low, values.min()), max(high, values.max())))
-    return {**its, "bounds": [low, high], "at_bounds": float(at.mean())}
+    return {**its, "bounds": [low, high], "at_bounds": share_at_bounds(values, low, high)}
 
 
 def _histogram(values: np.ndarray, limits: tuple[float, float] | None = None) -> dict[str, Any]:

@@ -393,7 +393,7 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
     lines = []
     if learner.get("before") and learner.get("after"):
         before, after = learner["before"], learner["after"]
-        kind = "normalized_score" if "normalized_score" in after else "return"
+        kind = results.score_kind(after)
         frames = learner.get("evaluated_after", learner["frames"])
         values = f"{before['score']:.1f} before, {after['score']:.1f} after {frames} steps"
         lines.append(f"{kind.replace('_', ' ')}: {values}")

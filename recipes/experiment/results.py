@@ -26,6 +26,7 @@ __all__ = [
     "read",
     "report",
     "rules",
+    "score_kind",
     "skipped",
     "summaries",
     "write",
@@ -188,10 +189,15 @@ def half_width(values: Sequence[float]) -> float:
     return float(quantile * stdev(values) / math.sqrt(len(values)))
 
 
+def score_kind(values: Mapping[str, Any]) -> str:
+    """Return what the score is of an evaluation with these figures, or of a line that was read of a file."""
+    return "return" if values.get("normalized_score", "") == "" else "normalized_score"
+
+
 def report(scores: Mapping[str, Any]) -> list[str]:
     """Write a line for each combination of settings."""
     rows = scores.get("summary", [])
-    score = "normalized score" if "normalized_score" in scores["replicas"][0] else "return"
+    score = score_kind(scores["replicas"][0]).replace("_", " ")
     lines = []
     for row in rows:
         settings = [key for key in row if key not in ("title", "seeds", "score", "ci95")]

@@ -1,16 +1,30 @@
-"""Where the bins of a histogram lie, of whatever numbers data hold."""
+"""Where the bins of a histogram lie, of whatever numbers data hold, and how many actions lie at bounds."""
 
 from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["BINS", "EDGE", "bin_edges"]
+__all__ = ["BINS", "bin_edges", "share_at_bounds"]
 
 BINS = 40
 """Of a histogram of data."""
 
 EDGE = 0.01
-"""Share of the range of actions that counts as their bound."""
+"""Of the range of actions: what is as near to a bound is at it."""
+
+
+def share_at_bounds(
+    actions: np.ndarray, low: np.ndarray | float, high: np.ndarray | float
+) -> float:
+    """Return the share of actions, each dimension by itself, that are at a bound.
+
+    Args:
+        actions: ``[n]`` or ``[n, A]``.
+        low: the finite bounds, of one dimension or ``[A]``.
+        high: likewise.
+    """
+    margin = EDGE * (np.asarray(high, np.float64) - low)
+    return float(((actions <= low + margin) | (actions >= high - margin)).mean())
 
 
 def bin_edges(

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from torchrl_iql.data.bins import BINS, EDGE, bin_edges
+from torchrl_iql.data.bins import BINS, bin_edges, share_at_bounds
 
 if TYPE_CHECKING:
     from torchrl_iql.data.dataset import OfflineDataset
@@ -121,9 +121,7 @@ def _actions(panels: list[Axes], dataset: OfflineDataset, space: Box, dimensions
         if is_bounded:
             for bound in bounds:
                 axes.axvline(bound, color=RED, lw=1)
-            margin = EDGE * (bounds[1] - bounds[0])
-            at = ((values <= bounds[0] + margin) | (values >= bounds[1] - margin)).mean()
-            name += f": {at:.0%} at bounds"
+            name += f": {share_at_bounds(values, *bounds):.0%} at bounds"
         else:
             name += ": no bounds"
         axes.set_yticks([])
