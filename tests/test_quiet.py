@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -25,14 +26,19 @@ SAC = [
 ONLINE = [*TINY, "temperature=3", "env_steps=20", "collector.frames_per_batch=10"]
 
 
-def run(folder: Path, script: str, *overrides: str) -> None:
-    """Run a script; check that it printed progress alone, and no word of TorchRL's log."""
+def run(folder: Path, script: str, *overrides: str) -> str:
+    """Run a script; check that it printed progress alone, and no word of TorchRL's log.
+
+    Returns:
+        the last that it printed of that.
+    """
     command = [sys.executable, str(CONFIG.parent / script), *overrides]
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr
     lines = [line for line in re.split(r"[\r\n]", ended.stderr) if line.strip()]
     assert [line for line in lines if not PROGRESS.fullmatch(line.strip())] == []
     assert "[torchrl]" not in ended.stdout
+    return lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +51,9 @@ def run(folder: Path, script: str, *overrides: str) -> None:
     ],
 )
 def test_offline(maze_id: str, tmp_path: Path, settings: str) -> None:
-    run(tmp_path, "offline.py", *TINY, f"dataset={maze_id}", *settings.split())
+    last = run(tmp_path, "offline.py", *TINY, f"dataset={maze_id}", *settings.split(), "name=it")
+    (scores,) = tmp_path.glob("runs/**/it/scores.json")
+    assert f"score {json.loads(scores.read_text())['replicas'][0]['score']:.1f}" in last
 
 
 @pytest.mark.slow

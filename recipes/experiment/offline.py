@@ -153,6 +153,7 @@ def train(
             elif records.is_due():
                 records.save()
         stop.at_once(records.wait)
+        bar.set_postfix_str(records.figures())
     if stop.requested:
         records.save()
 

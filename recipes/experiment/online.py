@@ -231,6 +231,7 @@ class FineTuning:
                 with self._collecting() as collector:
                     self._train_with(collector, stop, bar)
             stop.at_once(self.records.wait)
+            bar.set_postfix_str(self.records.figures())
 
     def _train_with(self, collector: BaseCollector, stop: Stop, bar: tqdm) -> None:
         evaluation, log_interval = self.settings.evaluation, self.settings.training.log_interval

@@ -85,6 +85,7 @@ class Records:
         self._evaluations = evaluations
         self._held_out = held_out
         self._unevaluated: list[int] = []  # after how many steps rounds are due
+        self._losses: dict[str, list[float]] = {}
         self._whole = True
         self._saved_at = time.monotonic()
 
@@ -119,7 +120,7 @@ class Records:
             **common: others, the same for all learners.
 
         Returns:
-            what a progress bar shows.
+            what :meth:`figures` does.
         """
         values = {key: value.reshape(-1).tolist() for key, value in self.step.means().items()}
         shares = values.get("clip_fraction")
@@ -130,10 +131,14 @@ class Records:
             own = {key: value[r] for key, value in values.items()}
             folder.log(self.step.steps, common | own)
         self._times.log(self._evaluations)
-        losses = {key[5:]: value for key, value in values.items() if key.startswith("loss_")}
+        self._losses = {key[5:]: value for key, value in values.items() if key.startswith("loss_")}
+        return self.figures()
+
+    def figures(self) -> str:
+        """Return what a progress bar shows: the last scores, and the losses of the last line."""
         scores = [evaluation.score for evaluation in self.latest if evaluation is not None]
         known = len(scores) == len(self.latest)
-        return progress.figures(self.settings, losses, scores if known else None)
+        return progress.figures(self.settings, self._losses, scores if known else None)
 
     # --- Evaluations -------------------------------------------------------------------------------------
 
