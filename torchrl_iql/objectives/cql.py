@@ -107,12 +107,11 @@ class CQLLoss(objectives.CQLLoss):
         uniform = -(high - low).log().expand_as(like).sum(-1).expand(number, *td.shape)
         drawn, densities = [random.to(like.dtype)], [uniform]
         for at in (td, td.get("next")):
-            repeated = at.select(*self.actor_network.in_keys, strict=False)
-            repeated = repeated.expand(number, *repeated.shape).clone(recurse=False)
+            states = at.select(*self.actor_network.in_keys, strict=False)
             with self.actor_network_params.data.to_module(
                 self.actor_network, preserve_module_state=False
             ):
-                dist = self.actor_network.get_dist(repeated)  # pyright: ignore
-            drawn.append(dist.sample())
+                dist = self.actor_network.get_dist(states)  # pyright: ignore
+            drawn.append(dist.sample((number,)))
             densities.append(dist.log_prob(drawn[-1]))
         return torch.cat(drawn), torch.cat(densities)
