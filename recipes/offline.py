@@ -11,8 +11,8 @@ With no argument: the embedded maze data, made on first use, IQL beside behaviou
 
 from pathlib import Path
 
-from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.training import OFFLINE
 
 
 def run(settings: Settings, path: Path) -> float | None:

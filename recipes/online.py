@@ -12,8 +12,8 @@ A run has one learner, and leaves in its folder what an offline run leaves of ea
 
 from pathlib import Path
 
-from torchrl_iql_recipes.experiment.door import ONLINE
 from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.training import ONLINE
 
 
 def run(settings: Settings, path: Path) -> float | None:

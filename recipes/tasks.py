@@ -24,7 +24,7 @@ from yaml import YAMLError
 from torchrl_iql.data.stored import is_stored
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.commands import Parser, errors_in_one_line, label
-from torchrl_iql_recipes.experiment.door import of_task, similar, tasks
+from torchrl_iql_recipes.experiment.choices import of_task, similar, tasks
 from torchrl_iql_recipes.experiment.lock import RUNS
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import PARTS

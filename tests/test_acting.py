@@ -32,7 +32,7 @@ from torchrl_iql.objectives import DTLoss
 from torchrl_iql.spaces import observation_dtype, observed_rows
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment import offline
-from torchrl_iql_recipes.experiment.door import OFFLINE
+from torchrl_iql_recipes.experiment.training import OFFLINE
 
 KINDS = ["gaussian", "squashed", "heteroscedastic", "deterministic"]
 

@@ -22,10 +22,11 @@ from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.algorithms.iql import IQL
 from torchrl_iql_recipes.algorithms.onestep import OneStep
 from torchrl_iql_recipes.experiment import build, offline, online
-from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
+from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.networks import architecture_for
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 
 EVERY = pytest.mark.parametrize("name", algorithms())
 SOME = pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from runs import TINY
 from torchrl_iql_recipes.commands import COMMANDS
 from torchrl_iql_recipes.completion import candidates
 from torchrl_iql_recipes.experiment import results
-from torchrl_iql_recipes.experiment.door import OFFLINE, tasks
+from torchrl_iql_recipes.experiment.choices import tasks
 from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.training import OFFLINE
 from torchrl_iql_recipes.reporting import gather, text
 from torchrl_iql_recipes.tasks import paces, table, values_of
 

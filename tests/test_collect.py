@@ -31,7 +31,7 @@ from torchrl_iql_recipes.behaviors.mazes import Plan, PointWalks, share_arrived
 from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.behaviors.rollouts import CheckpointRollouts
 from torchrl_iql_recipes.collect import COLLECT
-from torchrl_iql_recipes.experiment.door import CONFIG
+from torchrl_iql_recipes.experiment.choices import CONFIG
 
 RECIPES = CONFIG.parent
 STITCH = collection.behavior("pointmaze/stitch")

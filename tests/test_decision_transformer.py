@@ -29,8 +29,8 @@ from torchrl_iql.training import warm_up
 from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.behaviors.settings import Collection
 from torchrl_iql_recipes.experiment import offline
-from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 
 K, D, A = 4, 3, 2
 LENGTHS = (5, 1, 3, 9, 2)

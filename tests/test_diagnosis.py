@@ -11,8 +11,8 @@ import pytest
 from torchrl_iql import OfflineDataset
 from torchrl_iql_recipes.experiment import build, results
 from torchrl_iql_recipes.experiment.diagnosis import Diagnosis
-from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.networks import architecture_for
+from torchrl_iql_recipes.experiment.training import OFFLINE
 from torchrl_iql_recipes.experiment.validation import HeldOut
 
 EPISODES, LENGTH = 150, 20

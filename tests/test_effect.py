@@ -33,10 +33,10 @@ from torchrl_iql.objectives import CQLLoss, DTLoss
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment import build, offline, online, plots
-from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
 from torchrl_iql_recipes.experiment.schema import SettingsError, written
 from torchrl_iql_recipes.experiment.settings import PARTS, Settings
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 
 DATASET = "effect/diary-v0"
 

@@ -20,9 +20,9 @@ from torchrl_iql.estimation import DataReturn, FittedQ, fitted_q
 from torchrl_iql_recipes.deployment import estimating
 from torchrl_iql_recipes.deployment.settings import Estimation
 from torchrl_iql_recipes.experiment import build, offline
-from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Compute
+from torchrl_iql_recipes.experiment.training import OFFLINE
 
 SCRIPT = Path(__file__).parents[1] / "recipes/estimate.py"
 RULES = ["validation=0.3", "reward=minus_one", "episodes=until_success"]

@@ -22,8 +22,8 @@ from torchrl_iql import Evaluator, OfflineDataset, checkpoint, load_policy
 from torchrl_iql_recipes.deployment import film, playing
 from torchrl_iql_recipes.deployment.settings import Play
 from torchrl_iql_recipes.experiment import offline
-from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.training import OFFLINE
 
 SCRIPT = Path(__file__).parents[1] / "recipes/evaluate.py"
 

@@ -11,9 +11,9 @@ from runs import SMALL, rows
 from torchrl_iql import checkpoint, load_dataset
 from torchrl_iql.validation import Validator
 from torchrl_iql_recipes.experiment import build, offline, online, plots
-from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 
 GIVEN = [*SMALL, "validation=0.2", "temperature=3", "decay_steps=0"]
 

@@ -21,8 +21,8 @@ from torchrl_iql.data.report import report
 from torchrl_iql.models import Architecture
 from torchrl_iql.spaces import images_of, observed_rows
 from torchrl_iql_recipes.experiment import offline, online
-from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 
 pytestmark = MARKS
 

@@ -21,9 +21,9 @@ import torch
 
 from runs import TINY, in_tensorboard, of_maze, rows
 from torchrl_iql_recipes.experiment import offline, online, results
-from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.records import Records
 from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 
 OFTEN = ["log_interval=2", "eval_interval=6", "checkpoint_interval=1e-9", "logger=tensorboard"]
 """Checkpoints at every look at the clock, and evaluations between them."""

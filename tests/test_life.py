@@ -27,12 +27,13 @@ from runs import SMALL, TINY, of_maze, rows
 from torchrl_iql import Evaluation, Evaluator, checkpoint
 from torchrl_iql_recipes import files
 from torchrl_iql_recipes.experiment import lock, offline
-from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE
+from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.folder import RunFolder
 from torchrl_iql_recipes.experiment.records import Records
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.experiment.stopping import EXIT_CODES, Stopped, stoppable
+from torchrl_iql_recipes.experiment.training import OFFLINE
 
 RECIPES = CONFIG.parent
 NEVER = "steps=10000000"
@@ -222,7 +223,7 @@ def test_a_failed_start_leaves_no_folder(maze_id: str, tmp_path: Path) -> None:
 
 
 def test_the_script_that_a_run_is_of_is_named(named: Path) -> None:
-    from torchrl_iql_recipes.experiment.door import ONLINE
+    from torchrl_iql_recipes.experiment.training import ONLINE
 
     with pytest.raises(SettingsError, match=r"not one of online.py, but of offline.py"):
         ONLINE.stored(named / "runs/pointmaze/stitch/mine")

@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from runs import TINY, in_tensorboard, rows
 from torchrl_iql_recipes.experiment import offline, online, progress
-from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.folder import RunFolder
 from torchrl_iql_recipes.experiment.loggers import Wandb
 from torchrl_iql_recipes.experiment.records import Records
 from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 
 LEARNERS = ("temperature=3.0", "temperature=0.0")
 Points = dict[

@@ -24,8 +24,8 @@ from torchrl_iql import load_policy
 from torchrl_iql.data import OfflineDataset, load, replay
 from torchrl_iql.data.__main__ import main as inspect
 from torchrl_iql_recipes.experiment import build, offline
-from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.training import OFFLINE
 
 pytestmark = MARKS
 

@@ -25,7 +25,7 @@ from torchrl_iql.training.stacked import StackedProgram
 from torchrl_iql_recipes import offline as recipes_offline
 from torchrl_iql_recipes import online as recipes_online
 from torchrl_iql_recipes.experiment import offline, online
-from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 
 ROWS, STEPS, BATCH = 60, 130, 2  # more than a block of minibatches
 BAD = 17

@@ -29,8 +29,8 @@ from torchrl_iql import Evaluator, OfflineDataset, load_dataset, load_policy
 from torchrl_iql.data.__main__ import main as inspect
 from torchrl_iql.environments import flat_environment, spec_of
 from torchrl_iql_recipes.experiment import build, offline
-from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.training import OFFLINE
 
 # The worlds of the tasks, and which of their data sets they are.
 KINDS = {

@@ -35,10 +35,11 @@ from torchrl_iql.data.rewards import RewardTransform
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
 from torchrl_iql.spaces import action_rows, action_support
 from torchrl_iql_recipes.experiment import build, offline, online
-from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
+from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.networks import Networks
 from torchrl_iql_recipes.experiment.online import FineTuning
 from torchrl_iql_recipes.experiment.settings import Online, Settings
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 
 RECIPES = CONFIG.parent
 SMALL = [

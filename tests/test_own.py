@@ -21,8 +21,8 @@ from episodes import MARKS, walk, write
 from runs import TINY, rows
 from torchrl_iql import load_policy
 from torchrl_iql_recipes.experiment import offline
-from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 
 pytestmark = MARKS
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runs import TINY
-from torchrl_iql_recipes.experiment.door import CONFIG
+from torchrl_iql_recipes.experiment.choices import CONFIG
 
 SLOW = pytest.mark.slow
 PROGRESS = re.compile(r".+: +\d+%\|.*\| [\d.]+[kMG]?/[\d.]+[kMG]? \[.*\]")

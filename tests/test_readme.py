@@ -29,8 +29,8 @@ from torchrl_iql_recipes.collect import COLLECT
 from torchrl_iql_recipes.estimate import ESTIMATE
 from torchrl_iql_recipes.evaluate import EVALUATE
 from torchrl_iql_recipes.experiment import build, offline
-from torchrl_iql_recipes.experiment.door import OFFLINE, ONLINE
 from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 from torchrl_iql_recipes.export import EXPORT
 from torchrl_iql_recipes.sac import SAC
 

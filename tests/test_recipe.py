@@ -30,11 +30,12 @@ from torchrl_iql import Evaluator, checkpoint, load_dataset, load_policy
 from torchrl_iql.data import Minibatches
 from torchrl_iql_recipes.algorithms.iql import IQL
 from torchrl_iql_recipes.experiment import build, offline, online, results
-from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
+from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.folder import RunFolder
 from torchrl_iql_recipes.experiment.networks import architecture_for
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 
 RECIPES = CONFIG.parent
 

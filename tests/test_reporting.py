@@ -28,9 +28,10 @@ from runs import TINY, of_maze
 from torchrl_iql import load_dataset
 from torchrl_iql_recipes import report
 from torchrl_iql_recipes.experiment import learned_from, offline, online
-from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
+from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.settings import Settings, flat
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 from torchrl_iql_recipes.reporting import commands, compare, gather, page, pictures
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}

@@ -16,9 +16,11 @@ from pydantic.fields import FieldInfo
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.behaviors.settings import SoftActorCritic
 from torchrl_iql_recipes.collect import COLLECT
-from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE, Door
+from torchrl_iql_recipes.experiment.choices import CONFIG
+from torchrl_iql_recipes.experiment.door import Door
 from torchrl_iql_recipes.experiment.schema import Part, SettingsError, allowed, written
 from torchrl_iql_recipes.experiment.settings import PARTS, Settings
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 from torchrl_iql_recipes.sac import SAC
 
 DOORS = {

@@ -34,9 +34,10 @@ from torchrl_iql.environments import antmaze_id
 from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.experiment import build, offline
-from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE
+from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.training import OFFLINE
 
 # expectile, temperature, dropout, reward and episode rule, evaluation episodes
 PAPER = {

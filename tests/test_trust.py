@@ -44,9 +44,11 @@ from torchrl_iql_recipes.behaviors.sac import run as train_sac
 from torchrl_iql_recipes.collect import COLLECT
 from torchrl_iql_recipes.comparison.jobs import Job
 from torchrl_iql_recipes.experiment import build, offline, online
-from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE, Door
+from torchrl_iql_recipes.experiment.choices import CONFIG
+from torchrl_iql_recipes.experiment.door import Door
 from torchrl_iql_recipes.experiment.schema import AXIS, SettingsError, Text, written
 from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 from torchrl_iql_recipes.sac import SAC
 
 pytestmark = [*MARKS, pytest.mark.filterwarnings("ignore:.*skew")]

@@ -13,10 +13,11 @@ import yaml
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.comparison.jobs import Job
 from torchrl_iql_recipes.comparison.record import Curves, Known, Record, curves_of
+from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.curves import in_file
-from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE, Experiment
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE, Experiment
 
 __all__ = ["Cell", "Plan"]
 

@@ -39,9 +39,9 @@ from torchrl_iql_recipes.comparison.jobs import Job, ensure_data, finish
 from torchrl_iql_recipes.comparison.plan import RECIPES
 from torchrl_iql_recipes.experiment import results
 from torchrl_iql_recipes.experiment.curves import in_file
-from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.plots import DPI
 from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.training import OFFLINE
 from torchrl_iql_recipes.files import shown, whole
 
 TASKS = ["mini/pointmaze-medium", "mini/hopper-medium-replay", "mini/halfcheetah-medium"]

@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 from torchrl_iql_recipes.comparison.jobs import Job, ensure_data, finish
 from torchrl_iql_recipes.comparison.plan import RECIPES
 from torchrl_iql_recipes.comparison.record import Known, Record, curves_of
-from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.plots import DPI, SLATE
 from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.training import OFFLINE
 from torchrl_iql_recipes.files import shown, whole
 
 TASKS = ["mini/pointmaze-medium", "mini/hopper-medium-replay", "mini/antmaze-umaze"]

@@ -25,7 +25,7 @@ from torchrl_iql.spaces import share_outside
 from torchrl_iql.training import OnNonfinite
 from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.commands import typed
-from torchrl_iql_recipes.experiment.door import similar, tasks
+from torchrl_iql_recipes.experiment.choices import similar, tasks
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.networks import Networks, sizes
 from torchrl_iql_recipes.experiment.schema import Part, SettingsError, written

@@ -10,10 +10,10 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,16 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Transformer
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.commands import as_typed, errors_in_one_line, label, typed
+from torchrl_iql_recipes.experiment.choices import CONFIG, check_choice, files
 from torchrl_iql_recipes.experiment.lock import is_begun, new_folder
+from torchrl_iql_recipes.experiment.overrides import last, over, parsed, values_of
 from torchrl_iql_recipes.experiment.schema import (
     Part,
     SettingsError,
@@ -41,27 +41,15 @@ from torchrl_iql_recipes.experiment.schema import (
     written,
 )
 from torchrl_iql_recipes.experiment.settings import (
-    OFFLINE_PHASE,
-    PARTS,
-    Settings,
     argument,
     check_continued,
     command_to_resume,
     differences,
-    networks_of,
 )
 from torchrl_iql_recipes.experiment.stopping import Stopped, exit_code
 from torchrl_iql_recipes.files import shown
 
-__all__ = ["OFFLINE", "ONLINE", "Door", "Experiment", "of_task", "similar", "tasks"]
-
-CONFIG = Path(__file__).resolve().parents[1] / "config"
-
-LONGEST = 100
-"""Letters of the name of a folder after data."""
-
-MOST = 6
-"""Names that are suggested together."""
+__all__ = ["Door"]
 
 _OF_SCRIPTS = {"env_steps": "online", "behavior": "sac", "algorithm": "offline"}
 """Which one a run is of that has a setting, the first of these."""
@@ -183,8 +171,8 @@ class Door:
             with told():
                 own = [each for each in context.overrides.task if each not in implied]
                 settings = self._made(_values(cfg, context.runtime.choices), own)
-                given = _parsed(context.overrides.hydra)
-                named = cfg.get("name") is not None or _last(given, "hydra.run.dir") is not None
+                given = parsed(context.overrides.hydra)
+                named = cfg.get("name") is not None or last(given, "hydra.run.dir") is not None
                 with (
                     self._folder(path, settings, named=named) as folder,
                     exit_code(),
@@ -303,19 +291,19 @@ class Door:
             SettingsError: the folder is not that of a run, or one of them is refused.
         """
         stored = self.stored(folder)
-        given = [each for each in overrides if _parsed([each])[0].key_or_group != "resume"]
+        given = [each for each in overrides if parsed([each])[0].key_or_group != "resume"]
         if not given:
             return stored
         self.check([*self._implied_by(stored.values), *given])
-        for each in _parsed(given):
+        for each in parsed(given):
             if each.is_sweep_override() or each.key_or_group.partition(".")[0] in ("hydra", "name"):
                 raise SettingsError(
                     f"{each.input_line}: resume={folder} goes on with one run, in its folder; leave it out"
                 )
         composed = self.compose([*self._implied_by(stored.values), *given])
-        resumed = self._of(_over(stored.values, composed, given))
+        resumed = self._of(over(stored.values, composed, given))
         check_continued(folder, stored.values, resumed.values, resumed.later(folder))
-        return self._extended(stored, resumed, {each.key_or_group for each in _parsed(given)})
+        return self._extended(stored, resumed, {each.key_or_group for each in parsed(given)})
 
     def _implied_by(self, values: Mapping[str, Any]) -> list[str]:
         """Return the choices of these values, as on the command line, of which others depend."""
@@ -370,16 +358,16 @@ class Door:
         Raises:
             SettingsError: with one line that says which, and what is allowed.
         """
-        parsed = _parsed(overrides)
+        asked = parsed(overrides)
         known = {
             given: (part, name)
-            for part in self.parts_of(parsed)
+            for part in self.parts_of(asked)
             for given, name in part.names().items()
         }
-        for each in parsed:
+        for each in asked:
             key = each.key_or_group
             if key in self.groups:
-                _check_choice(each)
+                check_choice(each)
                 continue
             if (key == "resume" and self.keeps_folder) or re.split("[./]", key)[0] == "hydra":
                 if not each.is_sweep_override():
@@ -397,7 +385,7 @@ class Door:
                 own = ["name", "resume"] if self.keeps_folder else []
                 raise SettingsError(self._unknown(key, [*known, *self.groups, *own]))
             part, name = known[key]
-            for value in _values_of(each):
+            for value in values_of(each):
                 part.check(name, value, several=True)
 
     def _unknown(self, key: str, known: Sequence[str]) -> str:
@@ -422,7 +410,7 @@ class Door:
 
     def _register(self) -> None:
         """Tell Hydra the settings, each with where its value comes from if nobody gives one."""
-        for resolver in (if_given, folder_of, named):
+        for resolver in (if_given, named):
             OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
         own: dict[str, Any] = {part.group: part.defaults() for part in self.parts if part.group}
         for part in (part for part in self.parts if not part.group):
@@ -436,13 +424,13 @@ class Door:
 
     def help(self, description: str | None, overrides: Sequence[str] = ()) -> str:
         """Describe every setting with its default, its meaning and its range."""
-        parsed = _parsed(overrides)
-        for each in parsed:
+        asked = parsed(overrides)
+        for each in asked:
             if each.key_or_group in self.groups:
-                _check_choice(each)
+                check_choice(each)
         lines = [as_typed(description or "").strip()]
-        by_task, otherwise = self._by_task(parsed), self._otherwise(parsed)
-        for part in self.parts_of(parsed):
+        by_task, otherwise = self._by_task(asked), self._otherwise(asked)
+        for part in self.parts_of(asked):
             lines += ["", f"{part.__name__}: {(part.__doc__ or '').splitlines()[0]}"]
             for given, name in part.names().items():
                 field = part.model_fields[name]
@@ -456,7 +444,7 @@ class Door:
                 ]
         if self.groups:
             lines += ["", "Choices, each a file in recipes/config:", ""]
-            lines += [f"  {group}={' | '.join(_files(group))}" for group in self.groups]
+            lines += [f"  {group}={' | '.join(files(group))}" for group in self.groups]
         if self.keeps_folder:
             lines += [
                 "",
@@ -480,7 +468,7 @@ class Door:
             word: the beginning, which may be empty.
         """
         try:
-            parts = self.parts_of(_parsed([each for each in overrides if "=" in each]))
+            parts = self.parts_of(parsed([each for each in overrides if "=" in each]))
         except SettingsError:
             parts = self.parts_of([])
         name, equals, value = word.partition("=")
@@ -492,7 +480,7 @@ class Door:
             found = [*sorted(_OPTIONS), *(f"{each}=" for each in (*fields, *self.groups, *own))]
         else:
             values = (
-                _files(name)
+                files(name)
                 if name in self.groups
                 else options(fields[name])
                 if name in fields
@@ -508,305 +496,21 @@ class Door:
         return {}
 
 
-class Experiment(Door):
-    """A script that trains an algorithm on a task: what is not given is as the task's family has it."""
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        return ("task", "algorithm", *super().groups)
-
-    def parts_of(self, overrides: Sequence[Override]) -> tuple[type[Part], ...]:
-        return (*self.parts, algorithms()[self._algorithm(overrides)])
-
-    def _algorithm(self, overrides: Iterable[Override]) -> str:
-        given = _last(overrides, "algorithm")
-        name = "iql" if given is None or isinstance(given, list) else str(given)
-        return name if name in algorithms() else "iql"  # check has more to say of it
-
-    def _unknown(self, key: str, known: Sequence[str]) -> str:
-        theirs = [name for name, each in algorithms().items() if key in each.model_fields]
-        if theirs:
-            return f"{key} is a setting of {' and '.join(theirs)}: give algorithm={theirs[0]}"
-        return super()._unknown(key, known)
-
-    def _recorded(self, values: Mapping[str, Any]) -> set[str]:
-        algorithm = algorithms().get(values.get("algorithm", ""))
-        names = algorithm.names() if algorithm else {}
-        return {*super()._recorded(values), "task", "algorithm", *names}
-
-    def _of(self, values: Mapping[str, Any]) -> Settings:
-        return Settings.of(values)
-
-    def _command_to_resume(self, folder: Path, settings: Settings) -> str:
-        return settings.command_to_resume(folder)
-
-    def _first_line(self, settings: Settings) -> str:
-        dataset, number = settings.data.dataset, len(settings.learners)
-        several = f", {number} learners," if number > 1 else ""
-        on = f" on {_short(written(dataset))}" if dataset is not None else " from scratch"
-        steps = []
-        if "env_steps" not in settings.values or settings.has_offline_phase():
-            steps.append(f"{settings.training.steps:,} gradient steps")
-        if "env_steps" in settings.values:
-            steps.append(f"{settings.online.env_steps:,} steps in the environment")
-        return f"{settings.algorithm.title}{several}{on}: {', then '.join(steps)}"
-
-    def _read_first(self, overrides: Sequence[str]) -> None:
-        path = _last(_parsed(overrides), "checkpoint")
-        if isinstance(path, str) and Path(path).exists():
-            print(f"Reading the settings in {path}", flush=True)
-
-    def _stored(self, folder: Path) -> dict[str, Any]:
-        return super()._stored(folder) | {"trust_env": False}  # whatever the file says
-
-    def resumed(self, folder: Path, overrides: Sequence[str]) -> Settings:
-        settings = super().resumed(folder, overrides)
-        _require_trust(settings, overrides, f"resume={folder}")
-        return settings
-
-    def _implied_by(self, values: Mapping[str, Any]) -> list[str]:
-        task = values.get("task")
-        known = [f"task={task}"] if task in _files("task") else []
-        return [f"algorithm={values['algorithm']}", *known]
-
-    def _implied(self, overrides: Sequence[str]) -> list[str]:
-        parsed = _parsed(overrides)
-        path = _last(parsed, "checkpoint")
-        implied = ["task=own"] if self._is_own(parsed) else []
-        if isinstance(path, str):
-            implied = self._implied_by(_settings_in(path))
-        given = {each.key_or_group for each in parsed}
-        return [each for each in implied if each.partition("=")[0] not in given]
-
-    def _is_own(self, overrides: Sequence[Override]) -> bool:
-        """Return whether data are given, or an environment to collect some in, of which no task knows."""
-        names = ("dataset", "env") if PARTS["online"] in self.parts else ("dataset",)
-        return any(_last(overrides, name) is not None for name in names)
-
-    def _extended(self, stored: Settings, resumed: Settings, given: set[str]) -> Settings:
-        """Keep the length of the policy's decay, which null makes that of the run."""
-        before, after = stored.training.steps, resumed.training.steps
-        if before == after or resumed.values["decay_steps"] is not None:
-            return resumed
-        length = after if "decay_steps" in given else before
-        if "decay_steps" not in given:
-            print(
-                f"decay_steps={length}: the policy's learning rate falls as it did before, and is 0 after "
-                f"{length} steps; decay_steps={after} stretches it"
-            )
-        return Settings.of({**resumed.values, "decay_steps": length})
-
-    def _made(self, values: dict[str, Any], overrides: Sequence[str]) -> Settings:
-        """Take what is not given from the run of the checkpoint, if any; what was learned says how.
-
-        Raises:
-            SettingsError: the checkpoint has no settings, or one that is given contradicts its networks,
-                or has no effect.
-        """
-        given = {each.key_or_group for each in _parsed(overrides)}
-        path = values["checkpoint"]
-        if path is None:
-            settings = Settings.of(values)
-        else:
-            saved = _settings_in(path)
-            if "algorithm" in given and values["algorithm"] != saved["algorithm"]:
-                raise SettingsError(
-                    f"algorithm={values['algorithm']}: the checkpoint is of {saved['algorithm']}"
-                )
-            dropped = {"compute", "logger"}
-            if "task" in given:
-                dropped |= _by_task(saved["algorithm"]) - networks_of(saved["algorithm"])
-            base = {key: value for key, value in saved.items() if key not in dropped}
-            implied = self._implied(overrides)
-            if any(values[key] != choice for key, choice in (each.split("=") for each in implied)):
-                values = self.compose([*overrides, *implied])
-            values = _over(base, values, overrides)
-            # The run may be resumed elsewhere.
-            settings = Settings.of({**values, "checkpoint": str(Path(path).resolve())})
-            networks = sorted(given & networks_of(saved["algorithm"]))
-            fixed = [name for name in networks if settings.values[name] != saved[name]]
-            if fixed:
-                theirs = ", ".join(f"{name}={written(saved[name])}" for name in fixed)
-                raise SettingsError(
-                    f"{', '.join(fixed)}: the checkpoint has networks of its own, with {theirs}"
-                )
-            if len(settings.learners) > 1:
-                names = [learner.name for learner in settings.learners]
-                raise SettingsError(
-                    f"one learner begins with a checkpoint, but these are {names}: give one value"
-                )
-            _require_trust(settings, overrides, f"checkpoint={path}")
-        if "env_steps" in settings.values and not settings.has_offline_phase():
-            idle = given & {*OFFLINE_PHASE} - ({"steps"} if settings.training.steps == 0 else set())
-            if idle:
-                raise SettingsError(
-                    f"{', '.join(sorted(idle))}: without effect, there is no offline phase"
-                )
-        return settings
-
-    def _register(self) -> None:
-        super()._register()
-        for name, algorithm in algorithms().items():
-            ConfigStore.instance().store(
-                name, self._node(algorithm), group="settings_of", package="_global_"
-            )
-
-    def _node(self, part: type[Part]) -> dict[str, Any]:
-        """Give each setting the algorithm's value in the family, else the task's, else a default.
-
-        That is the algorithm's in any family, if it has one, else that of the part.
-        """
-        return {
-            name: f"${{oc.select:algorithm.families.${{task.family}}.{name},"
-            f"${{oc.select:task.{name},${{oc.select:algorithm.otherwise.{name},{_literal(default)}}}}}}}"
-            for name, default in part.defaults().items()
-        }
-
-    def _by_task(self, overrides: Sequence[Override]) -> set[str]:
-        return _by_task(self._algorithm(overrides))
-
-    def _otherwise(self, overrides: Sequence[Override]) -> Mapping[str, Any]:
-        return _of_algorithm(self._algorithm(overrides)).get("otherwise", {})
-
-
-OFFLINE = Experiment(
-    "offline", tuple(part for name, part in PARTS.items() if name not in ("online", "collector"))
-)
-ONLINE = Experiment("online", tuple(PARTS.values()))
-
-
 def if_given(setting: Any, value: Any, otherwise: Any) -> Any:
     """Choose by whether a setting is given."""
     return otherwise if setting is None else value
 
 
-def folder_of(task: str, overrides: Sequence[str]) -> str:
-    """Name the folder of the runs of a task: of data of one's own, after them."""
-    given = _parsed(list(overrides))
-    dataset, checkpoint = _last(given, "dataset"), _last(given, "checkpoint")
-    if task == "own" and dataset is None and checkpoint is not None:
-        dataset = _settings_in(str(checkpoint)).get("dataset")
-    if task != "own" or not isinstance(dataset, str | list):
-        return task
-    names = [dataset] if isinstance(dataset, str) else list(map(str, dataset))
-    stems = [
-        Path(name).stem if Path(name).exists() or Path(name).suffix else name for name in names
-    ]
-    slugs = [re.sub(r"[^\w.]+", "-", stem).strip("-.") for stem in stems]
-    return f"own/{'+'.join(slugs)[:LONGEST]}"
-
-
 def named(overrides: Sequence[str], otherwise: str) -> str:
     """Name the folder of a run in that of its task."""
-    name = _last(_parsed(list(overrides)), "name")
+    name = last(parsed(list(overrides)), "name")
     return otherwise if name is None else str(name)
 
 
 def _folder(overrides: Sequence[str]) -> Path | None:
     """Return that of the run to resume, if one is."""
-    given = _last(_parsed(overrides), "resume")
+    given = last(parsed(overrides), "resume")
     return None if given is None else Path(str(given))
-
-
-def _last(overrides: Iterable[Override], key: str) -> Any:
-    """Return the value that is given last for a name; None if none is."""
-    given = [each.value() for each in overrides if each.key_or_group == key]
-    return given[-1] if given else None
-
-
-def _over(
-    base: Mapping[str, Any], composed: Mapping[str, Any], overrides: Sequence[str]
-) -> dict[str, Any]:
-    """Return values, with those that are given put over them, and where there are none, the composed ones.
-
-    Args:
-        base: the values.
-        composed: all values that the overrides lead to.
-        overrides: what is given.
-    """
-    values = {**composed, **{key: value for key, value in base.items() if key in composed}}
-    for each in _parsed(overrides):
-        group, *names = each.key_or_group.split(".")
-        name = names[0] if names else ""
-        if group not in composed:  # no setting, but where the run is
-            continue
-        if not name:
-            values[group] = composed[group]
-        else:
-            values[group] = {**values[group], name: composed[group][name]}
-    return values
-
-
-def _settings_in(path: str) -> dict[str, Any]:
-    """Return the settings of the run that a checkpoint is of, all that there are.
-
-    Raises:
-        SettingsError: there is no such checkpoint, or it has none.
-    """
-    from torchrl_iql import checkpoint
-
-    try:
-        saved = checkpoint.load_metadata(path).get("config")
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"checkpoint={path}: {error}") from None
-    if saved is None or saved.get("algorithm") not in algorithms():
-        raise SettingsError(
-            f"checkpoint={path} does not hold the settings of a run of these scripts: train it anew"
-        )
-    return dict(Settings.of(saved).values)
-
-
-def _parsed(overrides: Sequence[str]) -> list[Override]:
-    parser, parsed = OverridesParser.create(), []
-    for each in overrides:
-        try:
-            parsed.append(parser.parse_override(each))
-        except HydraException as error:
-            if "=" not in each:
-                raise SettingsError(
-                    f"{each}: expected a setting and its value, {each}=..."
-                ) from None
-            reason = " ".join(str(error).partition("See http")[0].split())
-            raise SettingsError(
-                f"{each}: can not be read, expected a number, text, [a,b] or {{key: value}}, in quotes where "
-                f"the shell or Hydra reads more into it ({reason})"
-            ) from None
-    return parsed
-
-
-def _values_of(override: Override) -> Iterator[Any]:
-    """Yield the value that is given, or each of several runs'."""
-    if override.is_interval_sweep():
-        yield from (override.value().start, override.value().end)
-    elif override.is_sweep_override():
-        for each in override.sweep_iterator(Transformer.identity):
-            yield OmegaConf.to_object(OmegaConf.create({"value": each}))["value"]  # pyright: ignore
-    else:
-        yield override.value()
-
-
-def _require_trust(settings: Settings, overrides: Sequence[str], where: str) -> None:
-    """Refuse settings of a file, which may be anybody's, that decide what code runs.
-
-    Args:
-        settings: of a run, from the file and the command line.
-        overrides: the command line, which is trusted.
-        where: what named the file.
-    """
-    given = {each.key_or_group for each in _parsed(overrides)}
-    found = [key for key in settings.of_code() if not {key, key.partition(".")[0]} & given]
-    if found and not settings.data.trust_env:
-        raise SettingsError(
-            f"{where}: the {' and the '.join(found)} stored there may bring in code: if you trust who "
-            "made it, add trust_env=true"
-        )
-
-
-def _literal(value: Any) -> str:
-    """Write a default in OmegaConf's grammar."""
-    if isinstance(value, tuple):
-        return f"[{','.join(map(_literal, value))}]"
-    return f"'{value}'" if isinstance(value, str) else written(value)
 
 
 def _values(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
@@ -819,19 +523,6 @@ def _values(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         for key, value in values.items()
     }
     return {**{key: choices[key] for key in ("task", "algorithm") if key in choices}, **plain}
-
-
-def _by_task(algorithm: str) -> set[str]:
-    """Find the settings that differ between tasks."""
-    found: set[str] = set()
-    for path in (CONFIG / "task").rglob("*.yaml"):
-        found |= set(map(str, OmegaConf.load(path))) - {"defaults", "family"}
-    return found.union(*_of_algorithm(algorithm)["families"].values())
-
-
-@cache
-def _of_algorithm(name: str) -> Any:
-    return OmegaConf.to_container(OmegaConf.load(CONFIG / "algorithm" / f"{name}.yaml"))
 
 
 def _require_plugin(group: str, name: Any) -> None:
@@ -849,43 +540,6 @@ def _check_name(override: Override) -> None:
         )
 
 
-def _check_choice(override: Override) -> None:
-    """Refuse what is no file of a group."""
-    for value in _values_of(override):
-        _check_file(override.key_or_group, str(value))
-
-
-def _check_file(group: str, name: str) -> None:
-    if (CONFIG / group / f"{name}.yaml").exists():
-        return
-    known = _files(group)
-    if near := similar(name, known):
-        raise SettingsError(f"{group}={name}: did you mean {' or '.join(near)}?")
-    expected = f"one of {typed('tasks')}" if group == "task" else " or ".join(known)
-    raise SettingsError(f"{group}={name}: expected {expected}")
-
-
-def similar(name: str, known: Sequence[str]) -> list[str]:
-    """Return the one that is almost called so, or those of whose name it is most of a part, as ``hoper``."""
-    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
-        return near
-    words = [word for word in re.split(r"\W", name.lower()) if word]
-    agree = {
-        each: sum(
-            bool(difflib.get_close_matches(word, re.split(r"\W", each), cutoff=0.7))
-            for word in words
-        )
-        for each in known
-    }
-    most = max(agree.values(), default=0)
-    found = [each for each in known if most and agree[each] == most]
-    return found if len(found) <= MOST else difflib.get_close_matches(name, found, n=3, cutoff=0)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
-
-
 def _paths(beginning: str) -> list[str]:
     folder = (
         Path(beginning).parent if beginning and not beginning.endswith("/") else Path(beginning)
@@ -894,29 +548,3 @@ def _paths(beginning: str) -> list[str]:
     return sorted(
         f"{path}/" if path.is_dir() else str(path) for path in found if path.name[0] != "."
     )
-
-
-def tasks() -> list[str]:
-    """Return the names of all tasks."""
-    return _files("task")
-
-
-def of_task(name: str, algorithm: str = "iql") -> dict[str, Any]:
-    """Return what a task has of settings, in a hundredth of the time that Hydra takes to compose all."""
-    own = _task(f"{name}.yaml")
-    theirs = _of_algorithm(algorithm)
-    return {**theirs.get("otherwise", {}), **own, **theirs["families"].get(own["family"], {})}
-
-
-def _task(file: str) -> dict[str, Any]:
-    own: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "task" / file))
-    values: dict[str, Any] = {}
-    for each in own.pop("defaults", []):
-        values |= own if each == "_self_" else _task(f"{each.partition('@')[0]}.yaml")
-    return {**values, **own}
-
-
-def _files(group: str) -> list[str]:
-    folder = CONFIG / group
-    paths = [path for path in folder.rglob("*.yaml") if path.stem != "base"]
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in paths)

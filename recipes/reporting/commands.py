@@ -13,7 +13,7 @@ from typing import Any
 
 from torchrl_iql.nested import texts
 from torchrl_iql_recipes.commands import typed
-from torchrl_iql_recipes.experiment.door import CONFIG, OFFLINE, ONLINE
+from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.schema import SettingsError, written
 from torchrl_iql_recipes.experiment.settings import (
     OFFLINE_PHASE,
@@ -22,6 +22,7 @@ from torchrl_iql_recipes.experiment.settings import (
     flat,
     networks_of,
 )
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 
 __all__ = ["Command", "command", "command_to_go_on", "completed"]
 

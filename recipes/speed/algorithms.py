@@ -33,8 +33,8 @@ from torchrl.objectives import LossModule, SoftUpdate
 from torchrl_iql import OfflineDataset
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment import build
-from torchrl_iql_recipes.experiment.door import OFFLINE
 from torchrl_iql_recipes.experiment.networks import Networks, architecture_for
+from torchrl_iql_recipes.experiment.training import OFFLINE
 from torchrl_iql_recipes.speed import update
 from torchrl_iql_recipes.speed.timing import Contender, Result, synchronize
 from torchrl_iql_recipes.speed.update import (

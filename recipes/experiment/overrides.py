@@ -1,0 +1,73 @@
+"""What is given on the command line, in Hydra's grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Transformer
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from torchrl_iql_recipes.experiment.schema import SettingsError
+
+__all__ = ["last", "over", "parsed", "values_of"]
+
+
+def parsed(overrides: Sequence[str]) -> list[Override]:
+    parser, parsed = OverridesParser.create(), []
+    for each in overrides:
+        try:
+            parsed.append(parser.parse_override(each))
+        except HydraException as error:
+            if "=" not in each:
+                raise SettingsError(
+                    f"{each}: expected a setting and its value, {each}=..."
+                ) from None
+            reason = " ".join(str(error).partition("See http")[0].split())
+            raise SettingsError(
+                f"{each}: can not be read, expected a number, text, [a,b] or {{key: value}}, in quotes where "
+                f"the shell or Hydra reads more into it ({reason})"
+            ) from None
+    return parsed
+
+
+def last(overrides: Iterable[Override], key: str) -> Any:
+    """Return the value that is given last for a name; None if none is."""
+    given = [each.value() for each in overrides if each.key_or_group == key]
+    return given[-1] if given else None
+
+
+def values_of(override: Override) -> Iterator[Any]:
+    """Yield the value that is given, or each of several runs'."""
+    if override.is_interval_sweep():
+        yield from (override.value().start, override.value().end)
+    elif override.is_sweep_override():
+        for each in override.sweep_iterator(Transformer.identity):
+            yield OmegaConf.to_object(OmegaConf.create({"value": each}))["value"]  # pyright: ignore
+    else:
+        yield override.value()
+
+
+def over(
+    base: Mapping[str, Any], composed: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Return values, with those that are given put over them, and where there are none, the composed ones.
+
+    Args:
+        base: the values.
+        composed: all values that the overrides lead to.
+        overrides: what is given.
+    """
+    values = {**composed, **{key: value for key, value in base.items() if key in composed}}
+    for each in parsed(overrides):
+        group, *names = each.key_or_group.split(".")
+        name = names[0] if names else ""
+        if group not in composed:  # no setting, but where the run is
+            continue
+        if not name:
+            values[group] = composed[group]
+        else:
+            values[group] = {**values[group], name: composed[group][name]}
+    return values
