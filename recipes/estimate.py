@@ -2,7 +2,7 @@
 
 python recipes/estimate.py checkpoint=runs/mini/hopper-medium/<date>/last.ckpt
 python recipes/estimate.py checkpoint=runs/own/logs/<date>/last.ckpt dataset=other/logs-v0
-python recipes/estimate.py 'checkpoint=[runs/a/last.ckpt,runs/b/last.ckpt]' output=ranked.json
+python recipes/estimate.py 'checkpoint=[runs/a/last.ckpt,runs/b/last.ckpt]' output=runs/a/estimate.json
 """
 
 from collections.abc import Mapping

@@ -465,6 +465,35 @@ def test_a_film_is_shown(runs: Path) -> None:
     assert "film.png" in its.text
 
 
+def test_what_policies_are_worth_by_data_alone_is_shown(made: Path, tmp_path: Path) -> None:
+    runs = shutil.copytree(made, tmp_path / "runs")
+    files = [runs / "iql/seed=0/last.ckpt", runs / "bc/seed=1/best.ckpt"]
+    command = [sys.executable, str(RECIPES / "estimate.py"), f"output={runs / 'iql/estimate.json'}"]
+    command += [f"checkpoint=[{','.join(map(repr, map(str, files)))}]", "compute.execution=eager"]
+    few = ["steps=20", "networks=2", "hidden_sizes=[8]", "compute.threads=1", "discount=0.9975"]
+    subprocess.run([*command, *few], check=True, capture_output=True)
+    its = shown(runs / "iql", runs / "bc")
+    rows = its.table("policy")
+    known = json.loads((runs / "iql/estimate.json").read_text())
+    best, other = (each["value"] for each in known["policies"])
+    assert best > other and len(rows) == 3
+    for name, file in zip(("iql, seed=0", "bc, seed=1, best.ckpt"), files, strict=True):
+        (estimate,) = (each for each in known["policies"] if each["checkpoint"] == str(file))
+        value, spread, distance, verdict = rows[name]
+        assert float(value) == pytest.approx(estimate["value"], rel=0.01)
+        assert float(spread.removeprefix("± ")) == pytest.approx(estimate["spread"], rel=0.01)
+        assert float(distance) == pytest.approx(estimate["distance"], rel=0.01)
+        assert verdict == estimate["verdict"]
+    assert float(rows["the data themselves"][0]) == pytest.approx(known["data"]["value"], rel=0.01)
+    assert f"By all episodes of {known['dataset']}, discounted by 0.9975." in its.text
+    assert shown(runs / "bc").table("policy") == {}
+
+    (runs / "iql/estimate.json").write_text('{"policies": [{"value": "much"}], "data": {}}')
+    its = shown(runs / "iql")
+    assert "estimate.json holds something else than expected" in its.text
+    assert its.table("policy") == {}
+
+
 def test_what_is_too_large_is_left_out_and_said(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

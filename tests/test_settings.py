@@ -18,9 +18,11 @@ from torchrl_iql_recipes.behaviors.settings import SoftActorCritic
 from torchrl_iql_recipes.collect import COLLECT
 from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.door import Door
+from torchrl_iql_recipes.experiment.overrides import last, parsed, readable
 from torchrl_iql_recipes.experiment.schema import Part, SettingsError, allowed, written
 from torchrl_iql_recipes.experiment.settings import PARTS, Settings
 from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
+from torchrl_iql_recipes.export import EXPORT
 from torchrl_iql_recipes.sac import SAC
 
 DOORS = {
@@ -175,6 +177,29 @@ def test_what_people_mistype_is_answered_in_one_line(given: str, message: str) -
         OFFLINE.settings([given])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["seed=0", "temperature=3.0,seed=0", "it's (1)", "a#b"])
+def test_a_path_needs_no_quotes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell completes it, of the folder of a learner; alone, and in a list."""
+    monkeypatch.chdir(tmp_path)
+    path = f"{name}/last.ckpt"
+    Path(name).mkdir()
+    Path(path).touch()
+    assert last(parsed([readable(f"checkpoint={path}")]), "checkpoint") == path
+    if "'" not in name:
+        given = f"checkpoint=[{path},other.ckpt,{path},away/seed=1/last.ckpt]"
+        expected = [path, "other.ckpt", path, "away/seed=1/last.ckpt"]
+        assert last(parsed([readable(given)]), "checkpoint") == expected
+    monkeypatch.setattr(sys, "argv", ["export.py", f"checkpoint={path}", "output=it.npz"])
+    opened: list[Any] = []
+    EXPORT.open(lambda settings, _: opened.append(settings), "")
+    assert opened[0].checkpoint == path
+
+
+@pytest.mark.parametrize("given", ["steps=1e5", "a=[1,2]", "a='b=c'", "a={b: [c]}", "a=[", "a=1,2"])
+def test_what_is_no_text_is_left_as_it_is(given: str) -> None:
+    assert readable(given) == given
 
 
 def test_n_steps_need_rewards_and_one_discount() -> None:

@@ -111,7 +111,10 @@ class Estimation(Part):
     learning_rate: Positive = Field(1e-3, description="of Adam, falls to 0 by half a cosine")
     target_rate: Rate = Field(0.05, description="of the target networks, per gradient step")
     seed: Natural = Field(0, description="of networks, draws and minibatches")
-    output: Text | None = Field(None, description="a file for the results, .json")
+    output: Text | None = Field(
+        None,
+        description="a file for the results, .json; the page of a run shows estimate*.json in its folder",
+    )
     trust_env: Flag = Field(
         False,
         description="the environment that the checkpoints name may run code that nobody has registered here",

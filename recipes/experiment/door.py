@@ -31,7 +31,7 @@ from yaml import YAMLError
 from torchrl_iql_recipes.commands import as_typed, errors_in_one_line, label, typed
 from torchrl_iql_recipes.experiment.choices import CONFIG, check_choice, files
 from torchrl_iql_recipes.experiment.lock import is_begun, new_folder
-from torchrl_iql_recipes.experiment.overrides import last, over, parsed, values_of
+from torchrl_iql_recipes.experiment.overrides import last, over, parsed, readable, values_of
 from torchrl_iql_recipes.experiment.schema import (
     Part,
     SettingsError,
@@ -130,7 +130,11 @@ class Door:
             description: what ``--help`` begins with.
         """
         debug = "--debug" in sys.argv
-        arguments = [each for each in sys.argv[1:] if each != "--debug"]
+        arguments = [
+            readable(each) if "=" in each and each[0] != "-" else each
+            for each in sys.argv[1:]
+            if each != "--debug"
+        ]
         told = partial(errors_in_one_line, label(self.name), debug=debug)
         # Hydra wants this one before all else.
         sys.argv[1:] = sorted(arguments, key=lambda each: each not in ("-m", "--multirun"))

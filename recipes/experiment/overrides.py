@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,40 @@ from omegaconf import OmegaConf
 
 from torchrl_iql_recipes.experiment.schema import SettingsError
 
-__all__ = ["last", "over", "parsed", "values_of"]
+__all__ = ["last", "over", "parsed", "readable", "values_of"]
+
+
+def readable(given: str) -> str:
+    """Put text that Hydra's grammar can not read, as a path with an equals sign, in the quotes it asks for.
+
+    Args:
+        given: a setting and its value. Of a list, whose items may have commas, these are paths that are
+            there, as ``[runs/a/temperature=3,seed=0/last.ckpt,runs/b/last.ckpt]``.
+    """
+    name, _, value = given.partition("=")
+    try:
+        OverridesParser.create().parse_override(given)
+    except HydraException:
+        if value.startswith("[") and value.endswith("]") and not {*"{}'\"[]"} & {*value[1:-1]}:
+            return f"{name}=[{','.join(map(_quoted, _items(value[1:-1])))}]"
+        if not {*"[]{}'\"\\"} & {*value} or os.path.exists(value):
+            return f"{name}={_quoted(value)}"
+    return given
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _items(text: str) -> Iterator[str]:
+    """Yield what stands between commas, and where that is no path but more of it is one, that."""
+    pieces = text.split(",")
+    while pieces:
+        joined = (",".join(pieces[:i]) for i in range(1, len(pieces) + 1))
+        item = next((each for each in joined if os.path.exists(each)), pieces[0])
+        del pieces[: item.count(",") + 1]
+        yield item
 
 
 def parsed(overrides: Sequence[str]) -> list[Override]:

@@ -32,6 +32,9 @@ __all__ = ["Learner", "NoRunError", "Run", "folders", "is_going_on", "run"]
 OWN_PICTURES = {"learning_curves.png", "calibration.png", "value_map.png"}
 """Those of runs; another is a film."""
 
+ESTIMATES = "estimate*.json"
+"""What ``estimate.py`` has left in the folder of a run or of a learner."""
+
 State = Literal["finished", "running", "interrupted"]
 
 
@@ -97,6 +100,7 @@ class Run:
         dataset: its name.
         offline: the curves of the offline phase of an online run, and the step at which it was over.
         times: the sessions of ``times.json``.
+        estimates: what policies are worth by data alone, of the files that it holds.
         command: what makes it anew; None if its settings can not be read.
         go_on: the command that goes on with it.
         words: what is missing, or was not readable, a sentence each.
@@ -113,6 +117,7 @@ class Run:
     dataset: str
     offline: tuple[Curves, float] | None
     times: Sequence[Mapping[str, Any]]
+    estimates: Sequence[Mapping[str, Any]]
     command: Command | None
     go_on: str | None
     words: tuple[str, ...] = field(default=())
@@ -279,9 +284,35 @@ def run(path: Path, label: str = "") -> Run:
         dataset=str(scores.get("dataset") or (data or {}).get("dataset") or _dataset(values)),
         offline=offline,
         times=[each for each in times if isinstance(each, dict)],
+        estimates=_estimates(path, learners, words),
         command=command(script, values) if values else None,
         go_on=command_to_go_on(script, path, values) if values else None,
         words=tuple(words),
+    )
+
+
+def _estimates(
+    path: Path, learners: Sequence[Learner], words: list[str]
+) -> list[Mapping[str, Any]]:
+    found = []
+    for folder in dict.fromkeys([path, *(path / each.name for each in learners)]):
+        for file in sorted(folder.glob(ESTIMATES)):
+            its = _json(file, words, dict)
+            if its is not None and not _is_estimate(its):
+                words.append(f"{file.name} holds something else than expected.")
+            elif its is not None:
+                found.append(its)
+    return found
+
+
+def _is_estimate(its: Mapping[str, Any]) -> bool:
+    policies, data = its.get("policies"), its.get("data")
+    if not (isinstance(policies, list) and isinstance(data, dict)):
+        return False
+    figures = [(data, ("value", "stderr", "best")), (its, ("discount",))]
+    figures += [(each, ("value", "spread", "distance")) for each in policies]
+    return all(isinstance(each, dict) for each, _ in figures) and all(
+        isinstance(each.get(key), int | float | None) for each, keys in figures for key in keys
     )
 
 

@@ -43,6 +43,12 @@ FILM = 1200
 
 NONE = "\N{EN DASH}"
 
+ESTIMATED_ON = {
+    "all": "all episodes",
+    "learned": "the episodes learned from",
+    "held_out": "the episodes held out",
+}
+
 KINDS = {"value_map.png": "value map", "calibration.png": "calibration"}
 
 
@@ -108,6 +114,7 @@ def _page(
     }
     room.left += int((0.9 - OF_TEXT) * limit)
     parts["pictures"] = _pictures(runs, room)
+    parts["estimates"] = _estimates(runs)
     notes = _notes(runs, groups)
     keys = compare.varied([run.settings for run in runs])
     html = (
@@ -146,7 +153,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    its.filters |= {"figure": _figure, "count": _count, "duration": _duration}
+    its.filters |= {"figure": _figure, "count": _count, "duration": _duration, "plain": _value}
     return its
 
 
@@ -457,6 +464,44 @@ def _histograms(data: Mapping[str, Any], name: str, room: Room) -> list[tuple[st
     return panels
 
 
+# --- Estimates -------------------------------------------------------------------------------------------
+
+
+def _estimates(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Show what policies are worth by data alone, each by the run that it is of, if that is shown."""
+    labels = {
+        (run.path / its.name).resolve(): f"{run.label}, {its.name}" if its.name else run.label
+        for run in runs
+        for its in run.learners
+    }
+
+    def of(checkpoint: str) -> str:
+        path = Path(checkpoint)
+        label = labels.get(path.resolve().parent)
+        if label is None:
+            return checkpoint
+        return label if path.name == "last.ckpt" else f"{label}, {path.name}"
+
+    return [
+        {
+            "dataset": its.get("dataset"),
+            "episodes": ESTIMATED_ON.get(str(its.get("fit_on")), "episodes"),
+            "discount": written(its.get("discount")),
+            "data": [its["data"].get(key) for key in ("value", "stderr", "best")],
+            "policies": [
+                (
+                    of(str(each.get("checkpoint"))),
+                    *(each.get(key) for key in ("value", "spread", "distance")),
+                    each.get("verdict") or NONE,
+                )
+                for each in its["policies"]
+            ],
+        }
+        for run in runs
+        for its in run.estimates
+    ]
+
+
 # --- Pictures, notes, settings -----------------------------------------------------------------------------
 
 
@@ -586,6 +631,11 @@ def _figure(value: Any) -> str:
 def _plain(value: float) -> str:
     """Write a number without a power of ten, where that is short."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
+
+
+def _value(value: float | None) -> str:
+    """Write what may have any unit."""
+    return NONE if value is None else _plain(value)
 
 
 def _count(value: Any) -> str:
