@@ -34,7 +34,7 @@ from torchrl_iql.training.native import Layers, Learner, Networks, columns
 from torchrl_iql.training.optimization import Optimization
 from torchrl_iql.training.program import Moments, Step, compiled_whole, summed
 
-__all__ = ["StackedLosses", "StackedProgram", "unlike", "unstackable"]
+__all__ = ["Parts", "StackedLosses", "StackedProgram", "parts_of", "unlike"]
 
 Stack = tuple[Tensor, ...]
 """K networks of R learners: the weights of each layer, ``[R, K, in, out]``, and in one last tensor
@@ -57,7 +57,7 @@ class StackedProgram:
     them, by a cast, a move or assigned parameters, :meth:`adopt` joins them again, with its values.
 
     Args:
-        losses: R losses, of which :func:`unstackable` and :func:`unlike` say None.
+        losses: R losses whose modules :func:`parts_of` returns, and of which :func:`unlike` says None.
         optimizations: one per loss.
         shared: of another program with such losses, to share compiled code.
         native: whether a compiled step is to use the kernels of :mod:`torchrl_iql.training.native` and
@@ -190,7 +190,7 @@ class StackedLosses:
     """
 
     def __init__(self, loss: IQLLoss, optimization: Optimization, native: bool = False) -> None:
-        networks = _Networks(loss)
+        networks = Parts(loss)
         self.num_qvalue_nets = loss.num_qvalue_nets
         self.loss_function: iql.Distance = loss.loss_function
         self.weight_clip = loss.weight_clip
@@ -568,7 +568,7 @@ def _coefficients(loss: LossModule) -> list[tuple[nn.Module, str]]:
     return [(loss, "expectile"), (loss, "temperature"), (loss.value_estimator, "gamma")]
 
 
-class _Networks:
+class Parts:
     """The modules that hold the tensors of one loss."""
 
     def __init__(self, loss: IQLLoss) -> None:
@@ -584,12 +584,12 @@ class _Networks:
             self.distribution = (list(last.dist_keys), kind, settings)
         self.value: Torso = loss.get_stateful_net("value_network").module
         self.qvalue: Torso = loss.get_stateful_net("qvalue_network").module
-        self._loss = loss
+        self.loss = loss
 
     @property
     def target_qvalue(self) -> Torso:
-        target: Any = deepcopy(self._loss.qvalue_network)
-        self._loss.target_qvalue_network_params.to_module(target, preserve_module_state=False)
+        target: Any = deepcopy(self.loss.qvalue_network)
+        self.loss.target_qvalue_network_params.to_module(target, preserve_module_state=False)
         return target.module
 
     @property
@@ -601,7 +601,7 @@ _Place = tuple[int | slice, list[tuple[str, str, torch.Size]], str | None]
 """The rows of a stack, of each layer the names of weight and bias and the size, and the name of log_std."""
 
 
-def _places(loss: IQLLoss, its: _Networks) -> tuple[list[_Place], list[_Place]]:
+def _places(loss: IQLLoss, its: Parts) -> tuple[list[_Place], list[_Place]]:
     """Return what the stack that learns holds of a loss, and what the one that follows holds."""
     names = dict(zip(map(id, _tensors(loss)), _names(loss), strict=True))
 
@@ -628,8 +628,8 @@ def _torso_and_head(policy: TensorDictModuleBase) -> tuple[Any, nn.Module]:
     return module, nn.Identity()
 
 
-def unstackable(loss: LossModule, optimization: Optimization) -> str | None:
-    """Say why the networks of this loss have no stack, or return None if they have."""
+def parts_of(loss: LossModule, optimization: Optimization) -> Parts | str:
+    """Return the modules of a loss whose networks have a stack, or say why they have none."""
     if type(loss) not in (IQLLoss, DiscreteIQLLoss):
         return f"{type(loss).__name__} of {type(loss).__module__} is not this project's IQL"
     assert isinstance(loss, IQLLoss)
@@ -660,29 +660,29 @@ def unstackable(loss: LossModule, optimization: Optimization) -> str | None:
     )
     if not plain:
         return "not all networks are descended by Adam alone at every step"
-    networks = _Networks(loss)
-    hidden = [[layer.out_features for layer in torso.layers[:-1]] for torso in networks.torsos]
+    its = Parts(loss)
+    hidden = [[layer.out_features for layer in torso.layers[:-1]] for torso in its.torsos]
     if hidden[0] != hidden[1] or hidden[0] != hidden[2]:
         return f"policy, V and Q have different hidden_sizes, {', '.join(map(str, hidden))}"
-    if any(torso.dropout for torso in (networks.value, networks.qvalue)):
+    if any(torso.dropout for torso in (its.value, its.qvalue)):
         return "V or Q has dropout"
-    for torso in networks.torsos:
-        if not _same(torso.normalize, networks.value.normalize):
+    for torso in its.torsos:
+        if not _same(torso.normalize, its.value.normalize):
             return "policy, V and Q have different observation_statistics"
-    return None
+    return its
 
 
-def unlike(losses: Sequence[IQLLoss], optimizations: Sequence[Optimization]) -> str | None:
-    """Say why these losses, each of which has a stack, have none together, or return None if they do."""
+def unlike(parts: Sequence[Parts], optimizations: Sequence[Optimization]) -> str | None:
+    """Say why losses, each of which has a stack, have none together, or return None if they do."""
     if any(its.target_rate != optimizations[0].target_rate for its in optimizations):
         return "the targets follow at different rates"
-    first, *others = losses
-    networks = _Networks(first)
-    return next(filter(None, (_unlike(first, networks, loss) for loss in others)), None)
+    first, *others = parts
+    return next(filter(None, (_unlike(first, each) for each in others)), None)
 
 
-def _unlike(first: IQLLoss, its: _Networks, loss: IQLLoss) -> str | None:
+def _unlike(its: Parts, others: Parts) -> str | None:
     """Say why a loss does not fit into the stack of the first one."""
+    first, loss = its.loss, others.loss
     for name in ("num_qvalue_nets", "loss_function", "weight_clip"):
         one, other = getattr(first, name), getattr(loss, name)
         if one != other:
@@ -691,7 +691,6 @@ def _unlike(first: IQLLoss, its: _Networks, loss: IQLLoss) -> str | None:
         loss, "action_space", None
     ):
         return "the losses read different actions"
-    others = _Networks(loss)
     for module, other in [*zip(its.torsos, others.torsos, strict=True), (its.head, others.head)]:
         if not _same(module, other):
             return "the networks of the losses have different sizes, statistics or action bounds"

@@ -21,7 +21,7 @@ from torchrl_iql.training.execution import SUMS, Execution, Executor, RandomStre
 from torchrl_iql.training.nonfinite import Mark, OnNonfinite, Watch
 from torchrl_iql.training.optimization import Optimization, Schedule, network_of
 from torchrl_iql.training.program import LossProgram, Moments, Program
-from torchrl_iql.training.stacked import StackedProgram, unlike, unstackable
+from torchrl_iql.training.stacked import Parts, StackedProgram, parts_of, unlike
 
 __all__ = ["FORMAT", "Own", "TrainStep"]
 
@@ -176,12 +176,13 @@ class TrainStep:
     def _programs_for(self) -> tuple[Sequence[tuple[Program, slice]], str]:
         """Return what takes the steps, of which learners, and why it does."""
         losses, optimizations = self.losses, self._optimizations
-        reasons = map(unstackable, losses, optimizations)
-        reason = next(filter(None, reasons), None)
-        if reason is not None:
-            general: list[Program] = list(map(LossProgram, losses, optimizations))
-            return [(p, slice(r, r + 1)) for r, p in enumerate(general)], f"general: {reason}"
-        apart = unlike(losses, optimizations)  # pyright: ignore
+        parts: list[Parts] = []
+        for its in map(parts_of, losses, optimizations):
+            if isinstance(its, str):
+                general: list[Program] = list(map(LossProgram, losses, optimizations))
+                return [(p, slice(r, r + 1)) for r, p in enumerate(general)], f"general: {its}"
+            parts.append(its)
+        apart = unlike(parts, optimizations)
         kernels = self._may_have_kernels()
         first = StackedProgram(losses[:1], optimizations[:1], native=kernels)  # pyright: ignore
         path = "stacked: IQL on networks of torchrl_iql.models"
