@@ -17,7 +17,6 @@ from typing import Any
 import gymnasium
 import mujoco
 import numpy as np
-import ogbench
 import pytest
 import torch
 from tensordict.nn import TensorDictModule
@@ -31,6 +30,8 @@ from torchrl_iql.environments import flat_environment, spec_of
 from torchrl_iql_recipes.experiment import build, offline
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.training import OFFLINE
+
+ogbench = pytest.importorskip("ogbench")  # not for Python 3.13
 
 # The worlds of the tasks, and which of their data sets they are.
 KINDS = {

@@ -27,7 +27,8 @@ def ogbench_package() -> ModuleType:
         import ogbench
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"OGBench's tasks need its package: pip install 'torchrl-iql[ogbench]' ({error})",
+            f"OGBench's tasks need its package: pip install 'torchrl-iql[ogbench]', with Python before "
+            f"3.13 ({error})",
             name=error.name,
         ) from error
     return ogbench
