@@ -873,6 +873,21 @@ def test_how_it_is_computed_is_as_asked(
         torch.set_float32_matmul_precision(precision)
 
 
+def test_products_are_by_default_as_exact_as_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the processor, which may have products of bfloat16."""
+    precision = torch.get_float32_matmul_precision()
+    try:
+        build.set_up(OFFLINE.settings([]).compute)
+        a, b = torch.randn(2, 512, 512)
+        error = (a @ b).double() - a.double() @ b.double()
+        assert error.norm() < 1e-6 * (a.double() @ b.double()).norm()
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+        build.set_up(OFFLINE.settings([]).compute)
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def test_what_can_not_be_computed_changes_no_settings(finished: dict[str, Path]) -> None:
     folder = finished["iql"]
     before = (folder / "config.yaml").read_text()

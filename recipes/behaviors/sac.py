@@ -207,8 +207,7 @@ def _transitions(batch: TensorDictBase) -> TensorDictBase:
 
 def run(settings: SoftActorCritic, path: Path) -> None:
     """Train, or go on with a training, in a folder."""
-    # oneDNN's products: faster, of the same accuracy.
-    build.set_up(Compute(threads=settings.threads, matmul_precision="medium"))
+    build.set_up(Compute(threads=settings.threads))
     with held(path):
         for saved in _checkpoints(path):
             build.check_not_done("frames", settings.frames, int(saved.name.rpartition("-")[2]))

@@ -280,8 +280,10 @@ class Compute(Part):
     threads: Annotated[Count | None, LATER] = Field(
         None, description="of PyTorch; null: one per core"
     )
-    matmul_precision: Annotated[Literal["highest", "high", "medium"], LATER] = Field(
-        "highest", description="of float32 products, see torch.set_float32_matmul_precision"
+    matmul_precision: Annotated[Literal["auto", "highest", "high", "medium"], LATER] = Field(
+        "auto",
+        description="of float32 products, see torch.set_float32_matmul_precision; auto: as exact as float32, "
+        "by the fastest library",
     )
 
 

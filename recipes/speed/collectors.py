@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from torchrl_iql import IQLLoss, OfflineDataset, TrainStep
 from torchrl_iql.models import Architecture
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
+from torchrl_iql_recipes.experiment.build import exact_products
 from torchrl_iql_recipes.speed.timing import hardware, synchronize
 
 CONFIGURATIONS = Path(__file__).parents[1] / "config" / "collector"
@@ -100,7 +101,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    torch.set_float32_matmul_precision("medium" if given.device == "cpu" else "highest")
+    torch.set_float32_matmul_precision(exact_products(given.device))
     print(", ".join(f"{key} {value}" for key, value in hardware().items()))
     print(f"{given.env}, {given.workers} workers, medians of {given.rounds} rounds\n")
 

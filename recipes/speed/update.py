@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from torchrl_iql_recipes.experiment.build import exact_products
 from torchrl_iql_recipes.speed import ours, peers
 from torchrl_iql_recipes.speed.timing import (
     Contender,
@@ -199,8 +200,7 @@ def measuring(description: str | None) -> argparse.ArgumentParser:
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--threads", type=int, default=physical_cores())
-    # That of config/compute/cpu.yaml and gpu.yaml.
-    precision = "highest" if cuda else "medium"
+    precision = exact_products("cuda" if cuda else "cpu")  # as in the recipes
     choices = ("highest", "high", "medium")
     parser.add_argument("--precision", choices=choices, default=precision, help="of products")
     parser.add_argument("--rounds", type=int, default=10)
