@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from torchrl_iql_recipes.comparison.plan import Cell, Plan
 from torchrl_iql_recipes.experiment.plots import BLUE, DPI, RED, SEEDS, SLATE
@@ -138,7 +139,7 @@ def curves(plan: Plan, titles: Mapping[str, str], png: Path) -> None:
     figure = Figure(figsize=(3.8 * columns, 2.8 * rows), dpi=DPI, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     online = any(cell.env_steps for cell in plan.cells)
-    xlabel = "gradient steps: offline, then online (dotted)" if online else "gradient steps"
+    xlabel = "gradient steps; past the line online" if online else "gradient steps"
     others = [*SEEDS[1:], "#8d99ae", "#b56576", "#6d597a"]
     names = [name for name in plan.algorithms if name != "iql"]
     colours = {**dict(zip(names, others, strict=False)), "iql": BLUE}
@@ -158,10 +159,12 @@ def curves(plan: Plan, titles: Mapping[str, str], png: Path) -> None:
                 panel.axvline(cell.steps, color=RED, linestyle=":", linewidth=1)
         panel.set_title(task, fontsize=9)
         panel.set(xlabel=xlabel, ylabel="normalized score")
-        panel.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     for panel in panels[len(tasks) :]:
         panel.axis("off")
-    panels[0].legend(fontsize=7)
+    lines = {line.get_label(): line for panel in panels for line in panel.get_lines()}
+    shown = [line for label, line in lines.items() if not str(label).startswith("_")]
+    figure.legend(handles=shown, loc="outside lower center", ncols=4, fontsize=7)
     figure.savefig(png)
 
 
