@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -367,3 +369,14 @@ def test_every_file_that_is_named_exists() -> None:
             assert (folder / name).exists(), line
         for other in re.findall(r"\b\w+\.py\b", line.split(None, 1)[1]):
             assert (folder / name).with_name(other).exists(), line
+
+
+@pytest.mark.slow
+def test_the_pages_of_functions_and_classes_are_made_without_warnings(tmp_path: Path) -> None:
+    """By the command of CONTRIBUTING; pdoc warns of annotations that it can not read."""
+    command = re.search(r"bin/(pdoc -d google torchrl_iql)`", PAGES[2].read_text())
+    assert command is not None
+    words = [sys.executable, "-m", *command[1].split(), "-o", str(tmp_path)]
+    ended = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert ended.stderr.strip() == ""
+    assert "expectile" in (tmp_path / "torchrl_iql.html").read_text()

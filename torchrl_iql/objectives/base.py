@@ -94,7 +94,6 @@ class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
         ValueEstimators.TDLambda,
     )
 
-    tensor_keys: _AcceptedKeys
     temperature: Tensor
     actor_network: TensorDictModule
     actor_network_params: TensorDictParams
@@ -186,6 +185,11 @@ class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
         # Found out now rather than in the first call, which torch.compile would trace twice.
         self._set_in_keys()
         _ = self.vmap_randomness
+
+    @property
+    def tensor_keys(self) -> AdvantageWeightedLoss._AcceptedKeys:
+        """The names of the entries, as :meth:`set_keys` has left them."""
+        return self._tensor_keys  # pyright: ignore
 
     def _add_ensemble(self, networks: Any, shared: list[nn.Parameter] | None) -> None:
         number = self.num_qvalue_nets
