@@ -105,7 +105,7 @@ def test_the_help_of_a_command_needs_no_pytorch(name: str, tmp_path: Path) -> No
         ("compare .", "torchrl-iql compare: . holds no run: expected config.yaml"),
         ("compare --job 1", "torchrl-iql compare: unrecognized arguments: --job"),
         ("inspect", "torchrl-iql inspect: the following arguments are required: source; see"),
-        ("replay --sample 1 x", "torchrl-iql: unrecognized arguments: --sample"),
+        ("replay --sample 1 x", "torchrl-iql replay: unrecognized arguments: --sample"),
         ("tasks mimi", "torchrl-iql tasks: there is no task with mimi: did you mean mini/"),
     ],
 )

@@ -79,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("--trust-env", action="store_true", help=trust)
     compare.add_argument("--samples", type=int, default=1000, help="transitions (default: 1000)")
     compare.add_argument("--seed", type=int, default=0, help="of their draw (default: 0)")
-    given = parser.parse_args(arguments)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands.choices[given.command].error(f"unrecognized arguments: {' '.join(unknown)}")
 
     from torchrl_iql.data import load, replay  # not for --help: they load PyTorch
 
