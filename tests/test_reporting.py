@@ -27,10 +27,12 @@ from scipy import stats
 from runs import TINY, of_maze
 from torchrl_iql import load_dataset
 from torchrl_iql_recipes import report
+from torchrl_iql_recipes.deployment import estimating
+from torchrl_iql_recipes.deployment.settings import Estimation
 from torchrl_iql_recipes.experiment import learned_from, offline, online
 from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.lock import held
-from torchrl_iql_recipes.experiment.settings import Settings, flat
+from torchrl_iql_recipes.experiment.settings import Compute, Settings, flat
 from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 from torchrl_iql_recipes.reporting import commands, compare, gather, page, pictures
 
@@ -468,10 +470,9 @@ def test_a_film_is_shown(runs: Path) -> None:
 def test_what_policies_are_worth_by_data_alone_is_shown(made: Path, tmp_path: Path) -> None:
     runs = shutil.copytree(made, tmp_path / "runs")
     files = [runs / "iql/seed=0/last.ckpt", runs / "bc/seed=1/best.ckpt"]
-    command = [sys.executable, str(RECIPES / "estimate.py"), f"output={runs / 'iql/estimate.json'}"]
-    command += [f"checkpoint=[{','.join(map(repr, map(str, files)))}]", "compute.execution=eager"]
-    few = ["steps=20", "networks=2", "hidden_sizes=[8]", "compute.threads=1", "discount=0.9975"]
-    subprocess.run([*command, *few], check=True, capture_output=True)
+    few = {"steps": 20, "networks": 2, "hidden_sizes": [8], "discount": 0.9975}
+    few |= {"checkpoint": [*map(str, files)], "output": str(runs / "iql/estimate.json")}
+    estimating.run(Estimation.of(few), Compute.of({"execution": "eager", "threads": 1}))
     its = shown(runs / "iql", runs / "bc")
     rows = its.table("policy")
     known = json.loads((runs / "iql/estimate.json").read_text())
