@@ -1,7 +1,7 @@
 r"""Fine-tune online what was learned offline, or learn online from scratch.
 
     python recipes/online.py checkpoint=runs/mini/hopper-medium/<date>/last.ckpt
-    python recipes/online.py 'checkpoint="runs/pointmaze/stitch/<date>/temperature=10.0/last.ckpt"'
+    python recipes/online.py checkpoint=runs/pointmaze/stitch/<date>/temperature=10.0/last.ckpt
     python recipes/online.py task=mini/antmaze-umaze collector=multi_async
     python recipes/online.py dataset=null env=Pendulum-v1 reward=none episodes=as_stored \
         normalize_observation=false temperature=3
