@@ -323,6 +323,7 @@ def test_a_file_of_d4rl(mark: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_of_ogbench(mark: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ogbench")
     path = tmp_path / "pointmaze-medium-navigate-v0.npz"
     numbers = {"observations": np.zeros((4, 2)), "terminals": np.zeros(4), "qpos": np.zeros((4, 2))}
     objects = np.array([Payload(mark)] * 4, dtype=object)[:, None]
