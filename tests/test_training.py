@@ -174,6 +174,46 @@ def assert_trained_alike(
     assert_close(ours, plain.loss)
 
 
+@pytest.mark.parametrize("execution", ["eager", "compiled"])
+@pytest.mark.parametrize("policy", ["gaussian", "squashed", "deterministic"])
+@pytest.mark.parametrize("moved", [True, False])
+def test_bounds_and_statistics_are_those_that_the_loss_has_now(
+    policy: str, execution: Any, moved: bool
+) -> None:
+    """Elsewhere in memory after a cast and back, or others after a state was loaded."""
+    settings = {**NETWORKS["scaled"], "policy": policy, "hidden_sizes": (16, 16)}
+    architecture = Architecture(observation_size=3, action_size=2, **settings)
+
+    def loss() -> IQLLoss:
+        torch.manual_seed(0)
+        return IQLLoss(*built(architecture, (torch.ones(3), torch.full((3,), 2.0)), 2))
+
+    ours, plain = loss(), PlainLoop(loss())
+    step = TrainStep(ours, execution=execution)
+    for t in range(4):
+        if t == 2 and moved:
+            held = [buffer.data for buffer in ours.buffers()]  # so that no new one is where it was
+            ours.double().float()
+            here = {buffer.data_ptr() for buffer in ours.buffers()}
+            left = [buffer for buffer in held if buffer.data_ptr() not in here]
+            assert len(left) > 5
+            for buffer in left:
+                buffer.fill_(math.nan)  # nobody is to read it
+        elif t == 2:
+            state = {key: tensor.clone() for key, tensor in ours.state_dict().items()}
+            constants = [key for key in state if key.endswith(("mean", "std", "unit", "range"))]
+            assert len(constants) > 5
+            for key in constants:
+                state[key] *= 1.25
+            for each in (ours, plain.loss):
+                each.load_state_dict(state)
+        batch = transitions(32)
+        metrics, expected = step(batch), plain(batch)
+        for key in expected.keys():
+            torch.testing.assert_close(metrics[key], expected[key], rtol=1e-4, atol=1e-6)
+    assert_close(ours, plain.loss)
+
+
 def test_dropout_acts_on_the_policy_and_on_nothing_else() -> None:
     def losses(dropout: float) -> TensorDict:
         torch.manual_seed(0)

@@ -27,7 +27,7 @@ MEANS += ("entropy",)
 """What is measured, in the order of ``losses.cpp``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Policy:
     """What makes log pi(a | s) of the outputs of a network and of a parameter of no layer.
 
@@ -103,11 +103,6 @@ class Losses:
         numbers = [*(policy.bounds or (None, None)), policy.unit]
         numbers = [None if x is None else x.to(dtype).contiguous() for x in numbers]
         learned = [None] * 3 if policy.unit is None else list(log_std)
-        self._constant = 0.0
-        if policy.unit is not None:
-            self._constant = (
-                -float(policy.unit.log().sum()) - policy.outputs * math.log(2 * math.pi) / 2
-            )
         self._kept = [networks, numbers, learned]  # what the addresses are of
         qvalues = len(networks.gradients) - 2
         self._losses = ctypes.byref(
@@ -133,7 +128,9 @@ class Losses:
             ValueError: an action is none of the choices.
         """
         policy, action, reward = self._policy, batches["action"], batches["reward"]
-        choice, constant = None, torch.full_like(reward, self._constant)
+        choice, constant = None, torch.zeros_like(reward)
+        if policy.unit is not None:
+            constant -= policy.unit.log().sum() + policy.outputs * math.log(2 * math.pi) / 2
         if policy.choices:
             choice = action.argmax(-1) if action.ndim == 3 else action
             for its in (int(choice.min()), int(choice.max())):

@@ -9,7 +9,7 @@ is computed of their outputs is :func:`torchrl_iql.objectives.functional.losses`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from itertools import pairwise
 from typing import Any
 
@@ -79,7 +79,7 @@ class StackedProgram:
     ) -> None:
         self.losses: list[LossModule] = list(losses)
         self.shared = shared or StackedLosses(losses[0], optimizations[0], native)
-        self._kernels: dict[tuple[int, int], tuple[Networks, Losses]] = {}
+        self._kernels: dict[tuple[int, int, Policy | None], tuple[Networks, Losses]] = {}
         self.draws = self.shared.dropout > 0
         replicas, number = len(losses), self.shared.num_qvalue_nets
         like = next(losses[0].parameters()).detach()
@@ -91,13 +91,18 @@ class StackedProgram:
         self._coefficients = torch.zeros(3, replicas, dtype=torch.float64, device=like.device)
         self.state = (self._online, self._frozen, self._moments, self._coefficients)
         self._views = [self._views_of(r) for r in range(replicas)]
+        self._constants: list[int] = []  # where those of the first loss are
         self.adopt()
 
     def adopt(self) -> None:
         for r, (loss, views) in enumerate(zip(self.losses, self._views, strict=True)):
             # In the order of their names: looking those up would take longer than all the rest.
+            constants = []
             for tensor, (name, view) in zip(_tensors(loss), views.items(), strict=True):
-                if view is None or tensor.data_ptr() == view.data_ptr():
+                if view is None:
+                    constants.append(tensor.data_ptr())
+                    continue
+                if tensor.data_ptr() == view.data_ptr():
                     continue
                 for what in ("shape", "dtype", "device"):
                     if getattr(tensor, what) != getattr(view, what):
@@ -108,6 +113,10 @@ class StackedProgram:
                         )
                 view.copy_(tensor.detach())
                 tensor.data = view
+            if r == 0 and self._constants != constants:
+                if self._constants and loss is self.shared.loss:
+                    self.shared.read_constants(Parts(self.shared.loss))
+                self._constants = constants
             for row, (owner, name) in enumerate(_coefficients(loss)):
                 coefficient = self._coefficients[row, r]
                 if owner._buffers[name].data_ptr() != coefficient.data_ptr():  # pyright: ignore
@@ -118,7 +127,7 @@ class StackedProgram:
         return self.shared.columns(source)
 
     def addresses(self) -> tuple:
-        return ()  # what is read are the stacks, which stay
+        return self.shared.addresses()  # the stacks stay where they are
 
     def rehearse(self, columns: Any, indices: Tensor | None) -> None:
         """Do nothing: :meth:`columns` has checked all there is."""
@@ -135,9 +144,9 @@ class StackedProgram:
 
     def kernels(self, batch_size: int, batches: int) -> tuple[Networks, Losses]:
         """Return the only learner's networks and losses for batches of a size, with their memory."""
-        key = batch_size, batches
+        key = batch_size, batches, self.shared.policy
         if key not in self._kernels:
-            self._kernels = {key: self.shared.kernels(self.state, *key)}
+            self._kernels = {key: self.shared.kernels(self.state, batch_size, batches)}
         return self._kernels[key]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,11 +195,13 @@ class StackedLosses:
         native: as in :class:`StackedProgram`.
 
     Attributes:
+        loss: that one.
         policy: what the kernels compute with; None without them.
     """
 
     def __init__(self, loss: IQLLoss, optimization: Optimization, native: bool = False) -> None:
         networks = Parts(loss)
+        self.loss = loss
         self.num_qvalue_nets = loss.num_qvalue_nets
         self.loss_function: iql.Distance = loss.loss_function
         self.weight_clip = loss.weight_clip
@@ -206,22 +217,33 @@ class StackedLosses:
         hidden = [layer.out_features for layer in networks.value.layers[:-1]]
         widths = [networks.qvalue.layers[0].in_features, *hidden]
         widths.append(max(self.policy_size, self.qvalue_size))
-        self.policy = None
-        if native:
-            policy = Policy.of(networks.head, networks.distribution, self.policy_size)
-            self.policy = policy if policy and policy.choices == self.discrete else None
+        self._native = native
+        self.read_constants(networks)
         unit = WIDTH if self.policy is None else max(WIDTH, columns(self.dtype))
         self.widths = [-(-width // unit) * unit for width in widths]
         self.action_size = 0 if networks.log_std is None else len(networks.log_std)
         self.dropout = networks.policy.dropout
-        self.normalize = networks.value.normalize
-        self.scale_action = deepcopy(networks.qvalue.scale_action)
-        for name, buffer in networks.qvalue.scale_action.named_buffers():
-            # Every Q network has the same.
-            setattr(self.scale_action, name, buffer.reshape(-1, self.policy_size)[0])
         self._learning, self._following = _places(loss, networks)
-        self.head: Any = networks.head
-        self.distribution = networks.distribution
+
+    def read_constants(self, its: Parts) -> None:
+        """Take statistics of observations and bounds of actions from where the loss has them now."""
+        self.normalize = its.value.normalize
+        self.scale_action = copy(its.qvalue.scale_action)
+        self.scale_action._buffers = {  # every Q network has the same
+            name: buffer.reshape(-1, self.policy_size)[0]
+            for name, buffer in its.qvalue.scale_action.named_buffers()
+        }
+        self.head: Any = its.head
+        self.distribution = its.distribution
+        self.policy = None
+        if self._native:
+            policy = Policy.of(its.head, its.distribution, self.policy_size)
+            self.policy = policy if policy and policy.choices == self.discrete else None
+
+    def addresses(self) -> tuple:
+        """Return where the constants are."""
+        modules = self.normalize, self.head, self.scale_action
+        return tuple(buffer.data_ptr() for module in modules for buffer in module.buffers())
 
     def empty(self, like: Tensor, replicas: int, networks: int) -> Stack:
         shapes = [*pairwise(self.widths), (sum(self.widths[1:]) + self.action_size,)]
