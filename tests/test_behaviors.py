@@ -411,6 +411,7 @@ class TestSAC:
         assert f"resume={run}" in output
         assert len(list(run.glob("checkpoint-*[0-9]"))) == 1
 
+    @pytest.mark.slow
     def test_what_is_not_finite_is_no_stage(self, tmp_path: Path):
         run = tmp_path / "run"
         # MuJoCo's log of what is not finite is written where it runs.

@@ -383,6 +383,7 @@ def test_numbers_that_are_no_bytes() -> None:
     assert rows[0, -2:].tolist() == [7, 0.5]
 
 
+@pytest.mark.slow
 def test_statistics_take_little_memory() -> None:
     """Of 2,000 frames of 28,224 bytes, 56 MB, they took 450 MB and more."""
     code = f"""

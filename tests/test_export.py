@@ -285,7 +285,7 @@ def test_a_loop_of_ones_own_is_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("joints", [False, True])
+@pytest.mark.parametrize("joints", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_policy_that_sees_images_leaves_with_its_convolutions(
     suffix: str, joints: bool, tmp_path: Path
 ) -> None:

@@ -157,7 +157,9 @@ def test_a_table_converges_to_the_exact_values_of_the_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("discrete", "limit"), [(True, 200), (False, 3)], ids=["discrete, whole", "continuous, cut"]
+    ("discrete", "limit"),
+    [pytest.param(True, 200, marks=pytest.mark.slow), (False, 3)],
+    ids=["discrete, whole", "continuous, cut"],
 )
 def test_the_estimate_is_the_exact_value(discrete: bool, limit: int) -> None:
     """Also where every episode is cut after three steps: its value goes on."""

@@ -160,7 +160,6 @@ def assert_same_run(one: Path, other: Path, which: Settings) -> None:
 @pytest.mark.parametrize(
     ("scenario", "kills"),
     [
-        ("one learner", 3),
         ("online", 2),
         *(
             pytest.param(scenario, 17, marks=pytest.mark.slow)

@@ -8,6 +8,8 @@ import pytest
 from torchrl_iql_recipes.comparison import luck
 from torchrl_iql_recipes.comparison.luck import DISCOUNT, MAZE, MOVES, Maze
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def seldom() -> dict[str, np.ndarray]:
@@ -33,7 +35,6 @@ def test_of_the_three_only_iql_goes_around(seldom: dict[str, np.ndarray]) -> Non
     assert worth["expectile of the TD error"] < worth["IQL"] - 1
 
 
-@pytest.mark.slow
 def test_how_often_the_door_opens_matters_to_iql_alone(seldom: dict[str, np.ndarray]) -> None:
     """The lucky one thinks that it opens soon, however seldom it does."""
     maze = Maze.of(MAZE, 0.5)
