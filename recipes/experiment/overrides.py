@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,32 +12,48 @@ from hydra.core.override_parser.types import Override, Transformer
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.schema import SettingsError, written
 
-__all__ = ["last", "over", "parsed", "readable", "values_of"]
+__all__ = ["as_given", "last", "over", "parsed", "readable", "values_of"]
 
 
-def readable(given: str) -> str:
+def readable(override: str) -> str:
     """Put text that Hydra's grammar can not read, as a path with an equals sign, in the quotes it asks for.
 
     Args:
-        given: a setting and its value. Of a list, whose items may have commas, these are paths that are
+        override: a setting and its value. Of a list, whose items may have commas, these are paths that are
             there, as ``[runs/a/temperature=3,seed=0/last.ckpt,runs/b/last.ckpt]``.
     """
-    name, _, value = given.partition("=")
+    name, _, value = override.partition("=")
     try:
-        OverridesParser.create().parse_override(given)
+        OverridesParser.create().parse_override(override)
     except HydraException:
         if value.startswith("[") and value.endswith("]") and not {*"{}'\"[]"} & {*value[1:-1]}:
-            return f"{name}=[{','.join(map(_quoted, _items(value[1:-1])))}]"
+            return as_given(name, list(_items(value[1:-1])))
         if not {*"[]{}'\"\\"} & {*value} or os.path.exists(value):
-            return f"{name}={_quoted(value)}"
-    return given
+            return as_given(name, value)
+    return override
 
 
-def _quoted(text: str) -> str:
-    escaped = text.replace("'", "\\'")
-    return f"'{escaped}'"
+def as_given(key: str, value: Any) -> str:
+    """Write a setting as Hydra reads it."""
+    return f"{key}={_literal(value)}"
+
+
+def _literal(value: Any) -> str:
+    match value:
+        case str() if re.fullmatch(r"[\w./-]+", value) and written(value) == value:
+            return value
+        case str():
+            escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
+            escaped = re.sub(r"(\\+)$", r"\1\1", escaped).replace("${", r"\${")
+            return f'"{escaped}"'
+        case list() | tuple():
+            return f"[{','.join(map(_literal, value))}]"
+        case Mapping():
+            return f"{{{','.join(f'{key}:{_literal(each)}' for key, each in value.items())}}}"
+        case _:
+            return written(value)
 
 
 def _items(text: str) -> Iterator[str]:

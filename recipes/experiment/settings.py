@@ -6,7 +6,7 @@ is the meaning of a setting, its range, and its default where a family says noth
 
 from __future__ import annotations
 
-import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from torchrl_iql.data.layout import require_layout
 from torchrl_iql.nested import texts
 from torchrl_iql_recipes.algorithms import Algorithm, algorithms
 from torchrl_iql_recipes.commands import label, typed
+from torchrl_iql_recipes.experiment.overrides import as_given
 from torchrl_iql_recipes.experiment.schema import (
     LATER,
     Count,
@@ -559,8 +560,8 @@ def _not_with_a_checkpoint(values: Mapping[str, Any]) -> set[str]:
 
 
 def argument(name: str, path: Path | str) -> str:
-    """Write a path as a shell takes it to Hydra, which wants one with an equals sign in quotes."""
-    return f"{name}={path}" if re.fullmatch(r"[\w./-]+", str(path)) else f"""'{name}="{path}"'"""
+    """Write a path as a shell takes it to Hydra."""
+    return shlex.quote(as_given(name, str(path)))
 
 
 def command_to_resume(script: str, folder: Path) -> str:

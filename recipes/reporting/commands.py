@@ -14,7 +14,8 @@ from typing import Any
 from torchrl_iql.nested import texts
 from torchrl_iql_recipes.commands import typed
 from torchrl_iql_recipes.experiment.choices import CONFIG
-from torchrl_iql_recipes.experiment.schema import SettingsError, written
+from torchrl_iql_recipes.experiment.overrides import as_given
+from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import (
     OFFLINE_PHASE,
     Settings,
@@ -56,7 +57,7 @@ def command(script: str, values: Mapping[str, Any]) -> Command:
     is_checked = overrides is not None
     if overrides is None:
         left_out = _not_given(script, values)
-        overrides = [given(key, each) for key, each in values.items() if key not in left_out]
+        overrides = [as_given(key, each) for key, each in values.items() if key not in left_out]
     return Command(f"{typed(script)} {shlex.join(overrides)}", is_checked)
 
 
@@ -73,27 +74,6 @@ def command_to_go_on(script: str, path: Path, values: Mapping[str, Any]) -> str:
     env, options = values.get("env"), values.get("collector.backend_options")
     needs_trust = any(":" in each for each in texts(env)) or any(texts(options))
     return command_to_resume(script, path) + " trust_env=true" * needs_trust
-
-
-def given(key: str, value: Any) -> str:
-    """Write a setting as Hydra reads it."""
-    return f"{key}={_literal(value)}"
-
-
-def _literal(value: Any) -> str:
-    match value:
-        case str() if re.fullmatch(r"[\w./-]+", value) and written(value) == value:
-            return value
-        case str():
-            escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
-            escaped = re.sub(r"(\\+)$", r"\1\1", escaped).replace("${", r"\${")
-            return f'"{escaped}"'
-        case list() | tuple():
-            return f"[{','.join(map(_literal, value))}]"
-        case Mapping():
-            return f"{{{','.join(f'{key}:{_literal(each)}' for key, each in value.items())}}}"
-        case _:
-            return written(value)
 
 
 @lru_cache(maxsize=1024)  # it takes long, and a page that is watched is made often
@@ -120,7 +100,7 @@ def _overrides(script: str, values: Mapping[str, Any]) -> list[str] | None:
     left_out = _not_given(script, values)
     overrides = [
         *chosen,
-        *(given(k, v) for k, v in wanted.items() if known.get(k) != v and k not in left_out),
+        *(as_given(k, v) for k, v in wanted.items() if known.get(k) != v and k not in left_out),
     ]
     found = flat(door.settings(overrides).values)
     differ = {key for key, each in wanted.items() if found.get(key) != each}

@@ -91,18 +91,14 @@ class StackedProgram:
         self._coefficients = torch.zeros(3, replicas, dtype=torch.float64, device=like.device)
         self.state = (self._online, self._frozen, self._moments, self._coefficients)
         self._views = [self._views_of(r) for r in range(replicas)]
-        self._constants: list[int] = []  # where those of the first loss are
         self.adopt()
 
     def adopt(self) -> None:
         for r, (loss, views) in enumerate(zip(self.losses, self._views, strict=True)):
             # In the order of their names: looking those up would take longer than all the rest.
-            constants = []
-            for tensor, (name, view) in zip(_tensors(loss), views.items(), strict=True):
-                if view is None:
-                    constants.append(tensor.data_ptr())
-                    continue
-                if tensor.data_ptr() == view.data_ptr():
+            tensors = _tensors(loss)
+            for tensor, (name, view) in zip(tensors, views.items(), strict=True):
+                if view is None or tensor.data_ptr() == view.data_ptr():
                     continue
                 for what in ("shape", "dtype", "device"):
                     if getattr(tensor, what) != getattr(view, what):
@@ -113,10 +109,10 @@ class StackedProgram:
                         )
                 view.copy_(tensor.detach())
                 tensor.data = view
-            if r == 0 and self._constants != constants:
-                if self._constants and loss is self.shared.loss:
-                    self.shared.read_constants(Parts(self.shared.loss))
-                self._constants = constants
+            if loss is self.shared.loss:
+                others = zip(tensors, views.items(), strict=True)
+                constants = [x for x, (name, view) in others if view is None and "_network" in name]
+                self.shared.follow(constants)
             for row, (owner, name) in enumerate(_coefficients(loss)):
                 coefficient = self._coefficients[row, r]
                 if owner._buffers[name].data_ptr() != coefficient.data_ptr():  # pyright: ignore
@@ -218,15 +214,26 @@ class StackedLosses:
         widths = [networks.qvalue.layers[0].in_features, *hidden]
         widths.append(max(self.policy_size, self.qvalue_size))
         self._native = native
-        self.read_constants(networks)
+        self._where: list[int] | None = None
+        self._read_constants(networks)
         unit = WIDTH if self.policy is None else max(WIDTH, columns(self.dtype))
         self.widths = [-(-width // unit) * unit for width in widths]
         self.action_size = 0 if networks.log_std is None else len(networks.log_std)
         self.dropout = networks.policy.dropout
         self._learning, self._following = _places(loss, networks)
 
-    def read_constants(self, its: Parts) -> None:
-        """Take statistics of observations and bounds of actions from where the loss has them now."""
+    def follow(self, constants: Sequence[Tensor]) -> None:
+        """Read the constants of the loss anew if they are elsewhere than at the last call.
+
+        Args:
+            constants: statistics of observations and bounds of actions, which no learner learns.
+        """
+        where = [tensor.data_ptr() for tensor in constants]
+        if self._where not in (None, where):
+            self._read_constants(Parts(self.loss))
+        self._where = where
+
+    def _read_constants(self, its: Parts) -> None:
         self.normalize = its.value.normalize
         self.scale_action = copy(its.qvalue.scale_action)
         self.scale_action._buffers = {  # every Q network has the same
