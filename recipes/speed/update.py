@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -230,16 +231,21 @@ def build(
     only: Sequence[str],
     configure: Callable[[], None],
 ) -> list[Isolated]:
-    """Build the contenders with one of ``only``, if given, in their names, as far as possible."""
-    contenders = []
-    for name, build in builders.items():
-        if not chosen(name, only):
-            continue
+    """Build the contenders with one of ``only``, if given, in their names, as far as possible.
+
+    As many at once as there are cores.
+    """
+
+    def isolated(name: str) -> Isolated | None:
         try:
-            contenders.append(Isolated(name, build, configure))
+            return Isolated(name, builders[name], configure)
         except RuntimeError as error:  # no JAX, or none for this device
             print(f"{name} is left out: {error}")
-    return contenders
+            return None
+
+    names = [name for name in builders if chosen(name, only)]
+    with ThreadPoolExecutor(physical_cores()) as pool:
+        return [contender for contender in pool.map(isolated, names) if contender is not None]
 
 
 def race(

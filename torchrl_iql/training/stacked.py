@@ -2,8 +2,9 @@
 
 These networks differ in their inputs and outputs and in nothing between. Here they are the rows of one
 matrix, padded to common widths that processors like: policy, V and the Q networks of every learner go
-through a layer together, and so do those that receive no gradient, V at s' and the target Q networks. What
-is computed of their outputs is :func:`torchrl_iql.objectives.functional.losses`, as in the loss itself.
+through a layer together, with those that receive no gradient, V at s' and the target Q networks. What is
+computed of their outputs is :func:`torchrl_iql.objectives.functional.losses`, as in the loss itself, and
+what its gradients are by the outputs, autograd says; from there they go back through the layers by hand.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ from torchrl_iql.training.program import Moments, Step, compiled_whole, summed
 __all__ = ["Parts", "StackedLosses", "StackedProgram", "parts_of", "unlike"]
 
 Stack = tuple[Tensor, ...]
-"""K networks of R learners: the weights of each layer, ``[R, K, in, out]``, and in one last tensor
-``[R, K, S]`` all biases, one layer after the other, and the policy's log deviations."""
+"""K networks of R learners: the weights of each layer, ``[K, R, in, out]``, and in one last tensor
+``[K, R, S]`` all biases, one layer after the other, and the policy's log deviations."""
 
 WIDTH = 16
 """Rows and columns of weights are padded to multiples of this: thin products are slow."""
 
 POLICY, VALUE, QVALUES = 0, 1, slice(2, None)
-"""The places of the networks in a stack that learns."""
+"""The places of the networks that learn in a stack."""
 
 STEP_SIZE, EPSILON = Rates._fields.index("step_size"), Rates._fields.index("epsilon")
 
@@ -65,9 +66,9 @@ class StackedProgram:
 
     Attributes:
         losses: the losses.
-        state: the stack that learns (policy, V, N Q networks), the one that follows (V, N target Q
-            networks), the moments of the first, and expectile, temperature and discount ``[3, R]``,
-            float64.
+        state: a stack (policy, V and N Q networks, which learn; V again, which reads s', and N target Q
+            networks), the moments of those that learn, and expectile, temperature and discount
+            ``[3, R]``, float64.
     """
 
     def __init__(
@@ -83,13 +84,12 @@ class StackedProgram:
         self.draws = self.shared.dropout > 0
         replicas, number = len(losses), self.shared.num_qvalue_nets
         like = next(losses[0].parameters()).detach()
-        self._online = self.shared.empty(like, replicas, 2 + number)
-        self._frozen = self.shared.empty(like, replicas, 1 + number)
-        self._moments = tuple(
-            (torch.zeros_like(stack), torch.zeros_like(stack)) for stack in self._online
-        )
+        stack = self.shared.empty(like, replicas, 3 + 2 * number)
+        self._online = tuple(tensor[: 2 + number] for tensor in stack)
+        self._frozen = tuple(tensor[2 + number :] for tensor in stack)
+        self._moments = tuple((torch.zeros_like(x), torch.zeros_like(x)) for x in self._online)
         self._coefficients = torch.zeros(3, replicas, dtype=torch.float64, device=like.device)
-        self.state = (self._online, self._frozen, self._moments, self._coefficients)
+        self.state = (stack, self._moments, self._coefficients)
         self._views = [self._views_of(r) for r in range(replicas)]
         self.adopt()
 
@@ -157,7 +157,8 @@ class StackedProgram:
 
     def changing(self) -> tuple[list[Tensor], list[Tensor]]:
         moments = (moment for pair in self._moments for moment in pair)
-        return [*self._online, *moments], list(self._frozen)
+        learned = [tensor.transpose(0, 1) for tensor in (*self._online, *moments)]
+        return learned, [tensor.transpose(0, 1) for tensor in self._frozen]
 
     def clear_padding(self, learner: int) -> None:
         views = [view for view in self._views[learner].values() if view is not None]
@@ -192,6 +193,7 @@ class StackedLosses:
 
     Attributes:
         loss: that one.
+        learning: how many networks of a stack learn: policy, V and the Q networks.
         policy: what the kernels compute with; None without them.
     """
 
@@ -199,11 +201,13 @@ class StackedLosses:
         networks = Parts(loss)
         self.loss = loss
         self.num_qvalue_nets = loss.num_qvalue_nets
+        self.learning = 2 + loss.num_qvalue_nets
         self.loss_function: iql.Distance = loss.loss_function
         self.weight_clip = loss.weight_clip
         self.discrete = isinstance(loss, DiscreteIQLLoss)
         self.one_hot = self.discrete and loss.action_space == "one_hot"
-        self.dtype = networks.value.layers[0].weight.dtype
+        like = networks.value.layers[0].weight
+        self.dtype, self.device = like.dtype, like.device
         self.target_rate = optimization.target_rate["qvalue_network"]
         names = optimization.networks
         self.rows = [names.index(f"{name}_network") for name in ("actor", "value")]
@@ -254,7 +258,7 @@ class StackedLosses:
 
     def empty(self, like: Tensor, replicas: int, networks: int) -> Stack:
         shapes = [*pairwise(self.widths), (sum(self.widths[1:]) + self.action_size,)]
-        return tuple(like.new_zeros(replicas, networks, *shape) for shape in shapes)
+        return tuple(like.new_zeros(networks, replicas, *shape) for shape in shapes)
 
     def slices(
         self, stack: Sequence[Tensor], *, frozen: bool = False
@@ -333,24 +337,50 @@ class StackedLosses:
         rates: Tensor,
         due: frozenset[str],
     ) -> tuple[Tensor, Tensor | None]:
-        online, frozen, moments, coefficients = state
-        replicas = len(online[0])
-        for slow, parameters in zip(frozen, online, strict=True):
-            slow[:, 0] = parameters[:, VALUE]
+        stack, moments, coefficients = state
+        self.read_value(stack)
+        if indices is not None:
+            indices = indices.view(1, stack[0].shape[1], -1)
+        (batch,) = self.minibatches(stack, columns, indices)
+        gradients, metrics, td_error = self.gradients(stack, coefficients, batch)
+        self.descend(stack, moments, gradients, rates)
+        return metrics, td_error if indices is None else None
+
+    def read_value(self, stack: Stack) -> None:
+        """Give the V that reads s' what the one that learns holds."""
+        for tensor in stack:
+            tensor[self.learning].copy_(tensor[VALUE])
+
+    @staticmethod
+    def minibatches(
+        stack: Stack, columns: Mapping[str, Tensor], indices: Tensor | None
+    ) -> list[dict[str, Tensor]]:
+        """Gather minibatches, ``[R, B, ...]``, of rows ``[S, R, B]``, or one of all rows."""
         if indices is None:
-            batch = {key: column.unflatten(0, (replicas, -1)) for key, column in columns.items()}
-        else:
-            batch = {key: column[indices.view(replicas, -1)] for key, column in columns.items()}
-        gradients, (metrics, td_error) = _gradients(self, online, frozen, coefficients, batch)
-        rates = rates.to(online[0].dtype).view(replicas, -1, rates.shape[-1])[:, self.rows]
-        its = Rates(*rates.unbind(-1)[: len(Rates._fields)])
-        for parameters, slow, gradient, (first, second) in zip(
-            online, frozen, gradients, moments, strict=True
-        ):
+            replicas = stack[0].shape[1]
+            return [{key: column.unflatten(0, (replicas, -1)) for key, column in columns.items()}]
+        rows = indices.flatten()
+        gathered = {
+            key: column.index_select(0, rows).unflatten(0, indices.shape)
+            for key, column in columns.items()
+        }
+        return [{key: column[s] for key, column in gathered.items()} for s in range(len(indices))]
+
+    def descend(
+        self,
+        stack: Stack,
+        moments: Sequence[tuple[Tensor, Tensor]],
+        gradients: Stack,
+        rates: Tensor,
+    ) -> None:
+        """Take a step of Adam with the networks that learn, and move the targets."""
+        rates = rates.to(stack[0].dtype).view(stack[0].shape[1], -1, rates.shape[-1])[:, self.rows]
+        its = Rates(*rates.transpose(0, 1).unbind(-1)[: len(Rates._fields)])
+        for tensor, gradient, (first, second) in zip(stack, gradients, moments, strict=True):
+            parameters = tensor[: self.learning]
             step_size, epsilon = (_like(x, gradient) for x in (its.step_size, its.epsilon))
             adam_(parameters, gradient, first, second, step_size, epsilon)
-            slow[:, 1:].lerp_(parameters[:, QVALUES], self.target_rate)
-        return metrics, td_error if indices is None else None
+            tensor[self.learning + 1 :].lerp_(parameters[QVALUES], self.target_rate)
 
     def results(self, of_step: tuple[Tensor, Tensor | None]) -> TensorDictBase:
         metrics, td_error = of_step
@@ -367,37 +397,58 @@ class StackedLosses:
         """What is measured, in the names of the output of :class:`~torchrl_iql.IQLLoss`."""
         return [name for name in MEANS if name != "entropy" or self.distribution is not None]
 
-    def __call__(
-        self, online: Stack, frozen: Stack, coefficients: Tensor, batch: Mapping[str, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Compute the three losses of every learner, a pure function.
+    def gradients(
+        self, stack: Stack, coefficients: Tensor, batch: Mapping[str, Tensor]
+    ) -> tuple[Stack, Tensor, Tensor]:
+        """Compute the three losses of every learner and their gradients, a pure function.
 
         Args:
-            online: the stack that gradients flow to.
-            frozen: the stack without gradients.
+            stack: all networks.
             coefficients: ``[3, R]``.
             batch: ``observation`` and ``next_observation`` ``[R, B, D]``, ``action`` ``[R, B, A]`` (or
                 ``[R, B]``), ``reward`` ``[R, B]``, ``terminated`` bool ``[R, B]``; and where there are
                 such, ``steps_to_next_obs``, ``priority_weight`` and ``mask`` ``[R, B]``.
 
         Returns:
-            the sum of all losses of all learners, a scalar; and, detached, the ``metrics``,
+            of the sum of all losses of all learners by the networks that learn; the ``metrics``,
             ``[len(metrics), R]``, and the squared TD errors ``[R, B]``.
         """
-        networks = self.num_qvalue_nets
-        state, next_state, qvalue = self._inputs(batch)
-        outputs, log_std = self._forward(online, [state, state] + [qvalue] * networks, self.dropout)
-        frozen_outputs, _ = self._forward(frozen, [next_state] + [qvalue] * networks)
-        action, v = batch["action"], outputs[:, VALUE, :, 0]
+        activations, outputs = self._forward(stack, batch)
+        log_std = stack[-1][POLICY, :, sum(self.widths[1:]) :]
+        learned = outputs[: self.learning], log_std
+        frozen = outputs[self.learning :]
+        found, beside = _gradients(self._losses, learned, frozen, coefficients, batch)
+        return self._backward(stack, activations, *found), *beside
+
+    def _losses(
+        self,
+        learned: tuple[Tensor, Tensor],
+        frozen: Tensor,
+        coefficients: Tensor,
+        batch: Mapping[str, Tensor],
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Compute the losses from the outputs of the networks, ``[K, R, B, out]``.
+
+        Args:
+            learned: of the networks that learn, and the policies' log deviations ``[R, A]``.
+            frozen: of the others.
+            coefficients: as in :meth:`gradients`.
+            batch: likewise.
+
+        Returns:
+            the sum of all losses of all learners, a scalar; and, detached, metrics and TD errors.
+        """
+        outputs, log_std = learned
+        action, v = batch["action"], outputs[VALUE, ..., 0]
         expectile, temperature, discount = coefficients.to(v.dtype).unsqueeze(-1)
         if "steps_to_next_obs" in batch:
             discount = discount ** batch["steps_to_next_obs"]
-        next_v = frozen_outputs[:, 0, :, 0]
+        next_v = frozen[0, ..., 0]
         values = iql.losses(
             iql.Outputs(
-                self._log_likelihood(outputs[:, POLICY], log_std[:, POLICY], action),
-                self._at_action(frozen_outputs[:, 1:], action),
-                self._at_action(outputs[:, QVALUES], action),
+                self._log_likelihood(outputs[POLICY], log_std, action),
+                self._at_action(frozen[1:], action),
+                self._at_action(outputs[QVALUES], action),
                 v,
                 iql.td_target(batch["reward"], next_v, batch["terminated"], discount),
             ),
@@ -411,13 +462,98 @@ class StackedLosses:
             for name in self.metrics
         }
         total = (means["loss_actor"] + means["loss_qvalue"] + means["loss_value"]).sum()
-        return total, (torch.stack(list(means.values())).detach(), values["td_error"])
+        return total, (torch.stack(list(means.values())).detach(), values["td_error"].detach())
 
-    # --- A step by kernels of this project -----------------------------------------------------------
+    def _forward(self, stack: Stack, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Compute what each layer reads, ``[K * R, B, in]``, and the outputs, ``[K, R, B, out]``."""
+        *weights, vectors = stack
+        biases = vectors[..., : sum(self.widths[1:])].split(self.widths[1:], dim=-1)
+        state, next_state, qvalue = (
+            F.pad(x, (0, self.widths[0] - x.shape[-1])) for x in self._inputs(batch)
+        )
+        q = [qvalue] * self.num_qvalue_nets
+        x = torch.stack([state, state, *q, next_state, *q])
+        lead, x = x.shape[:2], x.flatten(0, 1)
+        activations = []
+        for depth, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            if depth:
+                x = x.relu_()
+                if self.dropout:
+                    policies = lead[1]
+                    x = torch.cat([F.dropout(x[:policies], self.dropout), x[policies:]])
+            activations.append(x)
+            x = torch.bmm(x, weight.flatten(0, 1)).add_(bias.flatten(0, 1).unsqueeze(-2))
+        return activations, at_least_float32(x).unflatten(0, lead)
+
+    def _backward(
+        self, stack: Stack, activations: Sequence[Tensor], outputs: Tensor, log_std: Tensor
+    ) -> Stack:
+        """Compute gradients by all that learns from those by the outputs and the log deviations."""
+        replicas = stack[0].shape[1]
+        rows = self.learning * replicas
+        gradient = outputs.to(self.dtype).flatten(0, 1)
+        weights, biases = [], []
+        for depth, x in reversed(list(enumerate(activations))):
+            weights.append(torch.bmm(x[:rows].mT, gradient))
+            biases.append(gradient.sum(-2))
+            if depth:
+                gradient = torch.bmm(gradient, stack[depth][: self.learning].flatten(0, 1).mT)
+                # Where a ReLU or the dropout let nothing through, the activation is 0.
+                gradient = gradient.masked_fill(x[:rows] <= 0, 0)
+                if self.dropout:
+                    policies = gradient[:replicas] / (1 - self.dropout)
+                    gradient = torch.cat([policies, gradient[replicas:]])
+        vectors = torch.cat(biases[::-1], dim=-1)
+        if self.action_size:
+            others = log_std.new_zeros(rows - replicas, self.action_size)
+            vectors = torch.cat([vectors, torch.cat([log_std, others]).to(vectors.dtype)], dim=-1)
+        lead = self.learning, replicas
+        its = *weights[::-1], vectors
+        return tuple(tensor.to(self.dtype).unflatten(0, lead) for tensor in its)  # if autocast
+
+    # --- Compiled steps ------------------------------------------------------------------------------
 
     def compiled(self, due: frozenset[str], compiler: Callable[[Callable], Callable]) -> Step:
-        if self.policy is None:
-            return compiled_whole(self.update, due, compiler)
+        if self.policy is not None:
+            return self._by_kernels()
+        if self.device.type == "cuda":
+            return self._on_a_gpu(compiler)
+        return compiled_whole(self.update, due, compiler)
+
+    def _on_a_gpu(self, compiler: Callable[[Callable], Callable]) -> Step:
+        """Make a step of few kernels: on small networks each of them takes longer than what it computes."""
+        from torchrl_iql.training.fused import descend_  # Triton is not everywhere
+
+        graph = compiler(self.gradients)
+        policy, value, qvalue, *_ = self.rows
+
+        def prepare(
+            program: StackedProgram, columns: dict[str, Tensor], indices: Tensor | None
+        ) -> list[dict[str, Tensor]]:
+            stack = program.state[0]
+            self.read_value(stack)
+            if indices is not None:
+                indices = indices.view(len(indices), stack[0].shape[1], -1)
+            return self.minibatches(stack, columns, indices)
+
+        def take(
+            program: StackedProgram,
+            columns: dict[str, Tensor],
+            batch: dict[str, Tensor],
+            rates: Tensor,
+        ) -> tuple[Tensor, Tensor | None]:
+            stack, moments, coefficients = program.state
+            gradients, metrics, td_error = graph(stack, coefficients, batch)
+            rates = rates.view(stack[0].shape[1], -1, rates.shape[-1])
+            for tensor, gradient, pair in zip(stack, gradients, moments, strict=True):
+                its = gradient.contiguous(), *pair
+                descend_(tensor, *its, rates, (policy, value, qvalue), self.target_rate)
+            return metrics, td_error
+
+        return Step(take, prepare)  # pyright: ignore
+
+    def _by_kernels(self) -> Step:
+        """Make a step of :mod:`torchrl_iql.training.native` and :mod:`torchrl_iql.training.losses`."""
 
         def prepare(
             program: StackedProgram, columns: dict[str, Tensor], indices: Tensor | None
@@ -452,24 +588,25 @@ class StackedLosses:
 
     def kernels(self, state: tuple, batch_size: int, batches: int) -> tuple[Networks, Losses]:
         """Build the networks and the losses of the only learner of a state."""
-        online, frozen, moments, coefficients = state
+        stack, moments, coefficients = state
         first, second = zip(*moments, strict=True)
+        targets = self.learning + 1
 
         def layers(stack: Stack, place: int) -> Layers:
-            *weights, vectors = (tensor[0, place] for tensor in stack)
+            *weights, vectors = (tensor[place, 0] for tensor in stack)
             biases = vectors.split([*self.widths[1:], self.action_size])[:-1]
             return Layers(weights, biases)
 
         number = self.num_qvalue_nets
         learning = [
             Learner(
-                *(layers(stack, place) for stack in (online, first, second)),
-                target=layers(frozen, place - 1) if place > VALUE else None,
+                *(layers(its, place) for its in (stack, first, second)),
+                target=layers(stack, targets + place - 2) if place > VALUE else None,
             )
-            for place in range(2 + number)
+            for place in range(self.learning)
         ]
         # V at s' has the parameters of V, and an input of its own.
-        others = [layers(online, VALUE), *(layers(frozen, 1 + n) for n in range(number))]
+        others = [layers(stack, VALUE), *(layers(stack, targets + n) for n in range(number))]
         state_action = 0 if self.discrete else 2
         reads = [0, 0, *[state_action] * number, 1, *[state_action] * number]
         networks = Networks(learning, others, reads, batch_size, batches)
@@ -477,7 +614,7 @@ class StackedLosses:
         losses = Losses(
             self.policy,
             networks,
-            [stack[-1][0, POLICY, sum(self.widths[1:]) :] for stack in (online, first, second)],
+            [its[-1][POLICY, 0, sum(self.widths[1:]) :] for its in (stack, first, second)],
             coefficients,
             weight_clip=self.weight_clip,
             distance=self.loss_function,
@@ -503,23 +640,6 @@ class StackedLosses:
             place[..., : its.shape[-1]] = its  # the padding is 0 and stays so
         return {key: column for key, column in batch.items() if not key.endswith("observation")}
 
-    def _forward(
-        self, stack: Stack, inputs: list[Tensor], dropout: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """Compute every network's outputs, ``[R, K, B, out]``, and log deviations, ``[R, K, A]``."""
-        *weights, vectors = stack
-        *biases, log_std = vectors.split([*self.widths[1:], self.action_size], dim=-1)
-        x = torch.stack([F.pad(x, (0, self.widths[0] - x.shape[-1])) for x in inputs], dim=1)
-        lead, x = x.shape[:2], x.flatten(0, 1)
-        for depth, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            if depth:
-                x = x.relu_()
-                if dropout:  # of the policies, the first of each replica's networks
-                    x = x.unflatten(0, lead)
-                    x = torch.cat([F.dropout(x[:, :1], dropout), x[:, 1:]], dim=1).flatten(0, 1)
-            x = torch.bmm(x, weight.flatten(0, 1)).add_(bias.flatten(0, 1).unsqueeze(-2))
-        return at_least_float32(x).unflatten(0, lead), log_std
-
     def _inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return what V and the policy read at s and at s', and what the Q networks read."""
         # Images are kept in bytes until here.
@@ -530,8 +650,7 @@ class StackedLosses:
         return state, next_state, torch.cat([state, self.scale_action(batch["action"])], dim=-1)
 
     def _at_action(self, q: Tensor, action: Tensor) -> Tensor:
-        """Select Q at the data's actions, ``[N, R, B]``, from the outputs, ``[R, N, B, out]``."""
-        q = q.transpose(0, 1)
+        """Select Q at the data's actions, ``[N, R, B]``, from the outputs, ``[N, R, B, out]``."""
         if not self.discrete:
             return q[..., 0]
         q = q[..., : self.qvalue_size]
@@ -550,16 +669,18 @@ class StackedLosses:
 
 
 def _gradients(
-    losses: StackedLosses, online: Stack, *others: Any
-) -> tuple[Stack, tuple[Tensor, Tensor]]:
-    """Return the gradients of the losses by ``online``, and what they return beside the sum."""
+    losses: Callable[..., tuple[Tensor, Any]], learned: tuple[Tensor, ...], *others: Any
+) -> tuple[tuple[Tensor, ...], Any]:
+    """Return the gradients of the losses by ``learned``, and what they return beside the sum."""
     if torch.compiler.is_compiling():
-        return torch.func.grad(losses, has_aux=True)(online, *others)
+        return torch.func.grad(losses, has_aux=True)(learned, *others)
     # The same, without the layers of torch.func around every operation.
-    leaves = tuple(parameters.detach().requires_grad_() for parameters in online)
+    leaves = tuple(tensor.detach().requires_grad_() for tensor in learned)
     with torch.enable_grad():
         loss, beside = losses(leaves, *others)
-    return torch.autograd.grad(loss, leaves), beside
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)  # not all policies have a log_std
+    zeros = map(torch.zeros_like, leaves)
+    return tuple(x if x is not None else zero for x, zero in zip(found, zeros, strict=True)), beside
 
 
 def _mean(values: Tensor, batch: Mapping[str, Tensor], *, weighted: bool) -> Tensor:
@@ -577,7 +698,7 @@ def _mean(values: Tensor, batch: Mapping[str, Tensor], *, weighted: bool) -> Ten
 
 
 def _of(stack: Sequence[Tensor], replica: int) -> Stack:
-    return tuple(tensor[replica] for tensor in stack)
+    return tuple(tensor[:, replica] for tensor in stack)
 
 
 def _like(numbers: Tensor, tensor: Tensor) -> Tensor:
