@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -162,3 +163,11 @@ def test_a_checkpoint_of_a_later_format_is_refused(
     for load in (load_policy, lambda path: checkpoint.load_learner(path, learner())):
         with pytest.raises(ValueError, match=r"a.ckpt has format 99, this version reads up to 3"):
             load(path)
+
+
+def test_networks_that_could_not_be_loaded_are_not_saved(tmp_path: Path) -> None:
+    architecture = replace(ARCHITECTURE, hidden_sizes=(16,))
+    step = TrainStep(IQLLoss(*built(architecture, STATISTICS)))
+    with pytest.raises(ValueError, match=r"not of the architecture, .* is \(16, .*, expected \("):
+        checkpoint.save(tmp_path / "own.ckpt", step, ARCHITECTURE)
+    assert not list(tmp_path.iterdir())

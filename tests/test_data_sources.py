@@ -81,6 +81,12 @@ class TestSource:
             load("there/is/none-v0", download=False)
         with pytest.raises(FileNotFoundError, match=rf"'{root}/none'.* in {root}$"):
             load(root / "none")
+        message = "are made, not downloaded: torchrl-iql collect data=hopper/medium "
+        with pytest.raises(FileNotFoundError, match=message):
+            load("mini/hopper/medium-v0")
+        (root / "test" / "half-v0" / "data").mkdir(parents=True)
+        with pytest.raises(FileNotFoundError, match=r"half-v0/data has no metadata\.json"):
+            load("test/half-v0")
 
     def test_several_are_one(self, cache_folder):
         options = {"ref_min_score": -5.0, "ref_max_score": 20.0}

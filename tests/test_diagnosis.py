@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces import Box
 
 from torchrl_iql import OfflineDataset
-from torchrl_iql_recipes.experiment import build, results
+from torchrl_iql_recipes.experiment import build, offline, results
 from torchrl_iql_recipes.experiment.diagnosis import Diagnosis
 from torchrl_iql_recipes.experiment.networks import architecture_for
 from torchrl_iql_recipes.experiment.training import OFFLINE
@@ -23,7 +26,7 @@ def states(rng: np.random.Generator) -> np.ndarray:
     return 0.3 * rng.normal(size=(EPISODES, LENGTH, 3)).cumsum(axis=1).reshape(N, 3)
 
 
-def made(reward: Any, action: Any = None) -> OfflineDataset:
+def made(reward: Any, action: Any = None, **options: Any) -> OfflineDataset:
     """Make walks with rewards, and actions, that are functions of states, actions and chance."""
     rng = np.random.default_rng(0)
     s = states(rng)
@@ -35,6 +38,7 @@ def made(reward: Any, action: Any = None) -> OfflineDataset:
         rewards=reward(s, a, rng),
         terminals=np.zeros(N, dtype=bool),
         timeouts=np.arange(1, N + 1) % LENGTH == 0,
+        **options,
     )
 
 
@@ -44,15 +48,17 @@ def found(
     steps: int = 300,
     held_out: float = 0.0,
     returns: Sequence[tuple[float, float]] = (),
+    data_returns: Sequence[float] = (100.0,),
 ) -> dict[str, str]:
     """Train on it, but for the share that is held out, and return what is said.
 
     Args:
-        dataset: all there is, whose mean return is taken for 100.
+        dataset: all there is.
         given: settings.
         steps: of gradient.
         held_out: the share.
         returns: of evaluations, with their standard errors.
+        data_returns: what the episodes of the data are taken to have had.
     """
     settings = OFFLINE.settings(
         [
@@ -74,7 +80,7 @@ def found(
         rows.append(row | (look(step.losses)[0] if look is not None else {}))
     for row, (mean, error) in zip(rows[-len(returns) :], returns, strict=False):
         row |= {"eval/score": mean, "eval/return": mean, "eval/return_stderr": error}
-    look = Diagnosis(settings, learned if rest is None else rest, 100.0)
+    look = Diagnosis(settings, learned if rest is None else rest, np.array(data_returns))
     return look(learner, step.losses[0], rows)
 
 
@@ -121,6 +127,32 @@ def test_scores_below_the_data_and_below_those_before(
     baseline = found(made(of_the_action), "discount=0.5", "temperature=0", returns=returns)
     assert "poor" not in baseline
     assert all(got[name].startswith(its) for name, its in said.items())
+
+
+@pytest.mark.parametrize(("episodes", "is_said"), [(5, False), (200, True)])
+def test_few_episodes_that_all_fail_are_not_below_the_data(episodes: int, is_said: bool) -> None:
+    """Of five none arrives in 44% of the cases if 15 in 100 do."""
+    data = [1.0] * 15 + [0.0] * 85
+    settings = "discount=0.5", f"eval_episodes={episodes}", "env=Pendulum-v1"
+    got = found(made(of_the_action), *settings, returns=[(0.0, 0.0)], data_returns=data)
+    assert ("poor" in got) is is_said
+
+
+def test_nothing_is_advised_that_is_done() -> None:
+    its = "discount=0.5", "normalize_observation=true"
+    said = found(made(of_the_action), *its, returns=[(140, 1), (80, 2)])
+    assert said.keys() == {"poor", "fallen"}
+    assert not any("normalize_observation" in note for note in said.values())
+
+
+def test_episodes_longer_than_the_environments_are_not_compared() -> None:
+    """What is paid after the environment's last step, no policy can have there."""
+    walks = made(of_the_action)
+    longest = int(walks.episode_lengths.max())
+    for limit, cut in ((longest - 1, (longest - 1, longest)), (longest, None)):
+        spec = EnvSpec("Pendulum-v1", max_episode_steps=limit)
+        assert offline._cut_off(replace(walks, env_spec=spec)) == cut
+    assert offline._cut_off(walks) is None
 
 
 def test_rewards_that_are_all_the_same() -> None:
@@ -195,3 +227,14 @@ def test_a_line_says_with_whom_it_is_wrong(names: list[str]) -> None:
     whom = " (seed=0 and 2 more)" if len(names) > 1 else ""
     assert results.diagnosis(replicas) == [f"Note{whom}: of {names[0]}"]
     assert results.diagnosis([{"name": ""}]) == []
+
+
+def test_a_wide_action_that_follows_does_not_hide_one_that_does_not() -> None:
+    """A throttle of chance between -0.9 and 0.9, and a steering angle in tens of degrees."""
+    weights = np.random.default_rng(1).normal(size=3)
+
+    def action(s: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return np.stack([rng.uniform(-0.9, 0.9, N), 30 * np.tanh(s @ weights)], axis=1)
+
+    wide = made(of_the_action, action, action_space=Box(-30, 30, (2,)))
+    assert "narrow" not in found(wide, "algorithm=bc", "decay_steps=0", steps=600)

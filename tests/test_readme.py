@@ -161,6 +161,16 @@ def test_a_policy_is_used(tmp_path: Path) -> None:
     assert (rows["q"].shape, rows["advantage"].shape) == ((5, 2, 1), (5, 1))
 
 
+def test_a_loop_of_ones_own_saves_what_it_learned(
+    maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ("(256, 256)", "(8,)"), ("minibatches(256", "minibatches(8"), ("[0]), 1000", "[0]), 3")
+    run("save", ("mujoco/hopper/medium-v0", maze_id), *small, page=USE)
+    observation = load_dataset(maze_id).observation_space.sample()
+    assert load_policy("own.ckpt").act(observation).shape == (2,)
+
+
 def test_an_algorithm_is_one_file(
     maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torchrl import objectives
 from torchrl.data import OneHot
 from torchrl.modules import ValueOperator
@@ -439,11 +441,14 @@ def test_a_replayed_graph_gets_every_index_and_schedule(
     replays = []
 
     def record(steps: Callable) -> tuple:
-        first = steps().clone()
-        recorded = first.apply(lambda x: torch.full_like(x, math.nan))
+        first = tree_map_only(Tensor, torch.clone, steps())
+        recorded = tree_map_only(Tensor, lambda x: torch.full_like(x, math.nan), first)
 
         def replay() -> None:
-            replays.append(recorded.update_(steps()))
+            for place, its in zip(tree_leaves(recorded), tree_leaves(steps()), strict=True):
+                if its is not None:
+                    place.copy_(its)
+            replays.append(recorded)
 
         return first, replay, recorded
 
@@ -719,6 +724,33 @@ def test_minibatches_for_another_number_of_learners_are_refused() -> None:
         TypeError, match=r"minibatches is a TensorDict, expected .*step\(batch\) takes"
     ):
         step.run(data, 1)  # pyright: ignore
+
+
+def test_learners_have_networks_of_their_own() -> None:
+    """One that is made outside of the loop over the losses would be trained by all of them."""
+    networks = models.gaussian_policy(3, 2), models.qvalue_ensemble(3, 2), models.value_network(3)
+    losses = [IQLLoss(*networks), IQLLoss(networks[0], *deepcopy(networks[1:]))]
+    with pytest.raises(ValueError, match="losses 0 and 1 have the same actor_network_params"):
+        TrainStep(losses)
+    TrainStep([losses[0], IQLLoss(*deepcopy(networks))])
+
+
+def test_of_several_learners_it_is_said_whose_state_is_meant() -> None:
+    alone, together = TrainStep(make_loss(0)), TrainStep([make_loss(1), make_loss(2)])
+    state = alone.state_dict()
+    with pytest.raises(
+        ValueError, match="2 learners, each with a state of its own: give replica=0"
+    ):
+        together.state_dict()
+    with pytest.raises(
+        ValueError, match="2 learners, each with a state of its own: give replica=0"
+    ):
+        together.load_state_dict(state)
+    for replica in (2, -1):
+        with pytest.raises(IndexError, match=f"2 learners, replica={replica} is none of them"):
+            together.state_dict(replica)
+    together.load_state_dict(state, 1)
+    assert equal(together.losses[1], alone.losses[0])
 
 
 def test_a_cuda_graph_needs_cuda() -> None:

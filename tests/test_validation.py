@@ -90,7 +90,8 @@ def test_of_iql_it_is_what_numpy_says() -> None:
     assert 0 < known.sum() < 200
     expected = {
         "td_error": np.sqrt(((q - target) ** 2).max(0).mean()),
-        "action_error": np.sqrt(((mean - a) ** 2).mean()),
+        "action_error": np.sqrt((((mean - a) / a.std(0)) ** 2).mean()),
+        "actions_explained": 1 - (((mean - a) / a.std(0)) ** 2).mean(0).max(),
         "actions_at_bounds": (np.abs(mean) > 0.98).mean(),
         "advantage": advantage.mean(),
         "value": v.mean(),

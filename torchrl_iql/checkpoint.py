@@ -33,6 +33,7 @@ from torchrl.checkpoint import (
     GlobalRNGState,
     StateDictCheckpointAdapter,
 )
+from torchrl.objectives.common import LossModule
 
 from torchrl_iql.acting import Acting
 from torchrl_iql.environments import written_spec
@@ -89,7 +90,9 @@ def save(
 
     Raises:
         OSError: if it could not be written; an older one is still there.
+        ValueError: the policy is not of the architecture.
     """
+    _check_policy(learner.losses[replica], architecture)
     # Copied, since the parameters are parts of tensors that hold all networks of all replicas.
     policy = deepcopy(learner.losses[replica].get_stateful_net("actor_network"))
     checkpoint = Checkpoint(format="archive")
@@ -111,6 +114,23 @@ def save(
         raise OSError(
             f"could not write the checkpoint {where} ({free:.0f} MB are free there): {error}"
         ) from error
+
+
+def _check_policy(loss: LossModule, architecture: Architecture) -> None:
+    """Refuse a policy that :func:`load_policy` could not build again."""
+
+    def shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {key: tuple(its.shape) for key, its in network.state_dict().items()}
+
+    with torch.random.fork_rng(devices=[]):
+        expected = shapes(architecture.policy_network())
+    found = shapes(loss.get_stateful_net("actor_network"))
+    if found != expected:
+        key = next(k for k in (*expected, *found) if found.get(k) != expected.get(k))
+        raise ValueError(
+            f"the policy is not of the architecture, and could not be loaded: {key} is {found.get(key)}, "
+            f"expected {expected.get(key)} of {architecture}"
+        )
 
 
 def described(dataset: OfflineDataset) -> dict[str, Any]:
@@ -362,7 +382,8 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
         ValueError: it is no checkpoint, or of a later format.
     """
     if Path(path).is_dir():
-        raise IsADirectoryError(f"{path} is a folder: give the file, as {Path(path, 'last.ckpt')}")
+        found = sorted(map(str, Path(path).glob("**/last.ckpt"))) or [str(Path(path, "last.ckpt"))]
+        raise IsADirectoryError(f"{path} is a folder: give the file, as {' or '.join(found[:3])}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:

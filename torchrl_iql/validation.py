@@ -49,8 +49,12 @@ class Validation:
         metrics: by name, means over the transitions: every scalar of the loss; and, of what there is,
 
             - ``td_error``: root mean square, of the network that is furthest off;
-            - ``action_error``: of the policy's mean action, root mean square over transitions and
-              dimensions, or for discrete actions the share that are others;
+            - ``action_error``: of the policy's mean action, each dimension in units of its standard
+              deviation in the data, root mean square over transitions and dimensions; or for discrete
+              actions the share that are others;
+            - ``actions_explained``: the share of the variance of the actions, in the dimension where it is
+              least, that follows from the observations by the policy's mean action; below 0 if the mean
+              of the data would be nearer;
             - ``actions_at_bounds``: the share of the policy's actions, each dimension by itself, within a
               hundredth of the range of one of their bounds;
             - ``log_likelihood``: of the actions;
@@ -104,6 +108,9 @@ class Validator:
                 self._batches = [source[rows] for rows in indices[: max(1, rows // BATCH), 0]]
             return
         self._batches = [self._transitions[rows] for rows in self._rows.split(BATCH)]  # pyright: ignore
+        actions = self._transitions["action"][self._rows].flatten(1).double()
+        variance = actions.var(dim=0, correction=0)
+        self._variance = torch.where(variance > 0, variance, torch.ones_like(variance))
         starts = dataset.episode_starts
         some = torch.linspace(0, len(starts) - 1, min(len(starts), BATCH)).round().long()
         self._initial = self._transitions[starts[some]]
@@ -127,7 +134,9 @@ class Validator:
         if (error := found.pop("squared_td_error", None)) is not None:
             more["td_error"] = error.mean().sqrt().item()
         if (error := found.pop("squared_action_error", None)) is not None:
-            more["action_error"] = error.mean().sqrt().item()
+            by_dimension = error.mean(0) / self._variance
+            more["action_error"] = by_dimension.mean().sqrt().item()
+            more["actions_explained"] = 1 - by_dimension.max().item()
         if "q" in found and self._returns is not None and self._complete.sum() >= FEWEST:
             q, returns = found["q"][self._complete], self._returns[self._complete].double()
             more["q_bias"] = (q - returns).mean().item()
@@ -183,8 +192,7 @@ class Validator:
         if isinstance(self._action_space, Discrete):
             found["action_error"] = (taken.reshape(-1) != action.reshape(-1)).float()
         else:
-            squares = (taken - action).flatten(1).square()
-            found["squared_action_error"] = squares.mean(1)
+            found["squared_action_error"] = (taken - action).flatten(1).square()
             if isinstance(space := self._action_space, Box) and space.is_bounded():
                 low, high = space.low.ravel(), space.high.ravel()
                 share = share_at_bounds(taken.flatten(1).cpu().numpy(), low, high)

@@ -47,7 +47,7 @@ SATURATED = 0.5
 """Of the policy's actions, at their bounds, if less than half as many of the data's are."""
 
 EXPLAINED = 0.95
-"""Of the variance of the actions, by the policy's mean: they follow from the state, all in one way."""
+"""Of the variance of every dimension of the actions, by the policy's mean: all follow from the state."""
 
 REACHED = 0.01
 """Of the episodes, that have a reward unlike the others."""
@@ -65,25 +65,23 @@ class Diagnosis:
     Args:
         settings: of the run.
         dataset: what they are looked at with: what is held out, else what they have learned from.
-        data_return: the mean return of all episodes there are, as they were recorded.
+        data_returns: of all episodes there are, as they were recorded, ``[E]``.
     """
 
     def __init__(
-        self, settings: Settings, dataset: OfflineDataset, data_return: float | None = None
+        self, settings: Settings, dataset: OfflineDataset, data_returns: np.ndarray | None = None
     ) -> None:
         self._settings = settings
-        self._data_return = data_return
+        self._data_returns = data_returns
         self._look = Validator(dataset, rows=ROWS)
         asks_for_rewards = hasattr(settings.algorithm, "discount") and dataset.window is None
         self._of_rewards = dict(_of_rewards(dataset)) if asks_for_rewards else {}
         actions, space = dataset.transitions["action"], dataset.action_space
-        self._spread, self._at_bounds = None, 0.0
-        if isinstance(space, Box):
+        self._at_bounds = 0.0
+        if isinstance(space, Box) and space.is_bounded():
             actions = actions[:: max(1, len(actions) // ROWS)]
-            self._spread = float(actions.double().var(dim=0).mean())
-            if space.is_bounded():
-                low, high = space.low.ravel(), space.high.ravel()
-                self._at_bounds = share_at_bounds(actions.numpy(), low, high)
+            low, high = space.low.ravel(), space.high.ravel()
+            self._at_bounds = share_at_bounds(actions.numpy(), low, high)
 
     def __call__(
         self, learner: Learner, loss: LossModule, rows: Sequence[Mapping[str, Any]]
@@ -99,15 +97,15 @@ class Diagnosis:
             a line for each thing that is wrong; none if nothing is.
         """
         metrics = self._look(loss).metrics
-        of_actions = _of_actions(metrics, self._spread, self._at_bounds)
+        of_actions = dict(_of_actions(self._settings, metrics, self._at_bounds))
         of_weights = _of_weights(self._settings, learner, metrics)
         return {
             **self._of_rewards,
-            **dict(_of_scores(rows, learner, self._data_return)),
+            **dict(_of_scores(self._settings, learner, rows, self._data_returns)),
             **dict(_of_values(rows, learner, metrics)),
             **dict(_of_held_out(rows)),
             **dict(of_weights),
-            **dict(of_actions),
+            **of_actions,
         }
 
 
@@ -132,7 +130,10 @@ def _of_rewards(dataset: OfflineDataset) -> Iterator[tuple[str, str]]:
 
 
 def _of_scores(
-    rows: Sequence[Mapping[str, Any]], learner: Learner, data_return: float | None
+    settings: Settings,
+    learner: Learner,
+    rows: Sequence[Mapping[str, Any]],
+    data_returns: np.ndarray | None,
 ) -> Iterator[tuple[str, str]]:
     """Compare the last evaluation with the data, and with the best one before."""
     scored = [row for row in rows if _has(row, "eval/score")]
@@ -145,26 +146,39 @@ def _of_scores(
 
     last, error = figure(scored[-1], "return")
     temperature = getattr(learner.algorithm, "temperature", None)
-    least = None if data_return is None else data_return - POORER * abs(data_return)
     # Temperature 0 is the baseline that others are to be better than.
-    if least is not None and temperature != 0 and last + 2 * error < least:
-        advice = "cloning (algorithm=bc) may be better, and " if temperature else ""
-        yield (
-            "poor",
-            f"the policy's return, {last:.4g} ± {error:.2g}, is below the mean of the data's episodes, "
-            f"{data_return:.4g}: {advice}normalize_observation=true and more steps are the first things to "
-            "try",
+    if data_returns is not None and temperature != 0:
+        mean = float(data_returns.mean())
+        # Episodes that all fail have no spread: what a policy as good as the data would have counts too.
+        chance = float(data_returns.std()) / math.sqrt(
+            settings.evaluation.eval_episodes or math.inf
         )
+        if last + 2 * np.fmax(error, chance) < mean - POORER * abs(mean):
+            advice = "; compare it with cloning (algorithm=bc)" if temperature else ""
+            yield (
+                "poor",
+                f"the policy's return, {last:.4g} ± {error:.2g}, is below the mean of the data's episodes, "
+                f"{mean:.4g}: {_first_things(settings)}{advice}",
+            )
     best = max(scored, key=lambda row: float(row["eval/score"]))
     kind = score_kind({"normalized_score": best.get("eval/normalized_score", "")})
     (high, spread), (last, error) = (figure(row, kind) for row in (best, scored[-1]))
     if high - last > max(FALLEN * np.hypot(spread, error), POORER * abs(high)):
+        advice = (
+            "" if settings.networks.normalize_observation else "normalize_observation=true, or "
+        )
         yield (
             "fallen",
             f"the score was {high:.4g} after {best['step']} steps, and is {last:.4g} at the end, which the "
-            "chance of episodes does not explain: what is learned is not stable; normalize_observation=true, "
-            "or a smaller learning_rate, may help",
+            f"chance of episodes does not explain: what is learned is not stable; {advice}a smaller "
+            "learning_rate may help",
         )
+
+
+def _first_things(settings: Settings) -> str:
+    if settings.networks.normalize_observation:
+        return "more steps are the first thing to try"
+    return "normalize_observation=true and more steps are the first things to try"
 
 
 def _has(row: Mapping[str, Any], name: str) -> bool:
@@ -176,9 +190,11 @@ def _of_values(
     rows: Sequence[Mapping[str, Any]], learner: Learner, metrics: Mapping[str, float]
 ) -> Iterator[tuple[str, str]]:
     recorded = ({name: row[name] for name in row if _has(row, name)} for row in rows)
-    found = [its for each in recorded if (its := learner.algorithm.values(each))]
-    name = next(iter(found[0])) if found else ""
-    values = np.array([its[name] for its in found])
+    if getattr(learner.algorithm, "temperature", None) == 0:  # the policy does not ask them
+        return
+    found = [(each["step"], its) for each in recorded if (its := learner.algorithm.values(each))]
+    name = next(iter(found[0][1])) if found else ""
+    values = np.array([its[name] for _, its in found])
     tenth = max(1, len(values) // 10)
     if len(values) < 5:
         return
@@ -191,8 +207,9 @@ def _of_values(
     if change > max(MOVED * abs(last.mean()), MOVED * told_apart, chance):
         yield (
             "values",
-            f"the values are not converged: the mean of {name} went from {before.mean():.3g} to "
-            f"{last.mean():.3g} in the last fifth of the steps; give more steps, or a larger target_rate",
+            f"the values are not converged: the mean of {name} went from {before.mean():.3g} after "
+            f"{found[end - 2 * tenth - 1][0]} steps to {last.mean():.3g} after {found[-1][0]}; give more "
+            "steps, or a larger target_rate",
         )
 
 
@@ -245,9 +262,9 @@ def _of_weights(
 
 
 def _of_actions(
-    metrics: Mapping[str, float], spread: float | None, datas: float
+    settings: Settings, metrics: Mapping[str, float], datas: float
 ) -> Iterator[tuple[str, str]]:
-    """Compare the policy's actions with the data's, of which these are variance and share at bounds."""
+    """Compare the policy's actions with the data's, of which this is the share at bounds."""
     policys = metrics.get("actions_at_bounds", 0.0)
     if policys > SATURATED and policys > 2 * datas:
         yield (
@@ -255,13 +272,11 @@ def _of_actions(
             f"{policys:.0%} of the policy's actions are at their bounds, of the data's {datas:.0%}: it does "
             "what is not in the data; check the actions' bounds, or give a smaller temperature",
         )
-    if "action_error" not in metrics or spread is None:
-        return
-    explained = 1 - metrics["action_error"] ** 2 / spread if spread else 1.0
+    explained = metrics.get("actions_explained", 0.0)
     if explained > EXPLAINED:
         yield (
             "narrow",
             f"the actions follow from the observations ({explained:.1%} of their variance): data of one "
             "behaviour, between whose actions there is little to choose. If cloning (algorithm=bc) is "
-            "better, normalize_observation=true and more steps are the first things to try",
+            f"better, {_first_things(settings)}",
         )

@@ -20,7 +20,7 @@ from torchrl_iql_recipes.files import shown
 
 __all__ = ["report", "run", "train"]
 
-COMPILING = "compiling"
+COMPILING = "compiling; compute.execution=eager begins at once"
 
 FEW_EPISODES = 5
 """Held out, below which what is seen of them is that of one or two."""
@@ -93,8 +93,9 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
     records.draw()
     unfinished = step.steps < settings.training.steps
     seen = learned if held_out is None else held_out
-    mean_return = dataset.episode_returns.mean().item()
-    diagnosis = None if unfinished else Diagnosis(settings, seen, mean_return)
+    # What the data have after the environment's last step, no policy there can have.
+    returns = None if _cut_off(dataset) else dataset.episode_returns.numpy()
+    diagnosis = None if unfinished else Diagnosis(settings, seen, returns)
     replicas = [
         results.outcome(
             learner,
@@ -170,19 +171,26 @@ def describe(dataset: OfflineDataset, held_out: OfflineDataset | None = None) ->
     share = (
         f", {dropped} of {recording.transitions} recorded transitions dropped" if dropped else ""
     )
-    longest, limit = int(dataset.episode_lengths.max()), None
-    if dataset.env_spec is not None:
-        limit = dataset.env_spec.max_episode_steps
-    ends = f", which ends episodes after {limit} steps; the longest of the data has {longest}"
+    cut = _cut_off(dataset)
+    ends = (
+        cut and f", which ends episodes after {cut[0]} steps; the longest of the data has {cut[1]}"
+    )
     return (
         f"{dataset.name}: {rows} transitions in "
         f"{len(dataset.episode_lengths)} episodes, mean return {dataset.episode_returns.mean():.1f}; "
         f"environment: {dataset.env_spec and dataset.env_spec.id}"
-        f"{ends if limit is not None and longest > limit else ''}\n"
+        f"{ends or ''}\n"
         f"Rules: reward {dataset.reward_rule}, r -> {dataset.reward_transform}; episodes "
         f"{dataset.episode_rule}{share}"
         + ("" if held_out is None else f"\nHeld out: {_held_out(len(held_out.episode_lengths))}")
     )
+
+
+def _cut_off(dataset: OfflineDataset) -> tuple[int, int] | None:
+    """Return when its environment ends episodes, and the longest of the data, if that is longer."""
+    longest = int(dataset.episode_lengths.max())
+    limit = dataset.env_spec and dataset.env_spec.max_episode_steps
+    return (limit, longest) if limit is not None and longest > limit else None
 
 
 def _held_out(episodes: int) -> str:

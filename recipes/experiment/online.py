@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from contextlib import AbstractContextManager
+import signal
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -250,9 +251,10 @@ class FineTuning:
             except Exception as error:  # of the environment, of a worker that died, of Ray
                 if stop.requested:  # a cluster's signal, of which the workers have died, too
                     return
+                dead = _dead_worker(collector)
                 raise RuntimeError(
-                    f"collecting failed after {start} environment steps: {error}"
-                ) from error
+                    f"collecting failed after {start} environment steps: {dead or error}"
+                ) from (None if dead else error)  # else the collector's failures to clean up
             self._add(collected, rows)
             with self.records.changing():
                 updated = self._update()
@@ -386,6 +388,18 @@ class FineTuning:
                 "switch": self.switch,
             }
         self.records.draw(**earlier)
+
+
+def _dead_worker(collector: BaseCollector) -> str | None:
+    """Say which process of a collector was killed, or ended by itself, if one has."""
+    for number, process in enumerate(getattr(collector, "procs", ())):
+        with suppress(ValueError):  # it is closed
+            code = process.exitcode
+            if code is None or code in (0, -signal.SIGTERM):  # the last is how the others end then
+                continue
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            return f"its worker {number} (process {process.pid}) ended {how}"
+    return None
 
 
 def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:

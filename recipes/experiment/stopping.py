@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -72,6 +73,8 @@ class Stop:
         again, self.requested = self.requested is not None, self.requested or name
         if not self._patient if not again else name == "SIGINT":
             raise Stopped(name)
+        if not again:  # print may be in the middle of another line
+            os.write(2, b"\nEnds after the present step, and saves; Ctrl-C now ends at once\n")
 
 
 _active: Stop | None = None

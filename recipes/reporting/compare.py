@@ -266,6 +266,9 @@ def verdict(its: Sequence[Group]) -> list[str]:
     if told:
         than = "; ".join(f"than {each.other.label} by {_by(each)}" for each in told)
         lines.insert(0, f"{best.label} is better {than}.")
+    if len({_steps(each) for each in known}) > 1:
+        its_steps = "; ".join(f"{each.label}: {_steps(each)}" for each in known)
+        lines.insert(0, f"Not after as many steps: {its_steps}.")
     if open_:
         them = "; ".join(f"{each.other.label}: the difference is {_by(each)}" for each in open_)
         lines.append(f"{best.label} can not be told apart from {them}. More seeds narrow it.")
@@ -281,6 +284,12 @@ def scored(its: Group) -> str:
     seeds += ", all alike" if number > 1 and len(set(its.values)) == 1 else ""
     interval = "" if its.half is None else f" ± {its.half:.1f}"
     return f"{its.mean:.1f}{interval} ({seeds})"
+
+
+def _steps(its: Group) -> str:
+    """Write how many steps those have taken that are scored."""
+    taken = sorted({learner.step for run, learner in its.members if run.state == "finished"})
+    return " and ".join(f"{steps:,}" for steps in taken)
 
 
 def _seeds(its: Difference) -> tuple[int, int]:

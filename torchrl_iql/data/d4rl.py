@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -98,6 +99,13 @@ def d4rl_source(
         tells = any(key in file for key in OPTIONAL)
         env_spec = env_spec or _antmaze(path, file)
     time_limit = None if tells or env_spec is None else env_spec.max_episode_steps
+    if env_spec is not None and time_limit is not None:
+        warnings.warn(
+            f"{path} has neither timeouts nor next_observations: episodes are taken to end at terminals "
+            f"and after {time_limit} steps, the time limit of {env_spec.id}; where they were shorter, rows of "
+            "two are one transition",
+            stacklevel=2,
+        )
     return Source(
         name=str(source),
         path=path,

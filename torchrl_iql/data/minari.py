@@ -138,6 +138,14 @@ def _folder(source: str | Path, download: bool) -> Path:
     if isinstance(source, Path) or DATASET_ID_RE.fullmatch(source) is None:
         raise FileNotFoundError(missing)
     folder = root / source
+    if (folder / "data").is_dir() and not (folder / "data" / "metadata.json").is_file():
+        raise FileNotFoundError(f"{folder / 'data'} has no metadata.json: its files are incomplete")
+    if str(source).startswith("mini/") and not folder.is_dir():
+        made = str(source).removeprefix("mini/").rpartition("-v")[0]
+        raise FileNotFoundError(
+            f"{missing}; the data sets of mini/ are made, not downloaded: torchrl-iql collect data={made} "
+            f"(in a clone, python recipes/collect.py data={made})"
+        )
     if not (folder / "data").is_dir():
         if not download:
             raise FileNotFoundError(f"{missing} (see `minari list local`), and download is False")

@@ -7,18 +7,19 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
+from torch.utils._pytree import tree_map, tree_map_only
 
 from torchrl_iql.training.building import compiler
 from torchrl_iql.training.program import Program, Step, rows
 
-__all__ = ["SUMS", "Execution", "Executor", "RandomStream", "compiled_function"]
+__all__ = ["Execution", "Executor", "RandomStream", "Taken", "compiled_function"]
 
 Execution = Literal["auto", "eager", "compiled", "cudagraph"]
 Due = frozenset[str]
@@ -26,11 +27,20 @@ Due = frozenset[str]
 STEPS_PER_GRAPH = 10
 """Gradient steps in one CUDA graph: enough that the time between two graphs does not count."""
 
-SUMS = "_sums"
-"""Where results have the sums of the scalars over several steps."""
-
 STEPS_AT_ONCE = 10
 """Minibatches that are gathered together, where that is done before the step."""
+
+
+class Taken(NamedTuple):
+    """Some steps, in the form of their program, which ``shared.results`` turns into results by name.
+
+    Attributes:
+        last: what the last of them returned.
+        sums: of what all of them did, ``shared.sums``.
+    """
+
+    last: Any
+    sums: Any
 
 
 class Executor:
@@ -73,7 +83,7 @@ class Executor:
         indices: Tensor | None,
         rates: Tensor,
         due: Sequence[Due],
-    ) -> TensorDictBase:
+    ) -> Taken:
         """Take some steps.
 
         Args:
@@ -82,9 +92,6 @@ class Executor:
             indices: of the minibatches, ``[steps, ...]``; None for one step on all transitions.
             rates: ``[steps, ...]``.
             due: for each step, what is updated.
-
-        Returns:
-            the results of the last step, and under ``SUMS`` those of the scalars over all.
         """
         if self.execution == "eager":
             return self._one_by_one(
@@ -119,7 +126,7 @@ class Executor:
         indices: Tensor | None,
         rates: Tensor,
         due: Sequence[Due],
-    ) -> TensorDictBase:
+    ) -> Taken:
         taken: list[Any] = []
         unchecked: set[Due] | None = set(due)
         with ExitStack() as stack:
@@ -136,8 +143,7 @@ class Executor:
                 self._taken += 1
                 if unchecked:
                     unchecked.discard(kind)
-        results = program.shared.results(taken[-1])
-        return results.set(SUMS, TensorDict(program.shared.sums(taken)))
+        return Taken(taken[-1], program.shared.sums(taken))
 
     def _eager(self, program: Program, kind: Due) -> Step:
         def take(its: Program, columns: Any, at: Tensor | None, rate: Tensor) -> Any:
@@ -165,7 +171,7 @@ class Executor:
         indices: Tensor | None,
         rates: Tensor,
         due: Sequence[Due],
-    ) -> TensorDictBase:
+    ) -> Taken:
         if indices is None:
             return self._graph(program, source, None, rates, due)
         parts = []
@@ -177,8 +183,8 @@ class Executor:
             columns = program.columns(source)
             rest = indices[whole:], rates[whole:], due[whole:]
             parts.append(self._one_by_one(self._compiled_step, program, columns, *rest))
-        sums = {name: sum(part[SUMS][name] for part in parts) for name in parts[-1][SUMS].keys()}
-        return parts[-1].set(SUMS, TensorDict(sums))
+        sums = tree_map(_sum, *(part.sums for part in parts))
+        return Taken(parts[-1].last, sums)
 
     def _graph(
         self,
@@ -187,7 +193,7 @@ class Executor:
         indices: Tensor | None,
         rates: Tensor,
         due: Sequence[Due],
-    ) -> TensorDictBase:
+    ) -> Taken:
         key = program, tuple(due), indices is None
         graph = self._graphs.get(key)
         if graph is None or not graph.fits(program, source):
@@ -210,12 +216,12 @@ class _Graph:
         due: what is updated in each.
 
     Attributes:
-        first: the results of these steps.
+        first: what these steps returned.
     """
 
     def __init__(
         self,
-        take: Callable[..., TensorDictBase],
+        take: Callable[..., Taken],
         program: Program,
         source: TensorDictBase,
         indices: Tensor | None,
@@ -242,35 +248,39 @@ class _Graph:
         columns = source.items(True, True)
         return program.addresses(), tuple((k, c.data_ptr(), c.shape) for k, c in columns)
 
-    def replay(
-        self, source: TensorDictBase, indices: Tensor | None, rates: Tensor
-    ) -> TensorDictBase:
-        """Take the steps with these, and return the results of the last one."""
+    def replay(self, source: TensorDictBase, indices: Tensor | None, rates: Tensor) -> Taken:
+        """Take the steps with these."""
         if self.batch is not None:
             self.batch.update_(source, non_blocking=True)
         elif self.indices is not None:
             self.indices.copy_(indices)  # pyright: ignore
         self.rates.copy_(rates)
         self._again()
-        return self._recorded.clone()
+        return _copied(self._recorded)
 
 
 def _layout(source: TensorDictBase) -> list:
     return [(key, column.shape, column.dtype) for key, column in source.items(True, True)]
 
 
-def record(
-    steps: Callable[[], TensorDictBase],
-) -> tuple[TensorDictBase, Callable[[], None], TensorDictBase]:
+def _sum(*its: Any) -> Any:
+    return sum(its) if isinstance(its[0], Tensor) else its[0]
+
+
+def _copied(taken: Taken) -> Taken:
+    return tree_map_only(Tensor, Tensor.clone, taken)
+
+
+def record(steps: Callable[[], Taken]) -> tuple[Taken, Callable[[], None], Taken]:
     """Take steps, in which everything is compiled and set up, and record the same unexecuted.
 
     Returns:
-        the results of those steps, what replays the record, and the tensors with its results.
+        what those steps returned, what replays the record, and the tensors with what it computes.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        first = steps().clone()
+        first = _copied(steps())
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):

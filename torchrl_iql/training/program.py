@@ -129,8 +129,8 @@ class Shared(Protocol):
         """Return what :meth:`update` or a compiled step returned, by name."""
         ...
 
-    def sums(self, of_steps: Sequence[Any]) -> dict[str, Tensor]:
-        """Return the sums of the scalars over several steps, by name, as :func:`summed` makes them."""
+    def sums(self, of_steps: Sequence[Any]) -> Any:
+        """Return the sums of the scalars over several steps, by :func:`summed`, in the form of a step's."""
         ...
 
 
@@ -246,9 +246,9 @@ class LossProgram:
     def results(self, of_step: TensorDictBase) -> TensorDictBase:
         return of_step
 
-    def sums(self, of_steps: Sequence[TensorDictBase]) -> dict[str, Tensor]:
+    def sums(self, of_steps: Sequence[TensorDictBase]) -> TensorDictBase:
         names = [name for name in of_steps[-1].keys() if name != "priority"]
-        return {name: summed([each[name] for each in of_steps]) for name in names}
+        return TensorDict({name: summed([each[name] for each in of_steps]) for name in names})
 
     def update(
         self,

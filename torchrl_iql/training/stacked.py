@@ -389,8 +389,8 @@ class StackedLosses:
             results["priority"] = td_error.flatten()
         return TensorDict(results)
 
-    def sums(self, of_steps: Sequence[tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
-        return dict(zip(self.metrics, summed([each for each, _ in of_steps]), strict=True))
+    def sums(self, of_steps: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, None]:
+        return summed([each for each, _ in of_steps]), None
 
     @property
     def metrics(self) -> list[str]:

@@ -17,7 +17,7 @@ from torchrl.objectives.common import LossModule
 from torchrl_iql.data.minibatches import BLOCK, Minibatches
 from torchrl_iql.training import native
 from torchrl_iql.training.coefficients import coefficients, learned, plain, set_coefficients
-from torchrl_iql.training.execution import SUMS, Execution, Executor, RandomStream
+from torchrl_iql.training.execution import Execution, Executor, RandomStream
 from torchrl_iql.training.nonfinite import Mark, OnNonfinite, Watch
 from torchrl_iql.training.optimization import Optimization, Schedule, network_of
 from torchrl_iql.training.program import LossProgram, Moments, Program
@@ -137,6 +137,7 @@ class TrainStep:
                 )
         if len(set(map(id, self.losses))) < len(self.losses):
             raise ValueError("losses must be different objects: one of them is there twice")
+        _check_apart(self.losses)
         for loss in self.losses:  # TorchRL warns of targets that nobody updates
             loss._has_update_associated = dict.fromkeys(loss._has_update_associated, True)
         if on_nonfinite not in get_args(OnNonfinite):
@@ -377,14 +378,19 @@ class TrainStep:
             if indices is not None:
                 at = indices[:, rows.start] if len(program.losses) == 1 else indices[:, rows]
             with self._streams[rows.start] if program.draws else nullcontext():
-                results.append(self._executor.take(program, source, at, rates, due))
-            for key, its in results[-1].pop(SUMS).items():
-                if key not in self._totals:
-                    self._totals[key] = its.new_zeros(len(self.losses))
-                self._totals[key][rows] += its.reshape(-1)
+                taken = self._executor.take(program, source, at, rates, due)
+            results.append(program.shared.results(taken.last))
+            self._add(program.shared.results(taken.sums), rows)
         self._counted = [counted + steps for counted in self._counted]
         self.steps += steps
         return results
+
+    def _add(self, sums: TensorDictBase, rows: slice) -> None:
+        """Add to the totals of some learners."""
+        found = {key: its.reshape(-1) for key, its in sums.items()}
+        for key in found.keys() - self._totals.keys():
+            self._totals[key] = found[key].new_zeros(len(self.losses))
+        torch._foreach_add_([self._totals[key][rows] for key in found], list(found.values()))  # pyright: ignore
 
     def _rates(self, rows: slice, steps: int) -> Tensor:
         """Return the next rates of some learners: ``[steps, R, networks, 6]``, without R for one."""
@@ -400,7 +406,8 @@ class TrainStep:
     def _joined(self, results: list[TensorDictBase]) -> TensorDictBase:
         """Return the scalars of all programs, ``[R]``, or those of a single learner."""
         learners, keys = len(self.losses), [k for k in results[0].keys() if k != "priority"]
-        joined = {key: torch.cat([its[key].reshape(-1) for its in results]) for key in keys}
+        scalars = {key: [its[key].reshape(-1) for its in results] for key in keys}
+        joined = {key: its[0] if len(its) == 1 else torch.cat(its) for key, its in scalars.items()}
         if self.on_nonfinite == "skip":
             joined["skipped"] = torch.tensor(self.skipped)
         if learners == 1:
@@ -417,7 +424,7 @@ class TrainStep:
             for network in networks
         }
 
-    def state_dict(self, replica: int = 0) -> dict[str, Any]:
+    def state_dict(self, replica: int | None = None) -> dict[str, Any]:
         """Return all that one learner goes on with, copied.
 
         Networks and targets, coefficients of the loss (those that are not in its own state dict, too),
@@ -425,9 +432,14 @@ class TrainStep:
         schedule is a function, and not saved. It is the same however the learner is trained: alone or
         among others, stacked or not.
 
+        Args:
+            replica: which learner, from 0; of one learner it needs not be said.
+
         Raises:
+            IndexError, ValueError: there is no such learner, or several and it is not said which.
             NonFiniteError: as :meth:`check_finite`; nothing of such a step is saved.
         """
+        replica = self._replica(replica)
         self.check_finite()
         loss = self.losses[replica]
         optimization = asdict(replace(self._optimizations[replica], schedule={}))
@@ -448,19 +460,21 @@ class TrainStep:
         }
 
     def load_state_dict(
-        self, state: Mapping[str, Any], replica: int = 0, *, keep: Collection[Own] = ()
+        self, state: Mapping[str, Any], replica: int | None = None, *, keep: Collection[Own] = ()
     ) -> None:
         """Continue where :meth:`state_dict` was taken; the others must have taken as many steps.
 
         Args:
             state: of one learner.
-            replica: which learner continues.
+            replica: which learner continues, as in :meth:`state_dict`.
             keep: what it keeps of its own, of ``"settings"``, ``"optimizer"`` and ``"random"``. With all
                 three, it is a new learner that begins with these networks and targets.
 
         Raises:
+            IndexError, ValueError: as :meth:`state_dict`.
             ValueError: the state is of a later format, of other networks, or of another loss.
         """
+        replica = self._replica(replica)
         for each in keep:
             if each not in get_args(Own):
                 raise ValueError(f"keep must hold some of {get_args(Own)}, got {each!r}")
@@ -503,6 +517,18 @@ class TrainStep:
             self._load_totals(state.get("totals", {}), state.get("counted", 0), replica)
         if "random" not in keep and "random" in state:
             self._streams[replica].state = [random.cpu() for random in state["random"]]
+
+    def _replica(self, replica: int | None) -> int:
+        """Return which learner is meant."""
+        learners = len(self.losses)
+        if replica is None and learners > 1:
+            raise ValueError(
+                f"there are {learners} learners, each with a state of its own: give replica=0 to "
+                f"{learners - 1}"
+            )
+        if not 0 <= (replica or 0) < learners:
+            raise IndexError(f"there are {learners} learners, replica={replica!r} is none of them")
+        return replica or 0
 
     def _load_moments(self, state: Mapping[str, Any], replica: int) -> None:
         program, _ = self._program_of(replica)
@@ -559,6 +585,19 @@ class TrainStep:
 def _all(program: Program) -> list[Tensor]:
     learned, following = program.changing()
     return [*learned, *following]
+
+
+def _check_apart(losses: Sequence[LossModule]) -> None:
+    """Refuse losses that learn the same tensor."""
+    owners: dict[int, int] = {}
+    for replica, loss in enumerate(losses):
+        for name, parameter in loss.named_parameters():
+            owner = owners.setdefault(parameter.data_ptr(), replica)
+            if owner != replica and parameter.numel():
+                raise ValueError(
+                    f"losses {owner} and {replica} have the same {name}: each loss needs networks of its "
+                    "own, made anew or copied with copy.deepcopy"
+                )
 
 
 def _per_learner(name: str, given: T | Sequence[T], learners: int) -> list[T]:
