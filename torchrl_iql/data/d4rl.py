@@ -102,8 +102,8 @@ def d4rl_source(
     if env_spec is not None and time_limit is not None:
         warnings.warn(
             f"{path} has neither timeouts nor next_observations: episodes are taken to end at terminals "
-            f"and after {time_limit} steps, the time limit of {env_spec.id}; where they were shorter, rows of "
-            "two are one transition",
+            f"and after {time_limit} steps, the time limit of {env_spec.id}; where they were shorter, rows "
+            "of two are one transition",
             stacklevel=2,
         )
     return Source(
