@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from runs import TINY
 from torchrl_iql_recipes.commands import COMMANDS
@@ -249,8 +251,6 @@ def test_tasks_say_what_is_here_and_what_the_last_run_took(
 ) -> None:
     import json
 
-    from omegaconf import OmegaConf
-
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
     (tmp_path / "minari/mini/hopper/medium-v0/data").mkdir(parents=True)
@@ -362,24 +362,43 @@ def test_a_sweep_returns_scores_and_is_joined(maze_id: str, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     lines = text.table([tmp_path / "multirun/sweep"])
     rows = [line.split(" | ") for line in lines if line.startswith("| IQL")]
-    assert lines[2] == "| algorithm | temperature | score | seeds | run |"
-    assert sorted(row[1] for row in rows) == ["1", "10"]
-    assert {row[3] for row in rows} == {"2"}  # seeds are joined
+    assert lines[2] == "| algorithm | score | seeds | temperature | run |"
+    assert sorted(row[3] for row in rows) == ["1", "10"]
+    assert {row[2] for row in rows} == {"2"}  # seeds are joined
     again = started(tmp_path, "compare", "multirun/sweep/0", "multirun/sweep/1", "multirun")
     assert (again.returncode, again.stdout.count("and 1 more")) == (0, 2), again.stderr
+    # One that was interrupted goes on with the same command.
+    shutil.rmtree(tmp_path / "multirun/sweep/3")
+    done = started(tmp_path, *given, "seeds=0,1", "name=sweep", without=[])
+    assert done.returncode == 0, done.stderr
+    assert text.table([tmp_path / "multirun/sweep"]) == lines
+
+
+def write_run(folder: Path, score: float | None, *given: str) -> None:
+    """Leave what a finished run of these settings leaves."""
+    folder.mkdir()
+    values = OFFLINE.settings(list(given)).values
+    OmegaConf.save(OmegaConf.create(dict(values)), folder / "config.yaml")
+    title = "BC" if "algorithm=bc" in given else "IQL"
+    replica = {"title": title} | ({} if score is None else {"score": score})
+    (folder / "scores.json").write_text(json.dumps({"version": 2, "replicas": [replica]}))
+
+
+def test_columns_are_what_tells_runs_apart(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", 3.0, "algorithm=bc")
+    write_run(tmp_path / "b", 2.0, "expectile=0.7")
+    assert text.table([tmp_path])[2] == "| algorithm | score | seeds | run |"
+    write_run(tmp_path / "c", 1.0, "expectile=0.8", "steps=500")
+    lines = text.table([tmp_path])
+    assert lines[2] == "| algorithm | score | seeds | steps | expectile | run |"
+    assert lines[4].startswith("| BC | 3.0 | 1 | ")
+    assert lines[4].split(" | ")[4] == ""  # it has none
+    assert lines[6].startswith("| IQL | 1.0 | 1 | 500 | 0.8 | ")
 
 
 def test_runs_that_were_not_evaluated_are_said_to_be_left_out(tmp_path: Path) -> None:
-    import json
-
-    from omegaconf import OmegaConf
-
-    for name, replica in {"a": {"score": 1.0}, "b": {}}.items():
-        (tmp_path / name).mkdir()
-        values = OFFLINE.settings([f"expectile={0.7 if name == 'a' else 0.8}"]).values
-        OmegaConf.save(OmegaConf.create(dict(values)), tmp_path / name / "config.yaml")
-        stored = {"version": 2, "replicas": [replica]}
-        (tmp_path / name / "scores.json").write_text(json.dumps(stored))
+    write_run(tmp_path / "a", 1.0, "expectile=0.7")
+    write_run(tmp_path / "b", None, "expectile=0.8")
     lines = text.table([tmp_path])
     assert lines[4].startswith("| IQL | 1.0 | 1 | ")
     assert "1 learners are not finished, not evaluated" in lines[-1]

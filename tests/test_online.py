@@ -402,7 +402,7 @@ def check_a_collector(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "collector",
     [
-        pytest.param(each, marks=pytest.mark.slow if each == "multi_sync" else ())
+        pytest.param(each, marks=pytest.mark.slow if each.startswith("multi") else ())
         for each in COLLECTORS
     ],
 )

@@ -488,6 +488,11 @@ def test_what_policies_are_worth_by_data_alone_is_shown(made: Path, tmp_path: Pa
     assert float(rows["the data themselves"][0]) == pytest.approx(known["data"]["value"], rel=0.01)
     assert f"By all episodes of {known['dataset']}, discounted by 0.9975." in its.text
     assert shown(runs / "bc").table("policy") == {}
+    # Where nothing was played, that is what there is to say first.
+    shutil.copy(runs / "iql/estimate.json", runs / "no env/estimate.json")
+    its = shown(runs / "no env")
+    first = known["policies"][0]["checkpoint"]
+    assert f"By data alone: {first}: {best:.4g} ±" in " ".join(its.text.split())
 
     (runs / "iql/estimate.json").write_text('{"policies": [{"value": "much"}], "data": {}}')
     its = shown(runs / "iql")

@@ -108,8 +108,8 @@ class Validator:
                 self._batches = [source[rows] for rows in indices[: max(1, rows // BATCH), 0]]
             return
         self._batches = [self._transitions[rows] for rows in self._rows.split(BATCH)]  # pyright: ignore
-        actions = self._transitions["action"][self._rows].flatten(1).double()
-        variance = actions.var(dim=0, correction=0)
+        actions = self._transitions["action"][self._rows].double()  # of choices not looked at
+        variance = actions.reshape(len(actions), -1).var(dim=0, correction=0)
         self._variance = torch.where(variance > 0, variance, torch.ones_like(variance))
         starts = dataset.episode_starts
         some = torch.linspace(0, len(starts) - 1, min(len(starts), BATCH)).round().long()

@@ -24,6 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -177,8 +178,9 @@ class Door:
                 settings = self._made(_values(cfg, context.runtime.choices), own)
                 given = parsed(context.overrides.hydra)
                 named = cfg.get("name") is not None or last(given, "hydra.run.dir") is not None
+                again = context.mode is RunMode.MULTIRUN  # the same sweep once more goes on
                 with (
-                    self._folder(path, settings, named=named) as folder,
+                    self._folder(path, settings, named=named, again=again) as folder,
                     exit_code(),
                     self._told_if_stopped(folder, settings),
                 ):
@@ -236,8 +238,8 @@ class Door:
             raise
 
     @contextmanager
-    def _folder(self, path: Path, settings: Any, *, named: bool) -> Iterator[Path]:
-        """Hold the folder of a new run.
+    def _folder(self, path: Path, settings: Any, *, named: bool, again: bool) -> Iterator[Path]:
+        """Hold the folder of a new run, or of one that goes on if it is the same ``again``.
 
         Raises:
             SettingsError: it has to be this one, and there is a run in it, or another process is.
@@ -254,6 +256,9 @@ class Door:
                 known, values = self.stored(folder).values, settings.values
                 check_continued(folder, known, values, settings.later(folder))
                 others = "".join(f" {each}" for each in differences(known, values))
+                if again and not others:
+                    yield folder
+                    return
                 raise SettingsError(
                     f"{folder} holds this run already: {argument('resume', folder)}{others} goes on with it, "
                     "or give another name"

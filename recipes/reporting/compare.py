@@ -241,15 +241,18 @@ def differences(its: Sequence[Group]) -> list[Difference]:
     return found
 
 
-def verdict(its: Sequence[Group]) -> list[str]:
+def verdict(its: Sequence[Group], estimated: Sequence[str] = ()) -> list[str]:
     """Say in words which group of a world is the best, by how much, and whether that is told.
 
     Args:
         its: the groups, the highest mean first.
+        estimated: what is known by data alone, said where nothing else is.
     """
     known = [each for each in its if each.scores]
     if not known:
         is_scored = any(learner.latest is not None for each in its for _, learner in each.members)
+        if estimated and not is_scored:
+            return ["No policy was played in an environment. By data alone:", *estimated]
         return [
             "No run is finished: there is no final score to compare yet."
             if is_scored

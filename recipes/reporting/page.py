@@ -210,7 +210,7 @@ def _world(
     return {
         "name": name,
         "score_name": score_name,
-        "verdict": compare.verdict(its),
+        "verdict": compare.verdict(its, _by_data_alone(its)),
         "groups": [(group, _key(series[group.label])) for group in its],
         "differences": sorted(
             compare.differences(its), key=lambda each: each.better.label != known[0][1].label
@@ -500,6 +500,19 @@ def _estimates(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for run in runs
         for its in run.estimates
     ]
+
+
+def _by_data_alone(its: Sequence[Group]) -> list[str]:
+    """Write what the policies of a world are worth by data alone, the best first."""
+    runs = list({run.path: run for each in its for run, _ in each.members}.values())
+    found = [
+        (float(value), f"{policy}: {value:.4g} ± {spread:.2g}, the data {data:.4g}. {said}")
+        for each in _estimates(runs)
+        for data in each["data"][:1]
+        for policy, value, spread, _, said in each["policies"]
+        if None not in (value, spread, data)
+    ]
+    return [line for _, line in sorted(found, reverse=True)]
 
 
 # --- Pictures, notes, settings -----------------------------------------------------------------------------

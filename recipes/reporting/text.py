@@ -46,18 +46,26 @@ def table(folders: Sequence[Path]) -> list[str]:
 
 
 def _rows(its: Sequence[Group]) -> list[str]:
-    keys = varied([each.settings for each in its])
+    all_ = [each.settings for each in its]
+    # What only some algorithms have, all of them with one value, tells nothing apart.
+    keys = [
+        key
+        for key in varied(all_)
+        if len({repr(settings[key]) for settings in all_ if key in settings}) > 1
+    ]
     lines = [
-        f"| {' | '.join(['algorithm', *keys, 'score', 'seeds', 'run'])} |",
-        f"| {' | '.join([*['---'] * (1 + len(keys)), '---:', '---:', '---'])} |",
+        f"| {' | '.join(['algorithm', 'score', 'seeds', *keys, 'run'])} |",
+        f"| {' | '.join(['---', '---:', '---:', *['---'] * len(keys), '---'])} |",
     ]
     for each in its:
         runs = list(dict.fromkeys(run.path for run, _ in each.members))
         more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
         half = "" if each.half is None else f" ± {each.half:.1f}"
-        settings = [_cell(each.settings.get(key)) for key in keys]
-        figures = [f"{each.mean:.1f}{half}", str(len(each.scores)), f"`{shown(runs[0])}`{more}"]
-        lines.append(f"| {' | '.join([each.title, *settings, *figures])} |")
+        settings = [_cell(each.settings[key]) if key in each.settings else "" for key in keys]
+        figures = [f"{each.mean:.1f}{half}", str(len(each.scores))]
+        lines.append(
+            f"| {' | '.join([each.title, *figures, *settings, f'`{shown(runs[0])}`{more}'])} |"
+        )
     return lines
 
 
