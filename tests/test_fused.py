@@ -116,8 +116,16 @@ def test_a_step_of_a_gpu_is_that_of_the_cpu(make: Callable[[], IQLLoss], replica
     step = ours.shared._on_a_gpu(lambda function: function)
     prepared = step.prepare(ours, ours.columns(data), indices)
     for t in range(5):
-        found, _ = step.take(ours, None, prepared[t], rates[t])
+        found, priority = step.take(ours, None, prepared[t], rates[t])
         wanted, _ = other.update(other.state, other.columns(data), indices[t], rates[t], whole)
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        assert priority is None
+    batch = ours.columns(data[: 16 * replicas])
+    for mine, its in zip(
+        step.take(ours, None, step.prepare(ours, batch, None)[0], rates[0]),
+        other.update(other.state, batch, None, rates[0], whole),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-12)
     for mine, its in zip(ours.losses, other.losses, strict=True):
         torch.testing.assert_close(mine.state_dict(), its.state_dict(), rtol=1e-12, atol=1e-12)

@@ -529,26 +529,29 @@ class StackedLosses:
 
         def prepare(
             program: StackedProgram, columns: dict[str, Tensor], indices: Tensor | None
-        ) -> list[dict[str, Tensor]]:
+        ) -> list[tuple[dict[str, Tensor], bool]]:
+            """Gather minibatches, each with whether it is all rows."""
             stack = program.state[0]
             self.read_value(stack)
+            is_all = indices is None
             if indices is not None:
                 indices = indices.view(len(indices), stack[0].shape[1], -1)
-            return self.minibatches(stack, columns, indices)
+            return [(batch, is_all) for batch in self.minibatches(stack, columns, indices)]
 
         def take(
             program: StackedProgram,
             columns: dict[str, Tensor],
-            batch: dict[str, Tensor],
+            prepared: tuple[dict[str, Tensor], bool],
             rates: Tensor,
         ) -> tuple[Tensor, Tensor | None]:
             stack, moments, coefficients = program.state
+            batch, is_all = prepared
             gradients, metrics, td_error = graph(stack, coefficients, batch)
             rates = rates.view(stack[0].shape[1], -1, rates.shape[-1])
             for tensor, gradient, pair in zip(stack, gradients, moments, strict=True):
                 its = gradient.contiguous(), *pair
                 descend_(tensor, *its, rates, (policy, value, qvalue), self.target_rate)
-            return metrics, td_error
+            return metrics, td_error if is_all else None
 
         return Step(take, prepare)  # pyright: ignore
 
