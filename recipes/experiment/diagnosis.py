@@ -97,7 +97,7 @@ class Diagnosis:
             a line for each thing that is wrong; none if nothing is.
         """
         metrics = self._look(loss).metrics
-        of_actions = dict(_of_actions(self._settings, metrics, self._at_bounds))
+        of_actions = _of_actions(self._settings, metrics, self._at_bounds)
         of_weights = _of_weights(self._settings, learner, metrics)
         return {
             **self._of_rewards,
@@ -105,7 +105,7 @@ class Diagnosis:
             **dict(_of_values(rows, learner, metrics)),
             **dict(_of_held_out(rows)),
             **dict(of_weights),
-            **of_actions,
+            **dict(of_actions),
         }
 
 
@@ -189,9 +189,9 @@ def _has(row: Mapping[str, Any], name: str) -> bool:
 def _of_values(
     rows: Sequence[Mapping[str, Any]], learner: Learner, metrics: Mapping[str, float]
 ) -> Iterator[tuple[str, str]]:
-    recorded = ({name: row[name] for name in row if _has(row, name)} for row in rows)
     if getattr(learner.algorithm, "temperature", None) == 0:  # the policy does not ask them
         return
+    recorded = ({name: row[name] for name in row if _has(row, name)} for row in rows)
     found = [(each["step"], its) for each in recorded if (its := learner.algorithm.values(each))]
     name = next(iter(found[0][1])) if found else ""
     values = np.array([its[name] for _, its in found])

@@ -359,11 +359,7 @@ class StackedLosses:
         if indices is None:
             replicas = stack[0].shape[1]
             return [{key: column.unflatten(0, (replicas, -1)) for key, column in columns.items()}]
-        rows = indices.flatten()
-        gathered = {
-            key: column.index_select(0, rows).unflatten(0, indices.shape)
-            for key, column in columns.items()
-        }
+        gathered = _gathered(columns, indices)
         return [{key: column[s] for key, column in gathered.items()} for s in range(len(indices))]
 
     def descend(
@@ -634,11 +630,7 @@ class StackedLosses:
         if indices is None:
             batch = {key: column.unsqueeze(0) for key, column in columns.items()}
         else:
-            rows = indices.flatten()
-            batch = {
-                key: column.index_select(0, rows).unflatten(0, indices.shape)
-                for key, column in columns.items()
-            }
+            batch = _gathered(columns, indices)
         for place, its in zip(inputs.unbind(1), self._inputs(batch), strict=False):
             place[..., : its.shape[-1]] = its  # the padding is 0 and stays so
         return {key: column for key, column in batch.items() if not key.endswith("observation")}
@@ -698,6 +690,15 @@ def _mean(values: Tensor, batch: Mapping[str, Tensor], *, weighted: bool) -> Ten
         weight = weight * mask
     assert weight is not None
     return (values * weight).sum(-1) / weight.sum(-1)
+
+
+def _gathered(columns: Mapping[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
+    """Gather rows of each column, in the shape of their indices."""
+    rows = indices.flatten()
+    return {
+        key: column.index_select(0, rows).unflatten(0, indices.shape)
+        for key, column in columns.items()
+    }
 
 
 def _of(stack: Sequence[Tensor], replica: int) -> Stack:
