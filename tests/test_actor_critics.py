@@ -229,11 +229,20 @@ def test_awac_is_a_loss_module() -> None:
         ({"weight_clip": 0.0}, ValueError, "weight_clip"),
         ({"loss_function": "l3"}, ValueError, "loss_function"),
         ({"num_qvalue_nets": 3}, ValueError, "num_qvalue_nets=3"),
+        ({"bounds": (1.0, -1.0)}, ValueError, r"bounds must be .*, got \(1.0, -1.0\)"),
+        ({"bounds": (LOW, LOW)}, ValueError, "bounds must be the lowest and the highest action"),
     ],
 )
 def test_awac_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         AWACLoss(stochastic(IndependentNormal), qvalues(), **change)
+
+
+def test_awac_leaves_given_bounds_alone() -> None:
+    bounds = tuple(each.clone() for each in BOUNDS)
+    loss = AWACLoss(stochastic(IndependentNormal), qvalues(), bounds=bounds)
+    loss.low.fill_(0.0)
+    assert torch.equal(bounds[0], BOUNDS[0])
 
 
 def test_awac_needs_a_distribution() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,8 +168,48 @@ def test_a_checkpoint_of_a_later_format_is_refused(
 
 
 def test_networks_that_could_not_be_loaded_are_not_saved(tmp_path: Path) -> None:
-    architecture = replace(ARCHITECTURE, hidden_sizes=(16,))
-    step = TrainStep(IQLLoss(*built(architecture, STATISTICS)))
-    with pytest.raises(ValueError, match=r"not of the architecture, .* is \(16, .*, expected \("):
-        checkpoint.save(tmp_path / "own.ckpt", step, ARCHITECTURE)
+    wide = built(replace(ARCHITECTURE, hidden_sizes=(16,)), STATISTICS)
+    own = built(ARCHITECTURE, STATISTICS)
+    for what, networks in (
+        ("the policy", (wide[0], *own[1:])),
+        ("a Q network", (own[0], wide[1], own[2])),
+        ("V", (*own[:2], wide[2])),
+    ):
+        step = TrainStep(IQLLoss(*networks))
+        with pytest.raises(
+            ValueError, match=rf"{what} is not of the .* is \((2, )?16, .*, expected \("
+        ):
+            checkpoint.save(tmp_path / "own.ckpt", step, ARCHITECTURE)
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["squashed", "heteroscedastic"])
+def test_a_policy_that_would_act_in_other_bounds_is_not_saved(kind: Any, tmp_path: Path) -> None:
+    its = replace(ARCHITECTURE, policy=kind, action_bounds=([-2.0, -2.0], [2.0, 2.0]))
+    other = replace(its, action_bounds=([-2.0, -2.0], [2.0, 3.0]))
+    policy, qvalues, value = built(its, STATISTICS)
+    step = TrainStep(IQLLoss(policy, built(other, STATISTICS)[1], value))
+    with pytest.raises(ValueError, match="would be loaded as another: its distribution has"):
+        checkpoint.save(tmp_path / "own.ckpt", step, other)
     assert not list(tmp_path.iterdir())
+    checkpoint.save(tmp_path / "own.ckpt", TrainStep(IQLLoss(policy, qvalues, value)), its)
+
+
+def test_of_several_learners_it_is_said_which(tmp_path: Path) -> None:
+    networks = [built(ARCHITECTURE, STATISTICS) for _ in range(2)]
+    step = TrainStep([IQLLoss(*its) for its in networks])
+    with pytest.raises(ValueError, match="there are 2 learners, each with a state of its own"):
+        checkpoint.save(tmp_path / "a.ckpt", step, ARCHITECTURE)
+    path = checkpoint.save(tmp_path / "a.ckpt", step, ARCHITECTURE, replica=1)
+    with pytest.raises(ValueError, match="there are 2 learners, each with a state of its own"):
+        checkpoint.load_learner(path, step)
+
+
+@pytest.mark.parametrize("load", [load_policy, checkpoint.load_networks])
+def test_loading_draws_no_random_numbers(load: Callable, tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path / "a.ckpt", learner(), ARCHITECTURE)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    load(path)
+    assert torch.equal(torch.rand(3), expected)

@@ -472,6 +472,10 @@ def test_the_same_seed_is_the_same_estimate() -> None:
         warnings.simplefilter("error")
         steps: list[int] = []
         first = fitted_q(policy, dataset, seed=4, progress=steps.append, **options)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
     again = fitted_q(policy, dataset, seed=4, **options)
+    assert torch.equal(torch.rand(3), expected)  # of the user's own random numbers none is drawn
     assert torch.equal(first.history, again.history) and sum(steps) == 12
     assert not torch.equal(first.history, fitted_q(policy, dataset, seed=5, **options).history)

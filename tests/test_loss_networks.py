@@ -63,7 +63,7 @@ from iql_losses import (
     total,
     transitions,
 )
-from torchrl_iql import models
+from torchrl_iql import TrainStep, models
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -350,6 +350,85 @@ def test_shared_parameters_are_trained_by_every_loss(as_list):
     assert_close(trunk.weight.grad, sum(contributions))
     separate = iql_loss(nets=nets, separate_losses=True)
     assert_entries(separate(td.clone()), loss(td.clone()))
+
+
+def trunk_of(loss: nn.Module, network: str) -> Tensor:
+    """Return the trunk's weight as a network of a loss holds it."""
+    params = getattr(loss, f"{network}_network_params")
+    (found,) = (x for key, x in params.items(True, True) if key[-3:] == ("0", "module", "weight"))
+    return found
+
+
+SHARED = [
+    pytest.param(as_list, separate, id=f"{'list' if as_list else 'module'}-{separate}")
+    for as_list, separate in [(True, True), (True, False), (False, True)]
+]
+
+
+@pytest.mark.parametrize("as_list, separate", SHARED)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda loss: loss,
+        copy.deepcopy,
+        lambda loss: copy.deepcopy(loss).double().float(),
+        lambda loss: loss.load_state_dict(copy.deepcopy(loss.state_dict())) and loss,
+    ],
+)
+def test_shared_parameters_stay_shared(as_list, separate, change):
+    """What V learns of a trunk the Q networks have, after whatever happens to the loss."""
+    _, nets = networks_with_a_trunk(2, as_list, policy_too=False)
+    loss = change(iql_loss(nets=nets, separate_losses=separate))
+    with torch.no_grad():
+        trunk_of(loss, "value").add_(1.0)
+    assert torch.equal(trunk_of(loss, "qvalue"), trunk_of(loss, "value").expand(2, -1, -1))
+    twin = iql_loss(nets=networks_with_a_trunk(2, as_list, False)[1], separate_losses=separate)
+    twin.load_state_dict(loss.state_dict())
+    td = transitions()
+    assert_entries(twin(td.clone()), loss(td.clone()))
+    loss(td.clone())["loss_qvalue"].backward()
+    assert (trunk_of(loss, "value").grad is None) == separate
+
+
+@pytest.mark.parametrize("as_list, separate", SHARED)
+def test_targets_follow_shared_parameters(as_list, separate):
+    """The trunk of the target Q networks is a moving average of the one that is trained."""
+    _, nets = networks_with_a_trunk(2, as_list, policy_too=False)
+    loss = iql_loss(nets=nets, separate_losses=separate)
+    step = TrainStep(loss, learning_rate=1e-2, target_rate=0.5)
+    expected = trunk_of(loss, "target_qvalue").clone()
+    for _ in range(5):
+        step(transitions())
+        expected = expected.lerp(trunk_of(loss, "value").detach().expand(2, -1, -1), 0.5)
+    assert_close(trunk_of(loss, "target_qvalue"), expected)
+    state = step.state_dict()
+    again = iql_loss(nets=networks_with_a_trunk(2, as_list, False)[1], separate_losses=separate)
+    resumed = TrainStep(again, learning_rate=1e-2, target_rate=0.5)
+    resumed.load_state_dict(state)
+    for _ in range(2):
+        td = transitions()
+        assert_entries(resumed(td.clone()), step(td.clone()), rtol=0, atol=0)
+
+
+def test_a_trunk_that_no_loss_would_train_is_refused():
+    """A list of Q networks with a common part, which TorchRL's loss takes and leaves as it is."""
+    _, nets = networks_with_a_trunk(2, as_list=True, policy_too=False)
+    nets["value_network"] = ValueOperator(nn.Linear(OBS, 1), in_keys=["observation"])
+    with pytest.raises(
+        ValueError, match=r"networks with the same module.0.module.weight, which no"
+    ):
+        iql_loss(nets=nets)
+
+
+def test_a_distribution_that_a_policy_does_not_tell_is_refused():
+    """A sequence of modules that has one, and no ``get_dist``, is no deterministic policy."""
+    nets = networks()
+    nets["actor_network"] = TensorDictSequential(
+        TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["observation"]),
+        nets["actor_network"],
+    )
+    with pytest.raises(TypeError, match="put its modules in a ProbabilisticTensorDictSequential"):
+        iql_loss(nets=nets)
 
 
 # --- Value estimators -------------------------------------------------------------------------------

@@ -144,13 +144,12 @@ def test_what_was_no_step_is_not_found_again(tmp_path: Path) -> None:
     step.run(minibatches, 1)
     with torch.no_grad():
         next(step.losses[0].value_network_params.parameters()).fill_(NAN)
-    step.run(minibatches, 4)
     with pytest.raises(
-        NonFiniteError, match=r"steps 41 to 45 of learner \[0\] were not finite, and"
+        NonFiniteError, match=r"steps 41 to 41 of learner \[0\] were not finite, and"
     ) as e:
-        step.check_finite()
+        step.run(minibatches, 4)
     assert e.value.save(tmp_path) is None
-    assert step.steps == 45
+    assert step.steps == 41
     assert all(parameter.isfinite().all() for parameter in step.losses[0].parameters())
 
 
@@ -311,6 +310,38 @@ def test_a_state_that_is_loaded_heals_a_learner(stacked: bool, execution: Any) -
         assert value.equal(results[key])
     for name, tensor in fresh.state_dict()["loss"].items():
         assert tensor.equal(step.state_dict()["loss"][name])
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda loss, state: loss.load_state_dict(state),
+        lambda loss, state: loss.load_state_dict(state, assign=True),
+        lambda loss, state: (
+            [p.data.fill_(0.25) for p in loss.parameters()]
+            and next(loss.parameters()).detach().fill_(0.25)
+        ),
+    ],
+)
+def test_what_is_changed_before_a_bad_step_stays(on_nonfinite: Any, change: Any) -> None:
+    step, good = TrainStep(made(False), on_nonfinite=on_nonfinite), transitions(batch=(8,))
+    for _ in range(3):
+        step(good)
+    loss = step.losses[0]
+    change(loss, {name: torch.full_like(x, 0.25) for name, x in loss.state_dict().items()})
+    step(good)
+    expected = {name: x.clone() for name, x in loss.named_parameters()}
+    assert all(abs(x - 0.25).max() < 0.1 for x in expected.values())
+    bad = good.clone()
+    bad["observation"][0] = NAN
+    step(bad)
+    if on_nonfinite == "stop":
+        with pytest.raises(NonFiniteError, match="step 5 of"):
+            step.check_finite()
+    step.check_finite()
+    for name, parameter in loss.named_parameters():
+        torch.testing.assert_close(parameter, expected[name])
 
 
 # --- Runs ----------------------------------------------------------------------------------------------

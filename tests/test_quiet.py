@@ -6,11 +6,13 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from runs import TINY
+from torchrl_iql_recipes.experiment import progress
 from torchrl_iql_recipes.experiment.choices import CONFIG
 
 SLOW = pytest.mark.slow
@@ -39,6 +41,15 @@ def run(folder: Path, script: str, *overrides: str) -> str:
     assert [line for line in lines if not PROGRESS.fullmatch(line.strip())] == []
     assert "[torchrl]" not in ended.stdout
     return lines[-1]
+
+
+def test_a_bar_in_a_log_moves_rarely(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.bar("IQL", 0, 60) as bar:
+        for _ in range(60):
+            time.sleep(0.01)
+            bar.update()
+    states = [each for each in capsys.readouterr().err.split("\r") if each.strip()]
+    assert len(states) <= 2 and "60.0/60.0" in states[-1]  # how it began, and how it ended
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from gymnasium import Space, spaces
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    TensorDictModule,
+    TensorDictModuleBase,
+)
 from torch import Tensor, nn
 from torchrl.checkpoint import (
     Checkpoint,
@@ -70,7 +74,7 @@ def save(
     learner: TrainStep,
     architecture: Architecture,
     *,
-    replica: int = 0,
+    replica: int | None = None,
     components: Mapping[str, Any] = MappingProxyType({}),
     **metadata: Any,
 ) -> Path:
@@ -81,7 +85,7 @@ def save(
             the number of gradient steps and keeps the latest ones.
         learner: the training step.
         architecture: that of the networks in its losses.
-        replica: which of its losses.
+        replica: which of its losses; of one it needs not be said.
         components: what else to save, by name: objects with a state dict.
         **metadata: values that JSON can hold, returned by :func:`load_learner`.
 
@@ -90,9 +94,11 @@ def save(
 
     Raises:
         OSError: if it could not be written; an older one is still there.
-        ValueError: the policy is not of the architecture.
+        IndexError, ValueError: a network is not of the architecture; there is no such loss, or several and it
+            is not said which.
     """
-    _check_policy(learner.losses[replica], architecture)
+    replica = learner.replica(replica)
+    _check_networks(learner.losses[replica], architecture)
     # Copied, since the parameters are parts of tensors that hold all networks of all replicas.
     policy = deepcopy(learner.losses[replica].get_stateful_net("actor_network"))
     checkpoint = Checkpoint(format="archive")
@@ -116,21 +122,55 @@ def save(
         ) from error
 
 
-def _check_policy(loss: LossModule, architecture: Architecture) -> None:
-    """Refuse a policy that :func:`load_policy` could not build again."""
-
-    def shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
-        return {key: tuple(its.shape) for key, its in network.state_dict().items()}
-
+def _check_networks(loss: LossModule, architecture: Architecture) -> None:
+    """Refuse networks that :func:`load_policy` and :func:`load_networks` could not build again."""
+    policy, state = loss.get_stateful_net("actor_network"), _Saved(loss.state_dict())
     with torch.random.fork_rng(devices=[]):
-        expected = shapes(architecture.policy_network())
-    found = shapes(loss.get_stateful_net("actor_network"))
-    if found != expected:
-        key = next(k for k in (*expected, *found) if found.get(k) != expected.get(k))
-        raise ValueError(
-            f"the policy is not of the architecture, and could not be loaded: {key} is {found.get(key)}, "
-            f"expected {expected.get(key)} of {architecture}"
-        )
+        made = architecture.policy_network()
+        _check_shapes("the policy", policy.state_dict(), made, architecture)
+        for what, name, make in (
+            ("a Q network", "qvalue_network_params", architecture.qvalue_network),
+            ("V", "value_network_params", architecture.value_network),
+        ):
+            if found := state.parameters(name):
+                _check_shapes(what, found, make(), architecture)
+    for its, known in zip(_distributions(policy), _distributions(made), strict=False):
+        if not _same_values(its, known):
+            raise ValueError(
+                "the policy is not of the architecture, and would be loaded as another: its distribution has "
+                f"{its}, expected {known} of {architecture}"
+            )
+
+
+def _check_shapes(
+    what: str, found: Mapping[str, Tensor], made: nn.Module, architecture: Architecture
+) -> None:
+    """Compare tensors with those of a network, which may be stacked, ``[N, ...]``."""
+    expected = made.state_dict()
+    for key in (*expected, *found):
+        its, known = (None if key not in x else tuple(x[key].shape) for x in (found, expected))
+        if its is None or known is None or its[len(its) - len(known) :] != known:
+            raise ValueError(
+                f"{what} is not of the architecture, and could not be loaded: {key} is {its}, "
+                f"expected {known} of {architecture}"
+            )
+
+
+def _distributions(network: nn.Module) -> list[dict[str, Any]]:
+    return [
+        {"class": module.distribution_class, **module.distribution_kwargs}
+        for module in network.modules()
+        if isinstance(module, ProbabilisticTensorDictModule)
+    ]
+
+
+def _same_values(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return torch.equal(a.cpu(), b.cpu())
+        return type(a) is type(b) and a == b
+
+    return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
 
 
 def described(dataset: OfflineDataset) -> dict[str, Any]:
@@ -202,7 +242,8 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> TensorD
         FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint, a later version's, or holds anything but tensors and plain values.
     """
-    policy = load_architecture(path).policy_network()
+    with torch.random.fork_rng(devices=[]):  # the weights that it begins with count for nothing
+        policy = load_architecture(path).policy_network()
     _restore(path, {"policy": policy}, "cpu")
     policy.act = Acting(policy, *load_spaces(path))  # pyright: ignore
     return policy.to(device).eval()
@@ -240,11 +281,12 @@ def load_networks(path: str | Path, device: torch.device | str = "cpu") -> Netwo
     networks = {"policy": load_policy(path)}
     _restore(path, {"learner": saved}, "cpu")
     qvalues, value = (saved.parameters(f"{name}_network_params") for name in ("qvalue", "value"))
-    if qvalues:
-        networks["qvalue"] = _ensemble(path, architecture, qvalues)
-    if value:
-        networks["value"] = architecture.value_network()
-        _load(path, networks["value"], value)
+    with torch.random.fork_rng(devices=[]):
+        if qvalues:
+            networks["qvalue"] = _ensemble(path, architecture, qvalues)
+        if value:
+            networks["value"] = architecture.value_network()
+            _load(path, networks["value"], value)
     for network in networks.values():
         network.to(device).eval().requires_grad_(False)
     return Networks(path, networks)
@@ -283,6 +325,9 @@ class _Ensemble(nn.ModuleList):
 
 class _Saved:
     """The state of a learner, without a learner."""
+
+    def __init__(self, loss: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        self._loss = loss
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._loss = state["loss"]
@@ -337,7 +382,7 @@ def load_learner(
     path: str | Path,
     learner: TrainStep,
     *,
-    replica: int = 0,
+    replica: int | None = None,
     components: Mapping[str, Any] = MappingProxyType({}),
     keep: Collection[Own] = (),
 ) -> dict[str, Any]:
@@ -347,7 +392,7 @@ def load_learner(
         path: as of :func:`load_policy`.
         learner: a training step for the same architecture, whose state is replaced, with the coefficients
             of its loss (expectile, discount) and its learning rates. Its schedule stays: it is not saved.
-        replica: which of its losses.
+        replica: which of its losses; of one it needs not be said.
         components: what else to restore, by the names given to :func:`save`.
         keep: what the learner keeps of its own, see :meth:`TrainStep.load_state_dict`; with ``"random"``
             the global generators stay as they are, too.
@@ -357,8 +402,9 @@ def load_learner(
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is no checkpoint, or not of such a learner.
+        IndexError, ValueError: it is no checkpoint, or not of such a learner; or as :func:`save`.
     """
+    replica = learner.replica(replica)
     metadata = load_metadata(path)
     restored = {"learner": _Replica(learner, replica, keep), **components}
     if "random" not in keep:

@@ -204,8 +204,9 @@ def fitted_q(
     if architecture is None:
         architecture = _architecture(dataset)
     statistics = dataset.observation_statistics() if architecture.normalize_observation else None
-    torch.manual_seed(seed)
-    members = [architecture.qvalue_network(statistics) for _ in range(networks)]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        members = [architecture.qvalue_network(statistics) for _ in range(networks)]
     for member in members:
         _begin_at(member, returns.mean().item() / scale)
     low, high = (bound / scale for bound in bounds)

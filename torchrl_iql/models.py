@@ -24,6 +24,7 @@ from torchrl.modules import (
     ConvNet,
     IndependentNormal,
     ProbabilisticActor,
+    SafeProbabilisticModule,
     TanhNormal,
     ValueOperator,
 )
@@ -444,6 +445,22 @@ _POLICIES: dict[str, Callable[..., TensorDictModuleBase]] = {
 }
 
 
+def unlike_made(network: nn.Module) -> str | None:
+    """Say what of a network is not as the functions above make it, but for its sizes; None if nothing is."""
+    for module in network.modules():
+        kind = type(module)
+        if kind not in _MADE_OF:
+            return f"has a {kind.__name__}"
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            return f"has a hook of its {kind.__name__}"
+        if isinstance(module, Torso) and not module.has_plain_layers:
+            return "has other layers in its Torso"
+    return None
+
+
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
 class _Linear(nn.Linear):
     """A linear layer that also takes parameters stacked in front, ``[N, out, in]`` and ``[N, out]``."""
 
@@ -530,6 +547,14 @@ class Torso(nn.Module):
     def layers(self) -> list[nn.Linear]:
         """The linear layers, from the inputs to the outputs."""
         return [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
+
+    @property
+    def has_plain_layers(self) -> bool:
+        """Whether the layers are as they were made: linear, with ReLU between them, and dropout before it."""
+        between: list[type] = [_Linear, nn.Dropout, nn.ReLU] if self.dropout else [_Linear, nn.ReLU]
+        dropped = {layer.p for layer in self.mlp if isinstance(layer, nn.Dropout)}
+        kinds = [type(layer) for layer in self.mlp]
+        return dropped <= {self.dropout} and kinds == between * (len(self.layers) - 1) + [_Linear]
 
     def forward(self, observation: Tensor, action: Tensor | None = None) -> Tensor:
         batch = observation.shape[:-1]
@@ -693,6 +718,25 @@ class _LocAndScale(nn.Module):
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         loc, log_std = self.torso(observation).chunk(2, dim=-1)
         return loc, log_std.clamp(*SAC_LOG_STD_BOUNDS).exp()
+
+
+_MADE_OF = frozenset(
+    {
+        *(
+            Torso,
+            MLP,
+            _Linear,
+            nn.ReLU,
+            nn.Dropout,
+            nn.Identity,
+            _Normalize,
+            TanhTo,
+            GaussianParameters,
+        ),
+        *(TensorDictModule, ValueOperator, Actor, ProbabilisticActor, SafeProbabilisticModule),
+        *(nn.Sequential, nn.ModuleList),
+    }
+)
 
 
 def _continuous_actor(

@@ -39,6 +39,7 @@ from torchrl_iql_recipes.behaviors.mazes import AntWalks, PointWalks, share_arri
 from torchrl_iql_recipes.behaviors.policies import Stages
 from torchrl_iql_recipes.behaviors.rollouts import CheckpointRollouts, RandomRollouts, StageRollouts
 from torchrl_iql_recipes.behaviors.settings import Collection
+from torchrl_iql_recipes.experiment import progress
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.files import whole
 
@@ -268,12 +269,7 @@ def _play(folder: Path, id: str, behavior: Behavior, recipe: dict[str, Any], wor
     paths = [folder / f"{part:05}.pt" for part in range(parts)]
     missing = [part for part in range(parts) if not paths[part].exists()]
     sizes = [min(PART, transitions - part * PART) for part in range(parts)]
-    with tqdm(
-        total=transitions,
-        initial=transitions - sum(sizes[part] for part in missing),
-        desc=id,
-        unit="step",
-    ) as bar:
+    with progress.bar(id, transitions - sum(sizes[part] for part in missing), transitions) as bar:
         jobs = [(seed, part, parts, sizes[part], paths[part]) for part in missing]
         try:
             for done in _map(behavior, jobs, min(workers, len(jobs))):

@@ -16,7 +16,6 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
 from torchrl.modules import MLP, ValueOperator
 from torchrl.objectives import SACLoss
-from tqdm import tqdm
 
 from torchrl_iql import TrainStep
 from torchrl_iql.checkpoint import load_tensors
@@ -25,7 +24,7 @@ from torchrl_iql_recipes.behaviors.ant import ANT_TO_GOAL
 from torchrl_iql_recipes.behaviors.policies import Stages, actor
 from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.behaviors.settings import SoftActorCritic
-from torchrl_iql_recipes.experiment import build, nonfinite
+from torchrl_iql_recipes.experiment import build, nonfinite, progress
 from torchrl_iql_recipes.experiment.folder import RunFolder
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.schema import RunError
@@ -109,7 +108,7 @@ class Training:
         with (
             stoppable() as stop,
             stop.patient(),
-            tqdm(total=cfg.frames, initial=self.frames, desc=cfg.behavior, unit="step") as bar,
+            progress.bar(cfg.behavior, self.frames, cfg.frames) as bar,
         ):
             for batch in collector:
                 self.buffer.extend(_transitions(batch))

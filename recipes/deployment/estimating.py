@@ -21,7 +21,7 @@ from torchrl_iql.models import Architecture
 from torchrl_iql.nested import texts
 from torchrl_iql.training import NonFiniteError
 from torchrl_iql_recipes.deployment.settings import Estimation
-from torchrl_iql_recipes.experiment import build
+from torchrl_iql_recipes.experiment import build, progress
 from torchrl_iql_recipes.experiment.networks import sizes
 from torchrl_iql_recipes.experiment.schema import RunError, SettingsError, written
 from torchrl_iql_recipes.experiment.settings import Compute, Data
@@ -106,7 +106,7 @@ def run(settings: Estimation, compute: Compute) -> dict[str, FittedQ]:
     try:
         for number, each in enumerate(judged, start=1):
             title = "fitting" if len(judged) == 1 else f"fitting {number} of {len(judged)}"
-            with tqdm(desc=title, total=settings.steps, unit="step", leave=False) as bar:
+            with progress.bar(title, 0, settings.steps, leave=False) as bar:
                 found[each.path] = estimate(each, dataset, discount, settings, compute, bar.update)
             if len(judged) > 1:
                 its = found[each.path]

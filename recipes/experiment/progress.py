@@ -5,6 +5,7 @@ A mean is one over seeds: over different settings it would say nothing of any.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 
@@ -22,9 +23,22 @@ MANY = 0.2
 """Share of clipped weights from which on the best actions are hardly told from good ones."""
 
 
-def bar(title: str, done: int, end: int) -> tqdm:
-    """Make the progress bar of a run, of which some steps are done."""
-    return tqdm(desc=title, initial=done, total=end, unit="step", unit_scale=True)
+IN_LOGS = 10.0
+"""Seconds between two states of a bar that is written to a file, where every one of them stays."""
+
+
+def bar(title: str, done: int, end: int, *, leave: bool = True) -> tqdm:
+    """Make the progress bar of steps, of which some are done."""
+    pause = 0.1 if sys.stderr.isatty() else IN_LOGS
+    return tqdm(
+        desc=title,
+        initial=done,
+        total=end,
+        unit="step",
+        unit_scale=True,
+        leave=leave,
+        mininterval=pause,
+    )
 
 
 def figures(

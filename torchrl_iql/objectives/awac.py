@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase, is_tensor_collection
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
+from tensordict.nn import (
+    CompositeDistribution,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+)
 from tensordict.utils import NestedKey
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchrl_iql.objectives import functional
 from torchrl_iql.objectives.base import (
@@ -25,6 +29,10 @@ from torchrl_iql.objectives.base import (
 )
 
 __all__ = ["AWACLoss"]
+
+
+def _distribution_class(module: nn.Module) -> Any:
+    return getattr(module, "distribution_class", None)
 
 
 class AWACLoss(AdvantageWeightedLoss[functional.AWACOutputs]):
@@ -66,7 +74,8 @@ class AWACLoss(AdvantageWeightedLoss[functional.AWACOutputs]):
         policy's action), ``qvalue`` (means) and ``clip_fraction``.
 
     Raises:
-        ValueError, TypeError: an argument is out of range, or the policy is deterministic, at construction.
+        ValueError, TypeError: an argument is out of range, the policy is deterministic, or composite with
+            ``bounds``, at construction.
         KeyError, ValueError: an entry of the batch is missing or has the wrong shape or type.
 
     Examples:
@@ -117,10 +126,20 @@ class AWACLoss(AdvantageWeightedLoss[functional.AWACOutputs]):
                 "actor_network is deterministic, expected one with get_dist: the advantage is that over "
                 "actions that are drawn from it"
             )
-        low, high = (None, None) if bounds is None else bounds
-        for name, bound in (("low", low), ("high", high)):
-            value = None if bound is None else torch.as_tensor(bound, device=self._default_device)
-            self.register_buffer(name, value, persistent=False)
+        low, high = (None, None) if bounds is None else self._bounds(bounds)
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("high", high, persistent=False)
+
+    def _bounds(self, bounds: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+        if CompositeDistribution in map(_distribution_class, self.actor_network.modules()):
+            raise ValueError(
+                "bounds are of one action, and the policy's distribution is composite: its parts keep within "
+                "theirs by themselves"
+            )
+        low, high = (torch.as_tensor(each).detach().clone() for each in bounds)
+        if not bool((low < high).all()):
+            raise ValueError(f"bounds must be the lowest and the highest action, got {bounds!r}")
+        return low.to(self._default_device), high.to(self._default_device)
 
     # --- The algorithm -----------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Generic, Literal, Self, TypeVar, get_args
+from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args
 
 import torch
 from tensordict import (
@@ -41,12 +41,22 @@ from torchrl.objectives.utils import (
 from torchrl.objectives.value import TD1Estimator, TDLambdaEstimator, ValueEstimatorBase
 
 from torchrl_iql.objectives import functional
+from torchrl_iql.spaces import written
 
 __all__ = ["AdvantageWeightedLoss", "Reduction", "ScalarOutputMode", "at_least_float32"]
 
 Reduction = Literal["none", "mean", "sum"]
 ScalarOutputMode = Literal["exclude", "non_tensor"]
 Outputs = TypeVar("Outputs")
+
+
+class _Tie(NamedTuple):
+    """An entry of a network that is a parameter of another, by which it is trained or not."""
+
+    entry: tuple[str, NestedKey]
+    owner: tuple[str, NestedKey]
+    shape: torch.Size
+    learns: bool
 
 
 class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
@@ -163,6 +173,7 @@ class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
                 self.convert_to_functional(network, name, compare_against=shared)
                 if separate_losses:
                     shared = [*(shared or []), *network.parameters()]
+        self._ties = self._find_ties()
 
         for name, number in ({**coefficients, "temperature": temperature}).items():
             buffer = _coefficient(number, self._default_device)
@@ -209,6 +220,57 @@ class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
                     if any(parameter is other for other in shared):
                         key = tuple(name.split("."))
                         params.set(key, params.get(key).data)
+
+    def _find_ties(self) -> list[_Tie]:
+        """Find what networks hold of parameters that are others'.
+
+        Raises:
+            ValueError: Q networks share a parameter that is no other network's, and would never be trained.
+        """
+        entries = [
+            (f"{name}_params", key, tensor)
+            for name in self._network_names
+            for key, tensor in getattr(self, f"{name}_params").items(True, True)
+            if tensor.numel()
+        ]
+        owners = {
+            tensor.data_ptr(): (name, key)
+            for name, key, tensor in entries
+            if isinstance(tensor, nn.Parameter)
+        }
+        ties = []
+        for name, key, tensor in entries:
+            if isinstance(tensor, nn.Parameter):
+                continue
+            if tensor.data_ptr() in owners:
+                owner = owners[tensor.data_ptr()]
+                ties.append(_Tie((name, key), owner, tensor.shape, tensor.requires_grad))
+            elif tensor.requires_grad:
+                raise ValueError(
+                    f"qvalue_network is a list of networks with the same {written(key)}, which no loss would "
+                    "train: give each its own, as copy.deepcopy makes it"
+                )
+        return ties
+
+    def _tie(self, *, apart: bool = False) -> None:
+        """Let networks hold each other's parameters again, or values of their own meanwhile."""
+        for (name, key), (owner, its), shape, learns in self._ties:
+            source = getattr(self, owner).get(its)
+            tensor = (source if learns else source.data).expand(shape)
+            with getattr(self, name).unlock_() as params:
+                params.set(key, tensor.detach().clone() if apart else tensor)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a state, of TorchRL's losses as well. See :meth:`torch.nn.Module.load_state_dict`."""
+        self._tie(apart=True)  # a tensor that is expanded can not be written
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        finally:
+            self._tie()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._tie()
 
     # --- The algorithm, of which a subclass has the equations ----------------------------------------
 
@@ -294,12 +356,7 @@ class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
         name, network = "qvalue_network", self.qvalue_network
         key = self.tensor_keys.state_action_value
         if takes_stacked_parameters(network) and network.out_keys == [key]:
-
-            def stacked(inputs: TensorDictBase) -> Tensor:
-                return network.module(*(inputs[key] for key in network.in_keys))
-
-            with params.to_module(network, preserve_module_state=False):
-                q = run(td, network, name, stacked)
+            q = run_stacked(td, network, name, params)
         else:
             outputs = run(td, network, name, lambda inputs: self._mapped(inputs, params))
             q = output_of(outputs, key, network)
@@ -407,8 +464,8 @@ class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
         in_keys: list[NestedKey] = [
             *here,
             keys.action,
-            *(_nested("next", key) for key in after),
-            *(_nested("next", key) for key in (keys.reward, keys.done, keys.terminated)),
+            *(nested("next", key) for key in after),
+            *(nested("next", key) for key in (keys.reward, keys.done, keys.terminated)),
         ]
         self._in_keys = list(dict.fromkeys(in_keys))
 
@@ -492,6 +549,7 @@ class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
         for owner, name, buffer in kept:
             if buffer is not None:
                 setattr(owner, name, buffer.to(getattr(owner, name).device))
+        self._tie()
         return self
 
     def _make_vmap(self) -> None:
@@ -561,10 +619,21 @@ def takes_stacked_parameters(network: nn.Module) -> bool:
 
 
 def is_deterministic(actor_network: TensorDictModule) -> bool:
-    if isinstance(actor_network, Actor) or not hasattr(actor_network, "get_dist"):
-        return True
+    """Return whether a policy has no distribution.
+
+    Raises:
+        TypeError: it has one, and no ``get_dist`` that tells it.
+    """
     distributions = [getattr(m, "distribution_class", None) for m in actor_network.modules()]
-    return any(d in (Delta, TanhDelta, TensorDictDelta) for d in distributions)
+    deterministic = any(d in (Delta, TanhDelta, TensorDictDelta) for d in distributions)
+    if deterministic or isinstance(actor_network, Actor) or hasattr(actor_network, "get_dist"):
+        return deterministic or isinstance(actor_network, Actor)
+    if kinds := [d.__name__ for d in distributions if d is not None]:
+        raise TypeError(
+            f"actor_network is a {type(actor_network).__name__} that holds a {kinds[0]} and has no get_dist: "
+            "put its modules in a ProbabilisticTensorDictSequential"
+        )
+    return True
 
 
 def check_shape(
@@ -594,7 +663,7 @@ def _missing(td: TensorDictBase, keys: list[NestedKey], reader: str) -> str:
     return f"{reader} needs {entries}, and the batch holds {list(td.keys(True, True))}"
 
 
-def _nested(prefix: str | None, key: NestedKey) -> NestedKey:
+def nested(prefix: str | None, key: NestedKey) -> NestedKey:
     if prefix is None:
         return key
     return (prefix, key) if isinstance(key, str) else (prefix, *key)
@@ -638,9 +707,7 @@ def run(
     try:
         return call(inputs)
     except KeyError as error:
-        missing = [
-            _nested(prefix, key) for key in inputs_of(module) if key not in inputs.keys(True)
-        ]
+        missing = [nested(prefix, key) for key in inputs_of(module) if key not in inputs.keys(True)]
         if not missing:
             raise
         raise KeyError(_missing(td, missing, name)) from error
@@ -652,6 +719,34 @@ def run(
             f"{error}\nThe network was given {found}: cast the data to the dtype of the network's "
             "parameters once, when it is loaded"
         ) from error
+
+
+def run_stacked(
+    td: TensorDictBase, network: TensorDictModule, name: str, params: TensorDictBase
+) -> Tensor:
+    """Evaluate a network that :func:`takes_stacked_parameters`, ``[N, *B, out]``."""
+
+    def stacked(inputs: TensorDictBase) -> Tensor:
+        return network.module(*(inputs[key] for key in network.in_keys))
+
+    with params.to_module(network, preserve_module_state=False):
+        return run(td, network, name, stacked)
+
+
+def at_category(q: Tensor, action: Tensor, key: NestedKey) -> Tensor:
+    """Select the values of categories, integers ``[*B]`` or ``[*B, 1]``: ``[N, *B, A]`` to ``[N, *B]``.
+
+    Raises:
+        ValueError: ``action``, called by ``key``, is none.
+    """
+    if action.is_floating_point() or action.dtype is torch.bool:
+        raise ValueError(
+            f"{key!r} has dtype {action.dtype}, expected integers, the categories: give it as .long()"
+        )
+    if action.ndim == q.ndim - 2:
+        action = action.unsqueeze(-1)
+    check_shape(key, action, (*q.shape[1:-1], 1))
+    return q.gather(-1, action.long().expand(len(q), *action.shape)).squeeze(-1)
 
 
 def output_of(outputs: TensorDictBase, key: NestedKey, module: TensorDictModule) -> Tensor:

@@ -16,11 +16,14 @@ from torchrl.objectives.common import LossModule
 
 from torchrl_iql.objectives import functional
 from torchrl_iql.objectives.base import (
+    at_category,
     at_least_float32,
     check_number,
     check_shape,
+    nested,
     output_of,
     run,
+    run_stacked,
     squeeze_last,
     takes_stacked_parameters,
 )
@@ -127,7 +130,6 @@ class FQELoss(LossModule):
             raise TypeError(
                 f"qvalue_networks must be one or more TensorDictModules, got {qvalue_networks!r}"
             )
-        self._in_keys: list[NestedKey] = []
         self._out_keys = None
         super().__init__()
         self.delay_qvalue = True
@@ -195,12 +197,7 @@ class FQELoss(LossModule):
         if self.num_qvalue_nets == 1:
             params = params.unsqueeze(0)
         if takes_stacked_parameters(network):
-
-            def stacked(inputs: TensorDictBase) -> Tensor:
-                return network.module(*(inputs[key] for key in network.in_keys))
-
-            with params.to_module(network, preserve_module_state=False):
-                q = run(td, network, name, stacked)
+            q = run_stacked(td, network, name, params)
         else:
             each = []
             for its in params.unbind(0):
@@ -209,20 +206,8 @@ class FQELoss(LossModule):
             q = torch.stack(each)
         if self.tensor_keys.action in network.in_keys:
             return at_least_float32(squeeze_last(q, key))
-        return at_least_float32(self._at_category(td, q, prefix))
-
-    def _at_category(self, td: TensorDictBase, q: Tensor, prefix: str | None) -> Tensor:
-        """Select the values of categories, ``[N, *B]``."""
-        key = self.tensor_keys.action
-        action, named = self._get(td, key), key if prefix is None else (prefix, key)
-        if action.is_floating_point() or action.dtype is torch.bool:
-            raise ValueError(
-                f"{named!r} has dtype {action.dtype}, expected integers, the categories"
-            )
-        if action.ndim == q.ndim - 2:
-            action = action.unsqueeze(-1)
-        check_shape(named, action, (*q.shape[1:-1], 1))  # pyright: ignore
-        return q.gather(-1, action.long().expand(len(q), *action.shape)).squeeze(-1)
+        action = self.tensor_keys.action
+        return at_least_float32(at_category(q, self._get(td, action), nested(prefix, action)))
 
     @staticmethod
     def _get(td: TensorDictBase, key: NestedKey) -> Any:
@@ -239,14 +224,7 @@ class FQELoss(LossModule):
         keys = self.tensor_keys
         read = dict.fromkeys([*self.qvalue_network.in_keys, keys.action])
         after = [*read, keys.reward, keys.terminated]
-        return [
-            *read,
-            *(("next", key) if isinstance(key, str) else ("next", *key) for key in after),
-        ]
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
+        return [*read, *(nested("next", key) for key in after)]
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
         """Do nothing: there is no estimator."""

@@ -22,6 +22,7 @@ from torchrl_iql.objectives.base import (
     AdvantageWeightedLoss,
     Reduction,
     ScalarOutputMode,
+    at_category,
     at_least_float32,
     check_log_prob,
     check_number,
@@ -332,12 +333,4 @@ class DiscreteIQLLoss(IQLLoss):
         if self.action_space == "one_hot":
             check_shape(self.tensor_keys.action, action, q.shape[1:])
             return (q * action.to(q.dtype)).sum(dim=-1)
-        if action.is_floating_point() or action.dtype is torch.bool:
-            raise ValueError(
-                f"{self.tensor_keys.action!r} has dtype {action.dtype}, expected integers for "
-                "action_space='categorical': give it as .long()"
-            )
-        if action.ndim == q.ndim - 2:
-            action = action.unsqueeze(-1)
-        check_shape(self.tensor_keys.action, action, (*q.shape[1:-1], 1))
-        return q.gather(-1, action.long().expand(len(q), *action.shape)).squeeze(-1)
+        return at_category(q, action, self.tensor_keys.action)

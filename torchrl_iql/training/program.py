@@ -12,6 +12,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives.common import LossModule
 
+from torchrl_iql.spaces import written
 from torchrl_iql.training.adam import Rates, adam_all_, clip_, follow_
 from torchrl_iql.training.optimization import Optimization, network_of
 
@@ -40,6 +41,10 @@ class Program(Protocol):
 
     def adopt(self) -> None:
         """Find out what became of the losses since the last step, and train what they hold now."""
+        ...
+
+    def conformed(self, batch: TensorDictBase) -> TensorDictBase:
+        """Return a batch that somebody gave, ``[*B]``, in a form that :meth:`columns` reads."""
         ...
 
     def columns(self, source: TensorDictBase) -> Any:
@@ -136,9 +141,7 @@ class Shared(Protocol):
 
 def summed(scalars: Sequence[Tensor]) -> Tensor:
     """Add tensors of one shape in float64, in which the order makes no difference that float32 shows."""
-    stacked = torch.stack(list(scalars))
-    # MPS has no float64.
-    return (stacked if stacked.device.type == "mps" else stacked.double()).sum(0)
+    return torch.stack(list(scalars)).double().sum(0)
 
 
 def compiled_whole(
@@ -176,11 +179,14 @@ class LossProgram:
             loss.make_value_estimator()  # else the first step would, and change the state dict
         self._moments: Moments = {}
         self._buffers: dict[str, Tensor] = {}
-        self._held: list[tuple[int, int]] = []
+        self._held: list[tuple[int, int, bool]] = []
         self.adopt()
 
     def adopt(self) -> None:
-        held = [(id(x), x.data_ptr()) for x in (*self.loss.parameters(), *self.loss.buffers())]
+        held = [
+            (id(x), x.data_ptr(), x.requires_grad)
+            for x in (*self.loss.parameters(), *self.loss.buffers())
+        ]
         if held == self._held:
             return
         self._held = held
@@ -201,7 +207,9 @@ class LossProgram:
                         "new training step"
                     )
         self._parameters = {
-            network: {n: p for n, p in parameters.items() if network_of(n) == network}
+            network: {
+                n: p for n, p in parameters.items() if network_of(n) == network and p.requires_grad
+            }
             for network in self.optimization.networks
         }
         buffers = dict(self.loss.named_buffers())
@@ -212,12 +220,14 @@ class LossProgram:
 
     def _pairs(self, network: str) -> tuple[list[Tensor], list[Tensor], float]:
         """Return targets, what they follow, and how fast. Buffers of a network are not followed."""
+        learned = {parameter.data_ptr() for parameter in self.loss.parameters()}
         sources = getattr(self.loss, f"{network}_params")
         targets = self.loss._modules[f"target_{network}_params"]
         pairs = [
             (targets.get(key).data, parameter.data)  # pyright: ignore
             for key, parameter in sources.items(True, True)
-            if isinstance(parameter, torch.nn.Parameter)
+            # Also where it is the parameter of another network.
+            if isinstance(parameter, torch.nn.Parameter) or parameter.data_ptr() in learned
         ]
         slow, fast = zip(*pairs, strict=True)
         return list(slow), list(fast), self.optimization.target_rate[network]
@@ -226,11 +236,15 @@ class LossProgram:
         tensors = (*self.loss.parameters(), *self.loss.buffers())
         modules = (*self.loss.modules(), *_networks(self.loss))
         plain = {k: v for k, v in vars(self.loss).items() if isinstance(v, (bool, int, float, str))}
+        plain |= {f"key {k}": written(key) for k, key in vars(self.loss.tensor_keys).items()}
         return (
             tuple(tensor.data_ptr() for tensor in tensors),
             tuple(module.training for module in modules),
             tuple(sorted(plain.items())),
         )
+
+    def conformed(self, batch: TensorDictBase) -> TensorDictBase:
+        return batch
 
     def columns(self, source: TensorDictBase) -> TensorDictBase:
         return source

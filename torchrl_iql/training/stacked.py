@@ -24,7 +24,7 @@ from torch.distributions import Distribution
 from torchrl.objectives import ValueEstimators
 from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS, LossModule
 
-from torchrl_iql.models import GaussianParameters, Torso
+from torchrl_iql.models import GaussianParameters, Torso, unlike_made
 from torchrl_iql.objectives import functional as iql
 from torchrl_iql.objectives.base import at_least_float32
 from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss
@@ -85,13 +85,19 @@ class StackedProgram:
         replicas, number = len(losses), self.shared.num_qvalue_nets
         like = next(losses[0].parameters()).detach()
         stack = self.shared.empty(like, replicas, 3 + 2 * number)
-        self._online = tuple(tensor[: 2 + number] for tensor in stack)
-        self._frozen = tuple(tensor[2 + number :] for tensor in stack)
-        self._moments = tuple((torch.zeros_like(x), torch.zeros_like(x)) for x in self._online)
+        learning = [tensor[: 2 + number] for tensor in stack]
+        self._moments = tuple((torch.zeros_like(x), torch.zeros_like(x)) for x in learning)
         self._coefficients = torch.zeros(3, replicas, dtype=torch.float64, device=like.device)
         self.state = (stack, self._moments, self._coefficients)
-        self._views = [self._views_of(r) for r in range(replicas)]
+        self._view()
         self.adopt()
+
+    def _view(self) -> None:
+        """Take the parts of the stacks that learn and that follow, and those of each loss."""
+        stack, learning = self.state[0], self.shared.learning
+        self._online = tuple(tensor[:learning] for tensor in stack)
+        self._frozen = tuple(tensor[learning:] for tensor in stack)
+        self._views = [self._views_of(r) for r in range(len(self.losses))]
 
     def adopt(self) -> None:
         for r, (loss, views) in enumerate(zip(self.losses, self._views, strict=True)):
@@ -118,6 +124,9 @@ class StackedProgram:
                 if owner._buffers[name].data_ptr() != coefficient.data_ptr():  # pyright: ignore
                     coefficient.copy_(owner._buffers[name])  # pyright: ignore
                     owner._buffers[name] = coefficient
+
+    def conformed(self, batch: TensorDictBase) -> TensorDictBase:
+        return self.shared.conformed(batch)
 
     def columns(self, source: TensorDictBase) -> dict[str, Tensor]:
         return self.shared.columns(source)
@@ -146,7 +155,13 @@ class StackedProgram:
         return self._kernels[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_kernels": {}}  # they know these tensors by their addresses
+        # Kernels know these tensors by their addresses, and a view would be pickled as a tensor of its own.
+        views = dict.fromkeys(("_online", "_frozen", "_views"))
+        return {**vars(self), "_kernels": {}, **views}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._view()
 
     def moments(self, learner: int) -> Moments:
         first, second = zip(*self._moments, strict=True)
@@ -223,7 +238,7 @@ class StackedLosses:
         unit = WIDTH if self.policy is None else max(WIDTH, columns(self.dtype))
         self.widths = [-(-width // unit) * unit for width in widths]
         self.action_size = 0 if networks.log_std is None else len(networks.log_std)
-        self.dropout = networks.policy.dropout
+        self.dropout = networks.policy.dropout if networks.policy.training else 0.0
         self._learning, self._following = _places(loss, networks)
 
     def follow(self, constants: Sequence[Tensor]) -> None:
@@ -280,6 +295,40 @@ class StackedLosses:
             if of_log_std is not None:
                 yield of_log_std, log_std[rows]
 
+    def conformed(self, batch: TensorDictBase) -> TensorDictBase:
+        """Return a batch in the one form that :meth:`columns` reads, of those that the loss reads.
+
+        Args:
+            batch: ``[*B]``, of any dtypes; it may tell of a termination by ``"done"``, of categories in
+                ``[*B, 1]``, and of one-hot actions by flags or numbers.
+        """
+        flat = batch if batch.ndim == 1 else batch.reshape(-1)
+        changed: dict[NestedKey, Tensor] = {}
+        for key in ("observation", "action", ("next", "observation"), ("next", "reward")):
+            column = flat.get(key, default=None)
+            if column is None or (key == "action" and self.discrete):
+                continue
+            if column.dtype not in (
+                self.dtype,
+                torch.uint8,
+                torch.bool,
+            ):  # of images, and of no numbers
+                changed[key] = column.to(self.dtype)
+        action, done = flat.get("action", default=None), flat.get(("next", "done"), default=None)
+        if self.discrete and action is not None:
+            changed["action"] = self._choices(action)
+        if ("next", "terminated") not in flat.keys(True) and done is not None:
+            changed["next", "terminated"] = done
+        return flat.copy().update(changed) if changed else flat
+
+    def _choices(self, action: Tensor) -> Tensor:
+        """Return discrete actions as int64 where the loss reads them as such."""
+        if self.one_hot:
+            return (action > 0.5).long() if action.is_floating_point() else action.long()
+        if action.is_floating_point() or action.dtype is torch.bool:
+            return action  # no categories
+        return (action.squeeze(-1) if action.shape[1:] == (1,) else action).long()
+
     def columns(self, source: TensorDictBase) -> dict[str, Tensor]:
         """Return what the losses read of transitions ``[n]``, numbers and flags without a last 1.
 
@@ -287,8 +336,6 @@ class StackedLosses:
             KeyError, ValueError: an entry is missing or does not fit.
         """
         n, dtype = len(source), self.dtype
-        if source.ndim != 1:
-            raise ValueError(f"the batch has shape {tuple(source.shape)}, expected [B]")
         state, action = ((n, self.state_size), dtype), ((n, self.policy_size), dtype)
         if self.discrete:
             action = ((n, self.policy_size) if self.one_hot else (n,), torch.int64)
@@ -794,9 +841,20 @@ def parts_of(loss: LossModule, optimization: Optimization) -> Parts | str:
     ):
         if not isinstance(torso, Torso):
             return f"{name} is not a network of torchrl_iql.models, whose layers can be stacked"
-    inputs = ["observation"] if isinstance(loss, DiscreteIQLLoss) else ["observation", "action"]
-    if loss.qvalue_network.in_keys != inputs or loss.tensor_keys != loss.default_keys():
+        if other := unlike_made(getattr(loss, name)):
+            return f"{name} {other}, unlike the networks of torchrl_iql.models"
+    state = ["observation"]
+    inputs = [
+        (loss.actor_network, state),
+        (loss.value_network, state),
+        (loss.qvalue_network, state if isinstance(loss, DiscreteIQLLoss) else [*state, "action"]),
+    ]
+    if loss.tensor_keys != loss.default_keys() or any(its.in_keys != keys for its, keys in inputs):
         return "the networks and the loss do not read and write the default keys"
+    if loss._ties:
+        return "networks share parameters"
+    if not all(parameter.requires_grad for parameter in loss.parameters()):
+        return "some parameters are frozen"
     if loss.reduction != "mean" or loss.value_type is not ValueEstimators.TD0:
         return "the loss does not have reduction='mean' and the value estimator TD0"
     if loss.value_estimator.average_rewards:  # pyright: ignore

@@ -166,6 +166,8 @@ class TrainStep:
         self._totals: dict[str, Tensor] = {}  # of the scalars, [R], since the last means
         self._counted = [0] * learners  # steps in them
         self._watch = Watch(self)
+        self._loads = list(map(_Loads, self.losses))
+        self._held: list = []
         self._tables: dict[tuple[int, int], Tensor] = {}
         self._executor = Executor(execution, self.device)
         self._programs, self.path = self._programs_for()
@@ -202,13 +204,19 @@ class TrainStep:
 
     def _settings(self) -> tuple:
         """Return what the programs are made with. A loss that is called as it is reads its own."""
-        stacked = self.path.startswith("stacked")
-        return list(self._optimizations), list(map(plain, self.losses)) if stacked else None
+        its = [(_kind(loss), [p.requires_grad for p in loss.parameters()]) for loss in self.losses]
+        return list(self._optimizations), its if self._is_stacked else None
+
+    @property
+    def _is_stacked(self) -> bool:
+        return self.path.startswith("stacked")
 
     def _adopt(self) -> None:
         """Find out what became of the losses and their settings since the last step."""
+        if self._held == self._present():
+            return
+        self._watch.look()  # else earlier steps would be taken again with other numbers
         if self._made_with != self._settings():
-            self._watch.look()
             moments = [self._moments(r) for r in range(len(self.losses))]
             self._programs, self.path = self._programs_for()
             self._made_with, self._tables = self._settings(), {}
@@ -218,6 +226,18 @@ class TrainStep:
                         moment.copy_(its)
         for program, _ in self._programs:
             program.adopt()
+        self._held = self._present()
+
+    def _present(self) -> list:
+        """Return by what it is told whether somebody has changed a loss."""
+        return [
+            (
+                loads.count,
+                _kind(loss),
+                [(x.data_ptr(), x._version, x.requires_grad) for x in _tensors(loss)],
+            )
+            for loss, loads in zip(self.losses, self._loads, strict=True)
+        ]
 
     def _moments(self, replica: int) -> Moments:
         program, rows = self._program_of(replica)
@@ -360,8 +380,10 @@ class TrainStep:
             return self._advance([transitions] * len(self._programs), remaining)
         batches = source.unsqueeze(0) if len(self.losses) == 1 else source
         sources = [
-            batches[rows].flatten(0, 1) if rows.stop - rows.start > 1 else batches[rows.start]
-            for _, rows in self._programs
+            program.conformed(
+                batches[rows].flatten(0, 1) if rows.stop - rows.start > 1 else batches[rows.start]
+            )
+            for program, rows in self._programs
         ]
         return self._advance(sources, None)
 
@@ -383,6 +405,8 @@ class TrainStep:
             self._add(program.shared.results(taken.sums), rows)
         self._counted = [counted + steps for counted in self._counted]
         self.steps += steps
+        if not self._is_stacked:  # of a stack's views autograd counts no versions
+            self._held = self._present()
         return results
 
     def _add(self, sums: TensorDictBase, rows: slice) -> None:
@@ -439,7 +463,7 @@ class TrainStep:
             IndexError, ValueError: there is no such learner, or several and it is not said which.
             NonFiniteError: as :meth:`check_finite`; nothing of such a step is saved.
         """
-        replica = self._replica(replica)
+        replica = self.replica(replica)
         self.check_finite()
         loss = self.losses[replica]
         optimization = asdict(replace(self._optimizations[replica], schedule={}))
@@ -474,7 +498,7 @@ class TrainStep:
             IndexError, ValueError: as :meth:`state_dict`.
             ValueError: the state is of a later format, of other networks, or of another loss.
         """
-        replica = self._replica(replica)
+        replica = self.replica(replica)
         for each in keep:
             if each not in get_args(Own):
                 raise ValueError(f"keep must hold some of {get_args(Own)}, got {each!r}")
@@ -485,7 +509,7 @@ class TrainStep:
                 "torchrl-iql"
             )
         self._adopt()
-        if saved_format == 1 and not self.path.startswith("stacked"):
+        if saved_format == 1 and not self._is_stacked:
             raise ValueError(f"a state of format 1 is of stacked networks, these are {self.path}")
         loss, its = self.losses[replica], learned(self.losses[replica], state["loss"])
         own = loss.state_dict()
@@ -506,8 +530,8 @@ class TrainStep:
             set_coefficients(loss, {**persistent, **state.get("coefficients", {})})
             self._optimizations[replica] = optimization
         loss.load_state_dict({**loss.state_dict(), **its})
-        self._adopt()
         self._watch.forget()
+        self._adopt()
         program, rows = self._program_of(replica)
         program.clear_padding(replica - rows.start)
         if "optimizer" not in keep:
@@ -516,10 +540,18 @@ class TrainStep:
             self.skipped[replica] = state.get("skipped", 0)
             self._load_totals(state.get("totals", {}), state.get("counted", 0), replica)
         if "random" not in keep and "random" in state:
-            self._streams[replica].state = [random.cpu() for random in state["random"]]
+            saved, stream = [random.cpu() for random in state["random"]], self._streams[replica]
+            stream.state = [
+                *saved,
+                *stream.state[len(saved) :],
+            ]  # a CPU's learner has none of a GPU
 
-    def _replica(self, replica: int | None) -> int:
-        """Return which learner is meant."""
+    def replica(self, replica: int | None) -> int:
+        """Return which learner is meant, of one the only one.
+
+        Raises:
+            IndexError, ValueError: as :meth:`state_dict`.
+        """
         learners = len(self.losses)
         if replica is None and learners > 1:
             raise ValueError(
@@ -543,8 +575,8 @@ class TrainStep:
     def _load_totals(self, totals: Mapping[str, Any], counted: int, replica: int) -> None:
         for key in {*totals, *self._totals}:
             if key not in self._totals:
-                kind = torch.float32 if self.device.type == "mps" else torch.float64
-                self._totals[key] = torch.zeros(len(self.losses), dtype=kind, device=self.device)
+                zeros = torch.zeros(len(self.losses), dtype=torch.float64, device=self.device)
+                self._totals[key] = zeros
             self._totals[key][replica] = totals.get(key, 0.0)
         self._counted[replica] = counted
 
@@ -580,6 +612,27 @@ class TrainStep:
 
     def _program_of(self, replica: int) -> tuple[Program, slice]:
         return next(each for each in self._programs if each[1].start <= replica < each[1].stop)
+
+
+class _Loads:
+    """How often a state was loaded into a loss: in tensors of which autograd counts no versions."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        self.count = 0
+        loss.register_load_state_dict_post_hook(self)
+
+    def __call__(self, *_: object) -> None:
+        self.count += 1
+
+
+def _kind(loss: LossModule) -> tuple:
+    """Return what of a loss, beside its tensors, decides how it is computed."""
+    training = getattr(getattr(loss, "actor_network", None), "training", None)
+    return plain(loss), dict(vars(loss.tensor_keys)), loss.loss_mask_key, training
+
+
+def _tensors(loss: LossModule) -> list[Tensor]:
+    return [*loss.parameters(), *loss.buffers()]
 
 
 def _all(program: Program) -> list[Tensor]:
