@@ -169,6 +169,26 @@ class TestFiles:
             assert_equal(found, expected(whole, "logs"))
         assert load(tmp_path, layout=layout, action_space=(-5, 5)).name == str(tmp_path)
 
+    @pytest.mark.parametrize("marked", ["nowhere", "where a file ends", "within a file"])
+    def test_with_time_outs_end_an_episode_each(self, marked: str, tmp_path: Path) -> None:
+        """A last row that is terminal is kept with its reward, also where it is a time-out."""
+        whole = drive((5, 4, 6, 3))
+        files = {7: [7], 8: [8], 9: [9, 10]}
+        if marked != "within a file":
+            files = {run - 7: [run] for run in range(7, 11)}
+        is_last = np.append(np.diff(whole["run"]) > 0, True)
+        columns = {**whole, "timeout": is_last if marked != "nowhere" else np.zeros(18)}
+        for name, its in files.items():
+            rows = np.isin(whole["run"], its)
+            write_csv(
+                tmp_path / f"run-{name}.csv",
+                {key: values[rows] for key, values in columns.items() if key != "run"},
+            )
+        layout = {role: its for role, its in LAYOUT.items() if role != "episode_ids"}
+        found = load(tmp_path, layout={**layout, "timeouts": "timeout"}, action_space=(-5, 5))
+        assert_equal(found, expected(whole, "logs"))
+        assert found.recording.stopped == 0
+
     def test_that_are_many_have_a_short_name(self, tmp_path: Path) -> None:
         for run in range(7):
             write_csv(tmp_path / f"{run}.csv", drive((5,), seed=run))

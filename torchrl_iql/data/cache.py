@@ -27,7 +27,7 @@ __all__ = ["entry_path", "folder", "read", "unfinished", "write"]
 
 FOLDER_VARIABLE = "TORCHRL_IQL_CACHE"
 DEFAULT_FOLDER = "~/.cache/torchrl_iql"
-VERSION = 3
+VERSION = 4
 """To be raised whenever the same source and rules give other arrays than before."""
 
 CHECKSUM_BYTES = 4

@@ -7,8 +7,9 @@ is, or as LeRobot calls it, and other columns are not read; but if it does not s
 are refused, since they may be some.
 
 Several files, listed or in a folder, are read one after the other, and no episode goes on in the next one.
-Within a file, episodes end where :mod:`torchrl_iql.data.arrays` says. A file that has no ``timeouts``,
-``next_observations`` or ``episode_ids``, and no terminal before its last row, is one episode.
+Within a file, episodes end where :mod:`torchrl_iql.data.arrays` says. One without ``next_observations`` and
+``episode_ids`` is a whole log: its last episode ends with it, so that a terminal row is kept there, and at a
+time-out. Without ``timeouts`` either, no row before the last one may be terminal, and it is one episode.
 
 LeRobot's data sets, of version 2 and 3, are folders of Parquet files beside ``meta/info.json``. Observations
 are ``observation.state``, actions ``action``, rewards ``next.reward``, and episodes ``episode_index``. The
@@ -332,11 +333,11 @@ def _flags(log: _Log, role: str, values: np.ndarray) -> np.ndarray:
 
 
 def _require_ends(log: _Log, arrays: dict[str, Any]) -> None:
-    """Make a file one episode that says nothing else, and does not seem to be several."""
-    if any(role in arrays for role in ENDS):
+    """Let the last episode end with its file; refuse a file that does not tell where others end."""
+    if "next_observations" in arrays or "episode_ids" in arrays:
         return
     before = np.flatnonzero(arrays["terminals"][:-1])
-    if len(before):
+    if len(before) and "timeouts" not in arrays:
         (name,) = log.names["terminals"]
         raise ValueError(
             f"{log.table.place(int(before[0]))}, column {name} ends an episode, and nothing tells where "
@@ -350,10 +351,9 @@ def _require_finite(log: _Log, read: Mapping[str, np.ndarray], arrays: Mapping[s
     terminals = arrays["terminals"]
     used = np.ones(len(terminals), bool)
     if "next_observations" not in arrays:  # what was done in the last row of an episode is not read
-        ids = arrays.get("episode_ids")
+        ids = arrays["episode_ids"]
         used[-1:] = False
-        if ids is not None:
-            used[:-1] = (ids[1:] == ids[:-1]).reshape(len(ids) - 1)
+        used[:-1] = (ids[1:] == ids[:-1]).reshape(len(ids) - 1)
         if "timeouts" in arrays:
             used &= ~arrays["timeouts"]
         used |= terminals
