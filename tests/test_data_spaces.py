@@ -13,7 +13,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
 from tensordict.nn import TensorDictModule
 
 from episodes import MARKS
@@ -21,6 +21,7 @@ from torchrl_iql import Evaluator, OfflineDataset, TrainStep, load_dataset, mode
 from torchrl_iql.environments import data_environment, spec_of
 from torchrl_iql.objectives import IQLLoss
 from torchrl_iql.online import Experience, environment, transitions
+from torchrl_iql.spaces import named_leaves
 from torchrl_iql_recipes.behaviors.rollouts import CheckpointRollouts
 
 pytestmark = MARKS
@@ -272,6 +273,80 @@ def test_an_environment_that_is_not_there(env: str, message: str) -> None:
 
 
 # --- Bytes stay bytes --------------------------------------------------------------------------------------
+
+
+class Arm(gymnasium.Env):
+    """Observes the step, with entries that are not sorted, of which one has bytes that are no image."""
+
+    hand = Dict([("y", Box(-9, 9, (2,), np.float64)), ("x", Box(-9, 9, (1,)))])
+    observation_space = Dict(
+        [("z", hand), ("b", Tuple([hand])), ("c", MultiDiscrete([2, 9], dtype=np.uint8))]
+    )
+    action_space = Box(-1, 1, (1,), np.float32)
+
+    def observation(self) -> dict[str, Any]:
+        hand = {"x": np.full(1, self.t, np.float32), "y": np.array([-self.t, 0.5])}
+        return {"z": hand, "b": (hand,), "c": np.array([self.t % 2, self.t], np.uint8)}
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observation(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self.t += 1
+        return self.observation(), 1.0, False, self.t == STEPS, {}
+
+
+def arm_row(t: int) -> list[float]:
+    hand = [t, -t, 0.5]  # x and y
+    return [*hand, *np.eye(2)[t % 2], *np.eye(9)[t], *hand]
+
+
+def test_entries_are_sorted_in_data_and_in_the_environment() -> None:
+    columns = torch.tensor([arm_row(t) for t in range(STEPS + 1)])
+    with Evaluator(Arm, episodes=1) as evaluate:
+        played = evaluate(models.deterministic_policy(17, 1), keep_trajectories=True)
+    assert played.trajectories is not None
+    assert torch.from_numpy(played.trajectories[0]).equal(columns)
+    online = environment(Arm).rollout(STEPS)
+    assert online["observation"].equal(columns[:-1])
+    steps = range(STEPS + 1)
+    hand = {
+        "x": np.array([[t] for t in steps], np.float32),
+        "y": np.array([[-t, 0.5] for t in steps]),
+    }
+    observed = {"z": hand, "b": (hand,), "c": np.array([[t % 2, t] for t in steps], np.uint8)}
+    done = {"actions": np.zeros((STEPS, 1), np.float32), "rewards": np.ones(STEPS)}
+    dataset = OfflineDataset.from_episodes(
+        "arm",
+        [{"observations": observed, "terminations": np.zeros(STEPS), **done}],
+        observation_space=Arm.observation_space,
+        action_space=Arm.action_space,
+    )
+    assert transitions(online, dataset.transitions)["observation"].equal(columns[:-1])
+    dataset.save_minari("own/arm-v0")
+    for found in (dataset, load_dataset("own/arm-v0"), load_dataset("own/arm-v0")):
+        assert found.transitions["observation"].equal(columns[:-1])
+        names = [name for name, _ in named_leaves(found.observation_space)]
+        assert names == ["b/0/x", "b/0/y", "c", "z/x", "z/y"]
+    (again,) = minari.load_dataset("own/arm-v0").iterate_episodes()
+    np.testing.assert_array_equal(again.observations["z"]["y"], hand["y"])
+    assert [name for name, _ in named_leaves(OfflineDataset.empty(Arm).observation_space)] == names
+
+
+def test_vectors_of_entries_that_are_not_sorted_are_refused() -> None:
+    message = "^arm: observations are vectors, of which .* whether y, x are in this order or"
+    with pytest.raises(ValueError, match=message):
+        OfflineDataset.from_arrays(
+            "arm",
+            observations=np.zeros((4, 3)),
+            actions=np.zeros((4, 1)),
+            rewards=np.zeros(4),
+            terminals=np.zeros(4),
+            timeouts=np.zeros(4),
+            observation_space=Arm.hand,
+        )
 
 
 IMAGE = Box(0, 255, (4, 4, 1), np.uint8)

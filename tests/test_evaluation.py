@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 from typing import Any
 
 import gymnasium
@@ -186,9 +187,10 @@ class TestEpisodes:
         assert trajectories[2].tolist() == [[3, 0], [2, 1], [1, 2], [0, 3]]
         assert trajectories[2].dtype == np.float32
 
-    def test_flatten_dictionaries_in_the_sorted_order_of_their_keys(self):
+    @pytest.mark.parametrize("kind", [dict, OrderedDict])  # gymnasium sorts the first alone
+    def test_flatten_dictionaries_in_the_sorted_order_of_their_keys(self, kind: type):
         class Nested(Countdown):
-            observation_space = Dict({"z": Box(-1, 1, (1,)), "a": Box(-1, 1, (2,))})
+            observation_space = Dict(kind(z=Box(-1, 1, (1,)), a=Box(-1, 1, (2,))))
 
             def _observation(self) -> Any:
                 return {"z": np.full(1, 0.5, np.float32), "a": np.full(2, -0.5, np.float32)}

@@ -1,8 +1,8 @@
 """Environments as they are read here: specifications, spaces, flat observations, success, reference scores.
 
-An observation that is not a vector becomes one as :class:`gymnasium.wrappers.FlattenObservation` makes it,
-in data (:mod:`torchrl_iql.spaces`), in evaluations and online. Actions are those of data sets there,
-and become the environment's in one place, :func:`data_environment`.
+An observation that is not a vector becomes one as :class:`gymnasium.wrappers.FlattenObservation` makes it of
+sorted dictionaries, in data (:mod:`torchrl_iql.spaces`), in evaluations and online. Actions are those of data
+sets there, and become the environment's in one place, :func:`data_environment`.
 
 An environment is given in all places in the same ways: as an id, ``"module:Id-v0"`` after which Gymnasium
 imports the module, a specification, or a function without arguments that makes it. A file that describes one
@@ -17,18 +17,24 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
 import gymnasium
 from gymnasium import Space, spaces
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
-from gymnasium.wrappers import FlattenObservation
+from gymnasium.wrappers import TransformObservation
 
 from torchrl_iql.nested import texts
 from torchrl_iql.ogbench import OwnChance, is_from_ogbench, is_single_task, ogbench_package
-from torchrl_iql.spaces import action_row_space, environment_action, selected
+from torchrl_iql.spaces import (
+    action_row_space,
+    environment_action,
+    observation_row_space,
+    selected,
+    sorted_space,
+)
 
 __all__ = [
     "REFERENCE_SCORES",
@@ -287,7 +293,7 @@ def spaces_of(env_spec: EnvSpec) -> tuple[Space, Space]:
 
 
 def flat_environment(env: Env) -> gymnasium.Env:
-    """Make an environment whose observations are vectors.
+    """Make an environment whose observations are vectors, of dictionaries in the order of their sorted keys.
 
     One of OGBench is in :class:`~torchrl_iql.ogbench.OwnChance`.
 
@@ -297,7 +303,15 @@ def flat_environment(env: Env) -> gymnasium.Env:
     made = _made(env)
     space = made.observation_space
     is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
-    return made if is_vector else FlattenObservation(made)
+    if is_vector:
+        return made
+    space = sorted_space(space)
+    rows = observation_row_space(space)
+    return TransformObservation(made, partial(_flattened, space, rows.dtype), rows)
+
+
+def _flattened(space: Space, dtype: Any, observation: Any) -> Any:
+    return spaces.flatten(space, observation).astype(dtype, copy=False)  # pyright: ignore
 
 
 def data_environment(env: Env) -> gymnasium.Env:

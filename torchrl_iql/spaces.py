@@ -31,12 +31,14 @@ __all__ = [
     "named_leaves",
     "numbers",
     "observation_dtype",
+    "observation_row_space",
     "observation_rows",
     "observations_of",
     "observed_rows",
     "require_finite",
     "selected",
     "share_outside",
+    "sorted_space",
     "written",
 ]
 
@@ -86,6 +88,17 @@ def selected(space: Space, keys: Sequence[str] | None) -> Space:
     return spaces.Dict({key: sub for key, sub in space.spaces.items() if key in keys})
 
 
+def sorted_space(space: Space) -> Space:
+    """Return a space whose dictionaries are sorted by their keys, as those that Minari reads."""
+    match space:
+        case spaces.Dict():
+            return spaces.Dict({key: sorted_space(sub) for key, sub in space.spaces.items()})
+        case spaces.Tuple():
+            return spaces.Tuple([sorted_space(sub) for sub in space.spaces])
+        case _:
+            return space
+
+
 def actions_within(bounds: ActionBounds, shape: Sequence[int]) -> Space:
     """Return the space of actions of a shape that is given by its bounds, or itself.
 
@@ -117,6 +130,15 @@ def observation_dtype(space: Space) -> type[np.generic]:
     leaves = list(leaf_spaces(space))
     is_bytes = all(isinstance(leaf, spaces.Box) and leaf.dtype == np.uint8 for leaf in leaves)
     return np.uint8 if leaves and is_bytes else np.float32
+
+
+def observation_row_space(space: Space) -> spaces.Box:
+    """Return the space of the rows ``[D]`` of a sorted one, in its own precision, or of bytes alone."""
+    flat: Any = spaces.flatten_space(space)
+    dtype: Any = observation_dtype(space)
+    if dtype is observation_dtype(flat):
+        return flat
+    return spaces.Box(flat.low.astype(dtype), flat.high.astype(dtype), dtype=dtype)
 
 
 def leaf_spaces(space: Space) -> Iterator[Space]:
@@ -171,8 +193,8 @@ def observation_rows(
 
     Row t is ``gymnasium.spaces.flatten(space, observation t)``, what an environment gives in
     ``gymnasium.wrappers.FlattenObservation``: ``Box`` and ``MultiBinary`` are raveled, ``Discrete``
-    and ``MultiDiscrete`` one-hot encoded, ``Tuple`` and ``Dict`` (keys in the order of the space:
-    sorted) concatenated.
+    and ``MultiDiscrete`` one-hot encoded, ``Tuple`` and ``Dict`` concatenated, keys in the order of
+    the space, that of :func:`sorted_space`.
 
     Args:
         space: space of one observation, of flattened size D.

@@ -51,6 +51,7 @@ from torchrl_iql.spaces import (
     observation_dtype,
     require_finite,
     selected,
+    sorted_space,
     written,
 )
 
@@ -103,7 +104,7 @@ class OfflineDataset:
             - with a ``window``, what :meth:`windows` adds.
         episode_lengths: transitions per episode, ``[E]`` int64, after the episode rule.
         episode_returns: sum of raw rewards per episode, ``[E]`` float64, after the episode rule.
-        observation_space: space of the source, not flattened.
+        observation_space: space of the source, not flattened, of dictionaries with sorted keys.
         action_space: space of the source.
         env_spec: the environment to evaluate in, if known.
         reference_scores: the returns that score 0 and 1 when normalized, if known.
@@ -206,6 +207,7 @@ class OfflineDataset:
             if observation_keys is not None:
                 observation_space = selected(observation_space, observation_keys)
                 spec = spec and observing(spec, observation_keys)
+        observation_space = sorted_space(observation_space)
         parts, stopped, recorded = [], 0, 0
         outside: list[ActionsOutside] = []
         for position, episode in enumerate(episodes):
@@ -291,6 +293,7 @@ class OfflineDataset:
         spec = spec_of(env_spec)
         assert spec is not None
         observation_space, action_space = spaces_of(spec)
+        observation_space = sorted_space(observation_space)
         dtype = observation_dtype(observation_space)
         observations = torch.from_numpy(np.zeros((0, flatdim(observation_space)), dtype))
         no_flags = torch.zeros(0, 1, dtype=torch.bool)

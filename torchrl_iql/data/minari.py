@@ -12,7 +12,7 @@ from typing import Any
 
 import minari
 import numpy as np
-from gymnasium import Space
+from gymnasium import Space, spaces
 from gymnasium.envs.registration import EnvSpec
 from minari import EpisodeData, MinariDataset
 from minari.dataset.minari_dataset import DATASET_ID_RE
@@ -24,7 +24,7 @@ from torchrl_iql.data.hdf5 import has_images, hdf5_episodes, is_plain_hdf5
 from torchrl_iql.data.source import Source
 from torchrl_iql.data.stored import DownloadError
 from torchrl_iql.environments import observing, registered, require_reference_scores
-from torchrl_iql.spaces import selected
+from torchrl_iql.spaces import selected, sorted_space
 
 __all__ = ["minari_source", "opened", "stored_env"]
 
@@ -65,7 +65,7 @@ def minari_source(
             f"{source}: Minari can not open {folder}: {error!r}{_advice(folder)}"
         ) from error
     with errors_at(str(source)):
-        space = selected(dataset.observation_space, observation_keys)
+        space = sorted_space(selected(dataset.observation_space, observation_keys))
         if metadata.get("jpeg_encoding") and has_images(space):
             warnings.warn(
                 f"{source}: images are stored as JPEG, and are not quite what the environment shows a "
@@ -175,7 +175,7 @@ def _advice(folder: Path) -> str:
 def _episode(dataset: MinariDataset, observation_space: Space, index: int) -> EpisodeData:
     # One at a time: of several, Minari attributes what Arrow reads by its position.
     for episode in dataset.iterate_episodes([index]):
-        if observation_space is not dataset.observation_space:
+        if isinstance(observation_space, spaces.Dict):
             read = {key: episode.observations[key] for key in observation_space}  # pyright: ignore
             return replace(episode, observations=read)
         return episode

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.spaces import Dict, Tuple, flatdim, flatten_space
+from gymnasium.spaces import Dict, Tuple, flatdim
 from tensordict import TensorDictBase
 
 from torchrl_iql.data.arrays import action_box, observation_box
@@ -18,9 +18,12 @@ from torchrl_iql.spaces import (
     ActionBounds,
     actions_within,
     array,
+    named_leaves,
     observation_dtype,
+    observation_row_space,
     observation_rows,
     selected,
+    sorted_space,
 )
 
 __all__ = ["chosen", "flattened", "given_arrays", "shown"]
@@ -78,6 +81,7 @@ def flattened(
     arrays["actions"] = categories(action_space, arrays["actions"], "actions")
     if observation_keys is not None and (isinstance(observations, Mapping) or env_spec is None):
         observation_space = selected(observation_space, observation_keys)
+    given_space, observation_space = observation_space, sorted_space(observation_space)
     for key in arrays.keys() & {"observations", "next_observations"}:
         values = categories(observation_space, arrays[key], key)
         if isinstance(values, Mapping):
@@ -87,9 +91,10 @@ def flattened(
             values = observation_rows(observation_space, values, length, dtype, key)
         elif isinstance(observation_space, Dict):
             _require_columns(observation_space, values, key)
+            _require_sorted(given_space, key)
         arrays[key] = values
     if isinstance(observation_space, Dict | Tuple):
-        observation_space = flatten_space(observation_space)
+        observation_space = observation_row_space(observation_space)
     return env_spec, (observation_space, action_space)
 
 
@@ -109,4 +114,14 @@ def _require_columns(space: Dict, values: np.ndarray, key: str) -> None:
         raise ValueError(
             f"{key} has shape {list(values.shape)}, expected [n, {flatdim(space)}], which are {sizes}; "
             "give a dictionary of them, or name those that there are in observation_keys="
+        )
+
+
+def _require_sorted(space: Space, key: str) -> None:
+    """Refuse vectors of a space that others flatten in its own order, and rows are in the sorted one."""
+    names = [name for name, _ in named_leaves(space)]
+    if names != [name for name, _ in named_leaves(sorted_space(space))]:
+        raise ValueError(
+            f"{key} are vectors, of which nothing tells whether {', '.join(names)} are in this order or in "
+            "that of sorted names: give a dictionary of them"
         )

@@ -348,7 +348,7 @@ def _recorded(
             except Exception as error:  # whatever h5py, Arrow and Minari meet in damaged files
                 raise ValueError(f"{source}, episode {index} can not be read: {error}") from error
             start: dict[str, Any] = {key: metadata.get(key) for key in ("seed", "options")}
-            yield _episode(episode, dataset.observation_space, **start)
+            yield _episode(episode, found.observation_space, **start)
 
     return env_spec, episodes()
 
