@@ -229,10 +229,11 @@ class TestEpisodeRules:
         [
             ({"success": [False, False, False, True, False]}, [1.0, 1.0, 1.0, 1.0]),
             ({"success": [False, False, True, False]}, [1.0, 1.0, 1.0, 1.0]),
+            ({"is_success": [False, False, False, True, False]}, [1.0, 1.0, 1.0, 1.0]),
             ({"success": [True, False, False, True, True]}, [0.0, 0.0, 0.0, 0.0]),
             (None, [0.0, 0.0, 1.0, 1.0]),
         ],
-        ids=["with reset", "without reset", "success at reset", "sparse rewards"],
+        ids=["with reset", "without reset", "is_success", "success at reset", "sparse rewards"],
     )
     def test_where_success_is_found(self, infos, rewards):
         episode = walk(4, infos=infos, rewards=rewards)

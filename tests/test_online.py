@@ -125,6 +125,75 @@ def test_an_episode_ends_at_its_first_success_as_in_the_data() -> None:
     assert (whole[-1]["terminated"].item(), whole[-1]["truncated"].item()) == (False, True)
 
 
+class Paid(gymnasium.Env):
+    """Pays as it is told, and may report success."""
+
+    observation_space, action_space = Box(-9, 9, (1,)), Box(-1, 1, (1,))
+
+    def __init__(self, rewards: list[float], key: str | None, success: list[bool]) -> None:
+        self.rewards, self.key, self.success = rewards, key, success
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        reward, success = self.rewards[self.t], self.success[self.t]
+        self.t += 1
+        info = {} if self.key is None else {self.key: success}
+        return (
+            np.full(1, self.t, np.float32),
+            reward,
+            False,
+            self.t == len(self.rewards),
+            info,
+        )
+
+
+@pytest.mark.parametrize(
+    ("rewards", "key", "length"),
+    [
+        ([0, 0, 1, 1], None, 3),
+        ([0, 0, 1, 1], "success", 2),
+        ([0.5, 0, 1, 1], "is_success", 2),
+        ([0, 1, 1, 1], "is_success", 2),
+        ([0, 0, 0, 0], None, 4),
+        ([0.5, 0, 1, 1], None, None),
+    ],
+)
+def test_success_is_what_it_is_in_the_data(
+    rewards: list[float], key: str | None, length: int | None
+) -> None:
+    reported = [False, True, False, False]
+    episode = {
+        "observations": np.arange(5.0)[:, None],
+        "actions": np.zeros((4, 1)),
+        "rewards": rewards,
+        "terminations": np.zeros(4),
+        "infos": {} if key is None else {key: reported},
+    }
+    make = partial(Paid, rewards, key, reported)
+    played = environment(make, episode_rule="until_success").rollout(10)["next"]
+    read = partial(
+        OfflineDataset.from_episodes,
+        "paid",
+        [episode],
+        observation_space=Paid.observation_space,
+        action_space=Paid.action_space,
+        episode_rule="until_success",
+    )
+    if length is None:  # which the data can not tell, either
+        assert len(played) == 4
+        with pytest.raises(ValueError, match="needs infos/success or rewards of 0 and 1"):
+            read()
+        return
+    recorded = read().transitions["next"]
+    assert len(played) == len(recorded) == length
+    for end in ("terminated", "truncated"):
+        assert played[end].equal(recorded[end])
+
+
 # --- The policy that collects --------------------------------------------------------------------------
 
 

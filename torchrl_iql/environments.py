@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 import gymnasium
+import numpy as np
 from gymnasium import Space, spaces
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 from gymnasium.wrappers import TransformObservation
@@ -38,6 +39,7 @@ from torchrl_iql.spaces import (
 
 __all__ = [
     "REFERENCE_SCORES",
+    "SUCCESS",
     "Env",
     "antmaze_id",
     "data_environment",
@@ -50,6 +52,7 @@ __all__ = [
     "spaces_of",
     "spec_of",
     "success",
+    "success_paid",
     "written_spec",
 ]
 
@@ -361,7 +364,16 @@ def _made(env: Env) -> gymnasium.Env:
         ) from error
 
 
+SUCCESS = "success", "is_success"
+"""Where the info of a step reports success, the first that is there."""
+
+
 def success(info: Mapping[str, Any]) -> bool | None:
     """Return whether the info of a step reports success; None if it does not say."""
-    reported = info.get("success", info.get("is_success"))
+    reported = next((info[name] for name in SUCCESS if name in info), None)
     return None if reported is None else bool(reported)
+
+
+def success_paid(rewards: Any) -> np.ndarray | None:
+    """Return which rewards are paid for success where nothing reports it; None of others than 0 and 1."""
+    return np.equal(rewards, 1) if np.isin(rewards, (0, 1)).all() else None

@@ -50,7 +50,7 @@ from torchrl.weight_update import SharedMemWeightSyncScheme
 from torchrl_iql.data.dataset import OfflineDataset
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.rewards import UNCHANGED, RewardTransform
-from torchrl_iql.environments import Env, data_environment, success
+from torchrl_iql.environments import Env, data_environment, success, success_paid
 from torchrl_iql.spaces import action_support, observation_dtype, written
 
 __all__ = [
@@ -83,7 +83,7 @@ def environment(
         env_spec: the environment: an id, a specification, or a function that makes it.
         reward_transform: that of the data set.
         episode_rule: that of the data set. ``"until_success"`` terminates at the first success that
-            the environment reports.
+            the environment reports or, if it reports none and has paid nothing but 0 and 1, at a reward of 1.
 
     Raises:
         ValueError: if the environment cannot be built.
@@ -118,9 +118,17 @@ def _of_rows(env: gymnasium.Env) -> gymnasium.Env:
 
 
 class _UntilSuccess(gymnasium.Wrapper):
+    """Ends where the data do: at what is reported or, if nothing is, at the 1 of rewards of 0 and 1."""
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        self._is_paid = True
+
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
-        if success(info):
+        reported, paid = success(info), success_paid(reward)
+        self._is_paid &= reported is None and paid is not None
+        if reported or (self._is_paid and paid):
             terminated, truncated = True, False
         return observation, reward, terminated, truncated, info
 

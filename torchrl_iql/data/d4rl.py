@@ -3,7 +3,7 @@
 The arrays ``observations``, ``actions``, ``rewards`` and ``terminals``, and ``timeouts`` and
 ``next_observations`` if they are stored, are split as :mod:`torchrl_iql.data.arrays` says. Without
 ``next_observations`` the transitions are those that the official code of IQL learns from. Of the
-others, an episode rule needs ``infos/success``, and those that are named as columns are kept; any other array
+others, an episode rule reads ``infos/success``, and those that are named as columns are kept; any other array
 beside these would be input that is not understood, and is refused.
 
 Observations have no bounds. Actions are those of the environment that is given, if it has as many, else

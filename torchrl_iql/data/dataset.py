@@ -356,7 +356,7 @@ class OfflineDataset:
             next_observations: as ``observations``.
             episode_ids: which episode, or log, a row is of, ``[n]``, numbers or text. An episode ends
                 with its rows, truncated if the last one is not terminal, and with a terminal.
-            infos: arrays ``[n, ...]``, of which ``"until_success"`` reads ``"success"``.
+            infos: arrays ``[n, ...]``, of which ``"until_success"`` reads ``"success"`` or ``"is_success"``.
             observation_space: by default that of the environment, if one is given, else a ``Box``
                 without bounds, of bytes for uint8. Of a compound one, observations may also be the
                 vectors that it is flattened to.

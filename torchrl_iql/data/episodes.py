@@ -12,6 +12,7 @@ from minari import EpisodeData
 from tensordict import unravel_key
 
 from torchrl_iql.data.rules import EpisodeRule
+from torchrl_iql.environments import SUCCESS, success_paid
 from torchrl_iql.spaces import (
     ActionsOutside,
     action_rows,
@@ -197,20 +198,19 @@ def require_names(columns: Sequence[NestedKey]) -> None:
 def _first_success(episode: EpisodeData, rewards: np.ndarray) -> int | None:
     """Find the index of the first transition that ends in success, None without one.
 
-    Success is ``infos["success"]``, else a reward of 1 among rewards of 0 and 1. Minari stores the
+    Success is ``infos["success"]``, else ``infos["is_success"]``, else a reward of 1 among rewards of 0
+    and 1: :func:`~torchrl_iql.environments.success` and ``success_paid`` of all steps. Minari stores the
     info of the reset before those of the steps: a success there belongs to no transition.
     """
     length, infos = len(rewards), episode.infos or {}
-    if "success" in infos:
-        recorded = flags(infos["success"], "infos/success")
+    if name := next((name for name in SUCCESS if name in infos), None):
+        recorded = flags(infos[name], f"infos/{name}")
         if len(recorded) not in (length, length + 1):
             raise ValueError(
-                f"infos/success has {len(recorded)} entries, expected {length} or {length + 1}"
+                f"infos/{name} has {len(recorded)} entries, expected {length} or {length + 1}"
             )
         success = recorded[-length:]
-    elif np.isin(rewards, (0, 1)).all():
-        success = rewards.astype(bool)
-    else:
+    elif (success := success_paid(rewards)) is None:
         raise ValueError(
             "episode rule 'until_success' needs infos/success or rewards of 0 and 1, "
             f"found infos {sorted(infos)} and other rewards"

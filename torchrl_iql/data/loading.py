@@ -23,7 +23,7 @@ from torchrl_iql.data.minari import minari_source
 from torchrl_iql.data.ogbench import is_ogbench, ogbench_source
 from torchrl_iql.data.rewards import RewardRule, RewardTransform
 from torchrl_iql.data.source import Source
-from torchrl_iql.environments import Env, observing, spec_of
+from torchrl_iql.environments import SUCCESS, Env, observing, spec_of
 from torchrl_iql.spaces import ActionBounds, actions_within, differ_in_type_alone, selected
 
 __all__ = ["load"]
@@ -156,7 +156,7 @@ def load(
         warn_of_fragments(cached)
         return cached
 
-    wanted = {*columns, *(["success"] if episodes == "until_success" else [])}
+    wanted = {*columns, *(SUCCESS if episodes == "until_success" else ())}
     loaded = OfflineDataset.from_episodes(
         episodes=_episodes(sources, wanted), columns=columns, **known
     )
