@@ -139,6 +139,32 @@ class TestOwnEpisodes:
             joined(walk(3, rewards=[np.nan] * 3), reference_scores=scores)
 
     @pytest.mark.parametrize(
+        ("shape", "message"),
+        [
+            ((4, 2, 3, 1), None),
+            ((4, 2, 3), None),
+            ((4, 2, 1, 3), None),
+            ((4, 6), None),
+            ((4, 3, 2), r"shape \[4, 3, 2\], expected \[T, 2, 3, 1\]"),
+            ((4, 1, 3, 2), r"shape \[4, 1, 3, 2\], expected \[T, 2, 3, 1\]"),
+        ],
+    )
+    def test_as_many_numbers_of_another_shape_are_refused(self, shape, message):
+        values, like = np.arange(24.0), spaces.Box(-99, 99, (2, 3, 1))
+        given = {"observations": values.reshape(shape), "actions": np.zeros((3, *shape[1:]))}
+        for key in given:  # each of a wrong shape, the other of a right one
+            right = {"observations": np.zeros((4, 2, 3, 1)), "actions": np.zeros((3, 2, 3, 1))}
+            episode = walk(3, **right | {key: given[key]})
+            if message is None:
+                rows = joined(episode, observation_space=like, action_space=like).transitions
+                if key == "observations":
+                    assert rows["observation"].flatten().tolist() == values[:18].tolist()
+                continue
+            told = message.replace("[4", "[4" if key == "observations" else "[3")
+            with pytest.raises(ValueError, match=f"^walks, episode 0: {key} has {told}"):
+                joined(episode, observation_space=like, action_space=like)
+
+    @pytest.mark.parametrize(
         ("space", "observations", "message"),
         [
             (

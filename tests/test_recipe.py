@@ -22,11 +22,12 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces import Box, Dict
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 
 from runs import SMALL, TINY, of_maze, rows
-from torchrl_iql import Evaluator, checkpoint, load_dataset, load_policy
+from torchrl_iql import Evaluator, OfflineDataset, checkpoint, load_dataset, load_policy
 from torchrl_iql.data import Minibatches
 from torchrl_iql_recipes.algorithms.iql import IQL
 from torchrl_iql_recipes.experiment import build, offline, online, results
@@ -208,6 +209,80 @@ def test_without_evaluation_no_environment_is_needed(
 def test_data_without_an_environment_are_refused(maze_id: str) -> None:
     dataset = dataclasses.replace(load_dataset(maze_id), env_spec=None)
     with pytest.raises(ValueError, match=rf"{maze_id} does not .* env=<id>, or eval_episodes=0"):
+        build.evaluator_for(config().evaluation, config().data, dataset)
+
+
+class Shown(gymnasium.Env):
+    """Shows pixels, and takes matrices."""
+
+    observation_space = Dict(
+        [("z", Box(0, 255, (6, 4, 3), np.uint8)), ("a", Box(0, 255, (2,), np.uint8))]
+    )
+    action_space = Box(-1, 1, (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"z": np.zeros((4, 6, 4, 3))}, None),  # bytes, as numbers
+        (
+            {"z": np.full((4, 6, 4, 3), 0.5)},
+            "observations of float32, but Shown shows uint8: give env=",
+        ),
+        (
+            {"z": np.zeros((4, 3, 6, 4), np.uint8)},
+            r"observations of shape \[3, 6, 4\], but those of Shown are of \[6, 4, 3\]",
+        ),
+        (
+            {"action": np.zeros((4, 3, 2))},
+            r"actions of shape \[3, 2\], but those of Shown are of \[2, 3\]",
+        ),
+    ],
+)
+def test_as_many_numbers_that_are_others_are_refused(
+    changes: dict[str, np.ndarray], message: str | None
+) -> None:
+    seen = {"z": np.zeros((4, 6, 4, 3), np.uint8), "a": np.zeros((4, 2), np.uint8), **changes}
+    actions = seen.pop("action", np.zeros((4, 2, 3)))
+    boxes = {
+        key: Box(0, 255, its.shape[1:], its.dtype if its.dtype == np.uint8 else np.float32)
+        for key, its in seen.items()
+    }
+    dataset = OfflineDataset.from_episodes(
+        "seen",
+        [
+            {
+                "observations": seen,
+                "actions": actions[1:],
+                "rewards": np.zeros(3),
+                "terminations": np.zeros(3),
+            }
+        ],
+        observation_space=Dict(boxes),
+        action_space=Box(-1, 1, actions.shape[1:]),
+        env_spec=Shown,
+    )
+    if message is None:
+        build.evaluator_for(config().evaluation, config().data, dataset)
+        return
+    with pytest.raises(ValueError, match=f"^seen holds {message}"):
+        build.evaluator_for(config().evaluation, config().data, dataset)
+
+
+def test_bytes_are_no_numbers_of_the_environment() -> None:
+    dataset = OfflineDataset.from_arrays(
+        "bytes",
+        observations=np.zeros((4, 3), np.uint8),
+        actions=np.zeros((4, 1)),
+        rewards=np.zeros(4),
+        terminals=np.zeros(4),
+        timeouts=np.zeros(4),
+        observation_space=Box(0, 255, (3,), np.uint8),
+        env_spec="Pendulum-v1",
+    )
+    message = "bytes holds observations of uint8, but Pendulum-v1 shows float32"
+    with pytest.raises(ValueError, match=message):
         build.evaluator_for(config().evaluation, config().data, dataset)
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "differ_in_type_alone",
     "environment_action",
     "environment_actions",
+    "fits",
     "flags",
     "images_of",
     "leaf_spaces",
@@ -406,12 +407,18 @@ def _entry(values: Any, name: str | int, key: str) -> Any:
 
 
 def _rows(values: Any, shape: tuple[int, ...], key: str, kind: str = "numbers") -> np.ndarray:
-    """Turn entries of this shape, or of as many elements, into ``[T, number of elements]``."""
+    """Turn entries of this shape, or of one that :func:`fits` it, into ``[T, number of elements]``."""
     values = numbers(values, key, kind)
-    if values.ndim == 0 or math.prod(values.shape[1:]) != math.prod(shape):
+    if values.ndim == 0 or not fits(values.shape[1:], shape):
         expected = ", ".join(map(str, ("T", *shape)))
         raise ValueError(f"{key} has shape {list(values.shape)}, expected [{expected}]")
     return values.reshape(len(values), math.prod(shape))
+
+
+def fits(found: Sequence[int], shape: Sequence[int]) -> bool:
+    """Return whether entries are of a shape, but for dimensions of 1, or its elements in a row."""
+    found, shape = ([size for size in each if size != 1] for each in (found, shape))
+    return found in (shape, [math.prod(shape)])
 
 
 def _categories(values: Any, n: Any, start: Any, key: str) -> np.ndarray:

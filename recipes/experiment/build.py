@@ -12,16 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, flatdim
 from omegaconf import OmegaConf
 
 from torchrl_iql import Evaluator, OfflineDataset, TrainStep, load_dataset
 from torchrl_iql.data.stored import DownloadError
-from torchrl_iql.environments import antmaze_id, spec_of
+from torchrl_iql.environments import antmaze_id, spaces_of, spec_of
 from torchrl_iql.models import Architecture
-from torchrl_iql.spaces import share_outside
+from torchrl_iql.spaces import leaf_spaces, observation_dtype, share_outside, sorted_space
 from torchrl_iql.training import OnNonfinite
 from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.commands import typed
@@ -51,6 +53,10 @@ __all__ = [
     "set_up",
     "step_for",
 ]
+
+
+SAMPLES = 1000
+"""Observations that tell whether they are bytes, or fewer."""
 
 
 def set_up(compute: Compute) -> None:
@@ -249,6 +255,7 @@ def evaluator_for(
                 f"{dataset.name} holds {recorded}, but {evaluate.envs[0].spec.id} has {played}: give "  # pyright: ignore
                 "env=<id> of another, env=null for the one that the data set names, or eval_episodes=0"
             )
+        _require_alike(dataset, evaluate)
         _require_playable(dataset, evaluate)
     return make, maze
 
@@ -263,6 +270,45 @@ def _one(make: Callable[..., Evaluator]) -> Iterator[Evaluator]:
         ) from error
     with evaluator:
         yield evaluator
+
+
+def _require_alike(dataset: OfflineDataset, evaluate: Evaluator) -> None:
+    """Refuse as many numbers that are others: no bytes where these are shown, or in another order."""
+    spec = dataset.env_spec
+    assert spec is not None
+    rows = dataset.transitions["observation"]
+    found, shown = rows.numpy().dtype, observation_dtype(evaluate.envs[0].observation_space)
+    some = rows[:: max(1, len(rows) // SAMPLES)]
+    if found == np.uint8 if shown is not np.uint8 else not some.equal(some.byte().to(some.dtype)):
+        raise SettingsError(
+            f"{dataset.name} holds observations of {found}, but {spec.id} shows {np.dtype(shown)}: give "
+            "env=<id> of another, data as it shows them, or eval_episodes=0"
+        )
+    recorded = dataset.observation_space, dataset.action_space
+    if not any(map(_matrices, recorded)):
+        return
+    for kind, mine, its in zip(("observations", "actions"), recorded, spaces_of(spec), strict=True):
+        have, plays = _matrices(mine), _matrices(sorted_space(its))
+        if have and plays and have != plays:
+            raise SettingsError(
+                f"{dataset.name} holds {kind} of shape {_shapes(have)}, but those of {spec.id} are of "
+                f"{_shapes(plays)}: give env=<id> of another, or eval_episodes=0"
+            )
+
+
+def _matrices(space: Space) -> list[tuple[int, list[int]]]:
+    """Return where in the rows that is which has several dimensions, and its shape but for those of 1."""
+    found, start = [], 0
+    for leaf in leaf_spaces(space):
+        shape = [size for size in leaf.shape or () if size != 1]
+        if len(shape) > 1:
+            found.append((start, shape))
+        start += flatdim(leaf)
+    return found
+
+
+def _shapes(matrices: Sequence[tuple[int, list[int]]]) -> str:
+    return " and ".join(str(shape) for _, shape in matrices)
 
 
 def _require_playable(dataset: OfflineDataset, evaluate: Evaluator) -> None:

@@ -39,6 +39,7 @@ from torchrl_iql.spaces import (
     action_rows,
     array,
     column,
+    fits,
     flags,
     observation_rows,
     require_finite,
@@ -381,14 +382,13 @@ def _episode(
 
 
 def _require_fit(episodes: list[_Episode], env: gymnasium.Env, env_id: str) -> None:
-    shapes = env.observation_space.shape or (), env.action_space.shape or ()
-    columns, size = (math.prod(shape) for shape in shapes)
+    columns = math.prod(env.observation_space.shape or ())
     found = episodes[0].observations.shape[1]
     if found != columns:
         raise ValueError(f"observations have {found} columns, those of {env_id} {columns}")
-    found = math.prod(episodes[0].actions.shape[1:])
-    if found != size:
-        raise ValueError(f"actions have {found} entries, those of {env_id} {size}")
+    found, shape = episodes[0].actions.shape[1:], env.action_space.shape or ()
+    if not fits(found, shape):
+        raise ValueError(f"actions have shape {list(found)}, those of {env_id} {list(shape)}")
     for episode in episodes:
         if isinstance(env.action_space, Discrete):
             action_rows(env.action_space, episode.actions)
