@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import gymnasium
 import numpy as np
@@ -248,12 +249,13 @@ class TestOwnArrays:
 
     def test_the_time_limit_of_the_environment(self):
         arrays = flat([walk(10)]) | {"timeouts": None, "next_observations": None}
-        spec = gymnasium.make("Pendulum-v1", max_episode_steps=4).spec
-        dataset = OfflineDataset.from_arrays(
-            "walks", **arrays, observation_space=PLANE, env_spec=spec
-        )
-        assert dataset.transitions["observation"][:, 0].tolist() == [0, 1, 2, 4, 5, 6, 8]
-        assert dataset.episode_lengths.tolist() == [3, 3, 1]
+        made = partial(gymnasium.make, "Pendulum-v1", max_episode_steps=4)
+        for env in (made().spec, made):
+            dataset = OfflineDataset.from_arrays(
+                "walks", **arrays, observation_space=PLANE, env_spec=env
+            )
+            assert dataset.transitions["observation"][:, 0].tolist() == [0, 1, 2, 4, 5, 6, 8]
+            assert dataset.episode_lengths.tolist() == [3, 3, 1]
 
     def test_discrete_actions_and_success(self):
         arrays = flat([walk(10)]) | {"actions": np.arange(10) % 3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -13,6 +14,7 @@ import pytest
 import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Space
+from gymnasium.wrappers import TimeLimit
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
@@ -431,10 +433,12 @@ class TestScores:
 
 
 class Endless(Countdown):
-    """Ends neither by itself, nor by a limit of its specification."""
+    """Ends neither by itself, nor by a limit of its specification, of which it may have one in name."""
 
-    def __init__(self) -> None:
+    def __init__(self, named: bool = False) -> None:
         super().__init__(Box(-1.0, 1.0, (2,)), {}, truncates=False)
+        if named:
+            self._max_episode_steps = 3
 
     def step(self, action: Any):
         self.left += 1
@@ -444,11 +448,14 @@ class Endless(Countdown):
 
 def test_an_environment_without_a_limit_gets_one() -> None:
     policy = TensorDictModule(torch.zeros_like, in_keys=["observation"], out_keys=["action"])
-    with (
-        Evaluator(Endless, episodes=2, step_limit=7) as evaluate,
-        pytest.warns(UserWarning, match="2 of 2 episodes .* were cut after 7 steps"),
-    ):
-        assert evaluate(policy).returns.tolist() == [7.0, 7.0]
+    for named in (False, True):
+        with (
+            Evaluator(partial(Endless, named), episodes=2, step_limit=7) as evaluate,
+            pytest.warns(UserWarning, match="2 of 2 episodes .* were cut after 7 steps"),
+        ):
+            assert evaluate(policy).returns.tolist() == [7.0, 7.0]
+    with Evaluator(lambda: TimeLimit(Endless(), 5), episodes=1, step_limit=7) as evaluate:
+        assert evaluate(policy).returns.tolist() == [5.0]
     with Evaluator("Pendulum-v1", episodes=1, step_limit=7) as evaluate:  # has one of its own
         torques = TensorDictModule(
             lambda observation: observation[:, :1] * 0, in_keys=["observation"], out_keys=["action"]
@@ -459,6 +466,13 @@ def test_an_environment_without_a_limit_gets_one() -> None:
 
 
 class TestErrors:
+    def test_a_function_that_returns_one_environment(self):
+        env = gymnasium.make("CartPole-v1")
+        with Evaluator(lambda: env, episodes=1) as evaluate:
+            assert len(evaluate.envs) == 1
+        with pytest.raises(ValueError, match="has to make a new one at each call"):
+            Evaluator(lambda: TimeLimit(env, 5), episodes=2)
+
     def test_no_episodes(self):
         with pytest.raises(ValueError, match="at least 1, got 0"):
             Evaluator("CartPole-v1", episodes=0)

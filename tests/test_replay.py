@@ -474,7 +474,7 @@ class TestCommand:
                 ["--env", "HalfCheetah-v5"],
                 "observations have 11 columns, those of HalfCheetah-v5 17",
             ),
-            (["--env", "test/Legs-v0"], "actions have 3 entries, those of test/Legs-v0 2"),
+            (["--env", "test/Legs-v0"], "actions have shape [3], those of test/Legs-v0 [2]"),
             (["--env", "Hopper-v5", "--samples", "0"], "samples is 0, expected at least 1"),
         ],
     )

@@ -25,7 +25,7 @@ import gymnasium
 import numpy as np
 from gymnasium import Space, spaces
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
-from gymnasium.wrappers import TransformObservation
+from gymnasium.wrappers import TimeLimit, TransformObservation
 
 from torchrl_iql.nested import texts
 from torchrl_iql.ogbench import OwnChance, is_from_ogbench, is_single_task, ogbench_package
@@ -53,6 +53,8 @@ __all__ = [
     "spec_of",
     "success",
     "success_paid",
+    "time_limit",
+    "time_limit_of",
     "written_spec",
 ]
 
@@ -293,6 +295,28 @@ def spaces_of(env_spec: EnvSpec) -> tuple[Space, Space]:
     with _made(env_spec) as env:
         spaces_ = env.observation_space, env.action_space
     return spaces_
+
+
+def time_limit(env: gymnasium.Env) -> int | None:
+    """Return the steps after which a wrapper ends an episode; None if no wrapper does."""
+    limits = []
+    while isinstance(env, gymnasium.Wrapper):
+        if isinstance(env, TimeLimit):
+            limits.append(env._max_episode_steps)
+        env = env.env
+    return min(limits, default=None)
+
+
+def time_limit_of(env_spec: EnvSpec | None) -> int | None:
+    """Return :func:`time_limit` of an environment, which is made only if its specification names none.
+
+    Raises:
+        ValueError: it can not be built.
+    """
+    if env_spec is None or env_spec.max_episode_steps is not None:
+        return env_spec and env_spec.max_episode_steps
+    with _made(env_spec) as env:
+        return time_limit(env)
 
 
 def flat_environment(env: Env) -> gymnasium.Env:

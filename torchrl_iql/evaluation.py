@@ -28,6 +28,7 @@ from torchrl_iql.environments import (
     reference_scores_of,
     require_reference_scores,
     success,
+    time_limit,
 )
 from torchrl_iql.spaces import observation_dtype
 
@@ -107,7 +108,7 @@ class Evaluator:
 
     Args:
         env_spec: the environment: an id, ``"module:Id-v0"``, the specification of a data set, or a
-            function that makes it.
+            function that makes a new one at each call.
         episodes: the number of episodes ``E``, at least 1.
         seed: episode ``i`` is reset with ``seed + i``, at every call.
         reference_scores: the returns of a random and of an expert policy, for the normalized score
@@ -119,8 +120,8 @@ class Evaluator:
             reaches it counts as it is, with a warning.
 
     Raises:
-        ValueError: if ``episodes``, ``step_limit`` or ``reference_scores`` are out of range, or the
-            environment cannot be built.
+        ValueError: if ``episodes``, ``step_limit`` or ``reference_scores`` are out of range, the
+            environment cannot be built, or a function returns the same one twice.
         TypeError: if the action space is neither ``Box`` nor ``Discrete``.
 
     Example:
@@ -151,9 +152,13 @@ class Evaluator:
             require_reference_scores(reference_scores)
         self.seed = seed
         self.envs = [data_environment(env_spec) for _ in range(episodes)]
-        # gymnasium.make puts it around environments whose specification has a limit.
+        if len({id(env.unwrapped) for env in self.envs}) < episodes:
+            raise ValueError(
+                f"env_spec returned {self.envs[0].unwrapped} more than once: a function has to make a new one at "
+                "each call, since all episodes are played at once."
+            )
         self._limit = None
-        if not self.envs[0].has_wrapper_attr("_max_episode_steps"):
+        if time_limit(self.envs[0]) is None:
             self._limit = step_limit
             self.envs = [TimeLimit(env, step_limit) for env in self.envs]
         self.action_space = self.envs[0].action_space

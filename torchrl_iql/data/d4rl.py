@@ -35,7 +35,7 @@ from torchrl_iql.data.cache import unfinished
 from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.source import Source
 from torchrl_iql.data.stored import D4RL_SUFFIX, DownloadError, d4rl_folder
-from torchrl_iql.environments import antmaze_id, spec_of
+from torchrl_iql.environments import antmaze_id, spec_of, time_limit_of
 from torchrl_iql.spaces import ActionBounds
 
 __all__ = ["d4rl_episodes", "d4rl_source", "has_next_observations", "is_d4rl"]
@@ -98,7 +98,7 @@ def d4rl_source(
         space = action_space_of(file["actions"], action_space, env_spec)
         tells = any(key in file for key in OPTIONAL)
         env_spec = env_spec or _antmaze(path, file)
-    time_limit = None if tells or env_spec is None else env_spec.max_episode_steps
+    time_limit = None if tells else time_limit_of(env_spec)
     if env_spec is not None and time_limit is not None:
         warnings.warn(
             f"{path} has neither timeouts nor next_observations: episodes are taken to end at terminals "

@@ -42,7 +42,14 @@ from torchrl_iql.data.rewards import (
     RewardTransform,
 )
 from torchrl_iql.data.tensordicts import transition_arrays
-from torchrl_iql.environments import Env, observing, require_reference_scores, spaces_of, spec_of
+from torchrl_iql.environments import (
+    Env,
+    observing,
+    require_reference_scores,
+    spaces_of,
+    spec_of,
+    time_limit_of,
+)
 from torchrl_iql.spaces import (
     ActionBounds,
     ActionsOutside,
@@ -417,11 +424,9 @@ class OfflineDataset:
             spec, spaces = flattened(
                 arrays, observation_space, action_space, spec_of(env_spec), observation_keys
             )
-            episodes = array_episodes(
-                **arrays,
-                infos=told,
-                time_limit=None if spec is None else spec.max_episode_steps,
-            )
+            tells = any(key in arrays for key in MAY_BE_MISSING)
+            limit = None if tells else time_limit_of(spec)
+            episodes = array_episodes(**arrays, infos=told, time_limit=limit)
         dataset = cls.from_episodes(
             name,
             episodes,
