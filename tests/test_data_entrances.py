@@ -211,6 +211,25 @@ def test_infos_are_kept_as_columns(tmp_path: Path) -> None:
     assert other.transitions["cost"].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ((4,), (3,), "infos/energy has T entries, expected T \\+ 1, as in the first episode"),
+        ((3,), (4,), "infos/energy has T \\+ 1 entries, expected T, as in the first episode"),
+        (
+            (3, 2),
+            (3, 4),
+            r"infos/energy has entries of shape \[4\], expected \[2\], as in the first",
+        ),
+        ((4, 2), (4,), r"infos/energy has entries of shape \[\], expected \[2\], as in the first"),
+    ],
+)
+def test_columns_are_alike_in_all_episodes(first: tuple, second: tuple, message: str) -> None:
+    episodes = [walk(3, infos={"energy": np.zeros(shape)}) for shape in (first, second)]
+    with pytest.raises(ValueError, match=f"^walks, episode 1: {message}"):
+        joined(*episodes, columns=["energy"])
+
+
 def test_columns_follow_the_episode_rules() -> None:
     first = walk(
         4, rewards=np.array([0.0, 1, 0, 0]), infos={"success": [0, 0, 1, 0, 0], "n": np.arange(4)}

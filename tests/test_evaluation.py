@@ -470,7 +470,7 @@ class TestErrors:
         env = gymnasium.make("CartPole-v1")
         with Evaluator(lambda: env, episodes=1) as evaluate:
             assert len(evaluate.envs) == 1
-        with pytest.raises(ValueError, match="has to make a new one at each call"):
+        with pytest.raises(ValueError, match="has to make one anew at each call"):
             Evaluator(lambda: TimeLimit(env, 5), episodes=2)
 
     def test_no_episodes(self):

@@ -154,8 +154,8 @@ class Evaluator:
         self.envs = [data_environment(env_spec) for _ in range(episodes)]
         if len({id(env.unwrapped) for env in self.envs}) < episodes:
             raise ValueError(
-                f"env_spec returned {self.envs[0].unwrapped} more than once: a function has to make a new one at "
-                "each call, since all episodes are played at once."
+                f"env_spec returned {self.envs[0].unwrapped} more than once: a function has to make one "
+                "anew at each call, since all episodes are played at once."
             )
         self._limit = None
         if time_limit(self.envs[0]) is None:

@@ -232,6 +232,8 @@ class OfflineDataset:
                     part, ended = transition_columns(
                         given, observation_space, action_space, episode_rule, columns
                     )
+                    if parts:
+                        _require_alike(part, parts[0])
             except ActionsOutside as error:
                 outside.append(error)
                 continue
@@ -862,6 +864,23 @@ def _statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
     std = (squares / len(rows)).sqrt()
     constant = std <= STD_FLOOR * largest
     return mean.float(), std.masked_fill(constant, 1.0).float()
+
+
+def _require_alike(
+    part: Mapping[NestedKey, np.ndarray], first: Mapping[NestedKey, np.ndarray]
+) -> None:
+    """Refuse columns of an episode that can not be joined with those of the first one."""
+    for key in part.keys() ^ first.keys():  # under "next", of what tells also of the last state
+        found, expected = ("T + 1", "T") if key in part else ("T", "T + 1")
+        raise ValueError(
+            f"infos/{written(key[1:])} has {found} entries, expected {expected}, as in the first episode"  # pyright: ignore
+        )
+    for key, its in part.items():
+        if its.shape[1:] != first[key].shape[1:]:
+            raise ValueError(
+                f"infos/{written(key)} has entries of shape {list(its.shape[1:])}, expected "
+                f"{list(first[key].shape[1:])}, as in the first episode"
+            )
 
 
 def _refuse(outside: Sequence[ActionsOutside], others: int) -> None:
