@@ -403,6 +403,42 @@ def test_a_reward_that_dwarfs_all_others_is_told(outlier: float) -> None:
         OfflineDataset.from_arrays("walks", **arrays, reward_rule="unit_rms")
 
 
+@pytest.mark.parametrize("entrance", ["vectors", "dictionary", "episodes", "infos"])
+def test_digits_that_float32_does_not_hold_are_told(entrance: str) -> None:
+    """A place in the north, and the time of a log: few of their values are left in a row."""
+    n = np.arange(1000)
+    east, stamp = 5.4e6 + 2 * np.sin(n / 20), 1.7e9 + 0.02 * n
+    assert len(np.unique(east.astype(np.float32))) == 9
+    assert len(np.unique(stamp.astype(np.float32))) == 1
+    fine = np.stack([east - 5.4e6, n * 1e-30, np.full(1000, 5.4e6 + 0.1), 1e6 * np.cos(n)], axis=1)
+    rows = np.stack([east, *fine.T, stamp], axis=1)
+    given = {"actions": np.zeros((1000, 1)), "rewards": np.zeros(1000), "terminals": n % 20 == 19}
+    given |= {"timeouts": np.zeros(1000)}
+    expected = "observations[:, 0], observations[:, 5]"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if entrance == "vectors":
+            OfflineDataset.from_arrays("log", observations=rows, **given)
+        elif entrance == "dictionary":
+            parts = {"z": rows[:, [0]], "a": fine, "stamp": stamp[:, None]}
+            OfflineDataset.from_arrays("log", observations=parts, **given)
+            expected = "observations/stamp[:, 0], observations/z[:, 0]"
+        elif entrance == "infos":
+            OfflineDataset.from_arrays("log", observations=fine, columns={"at": stamp}, **given)
+            expected = "infos/at[:, 0]"
+        else:  # each of which goes a short way
+            parts = [walk(19, observations=part) for part in np.split(rows, 50)]
+            joined(*parts, observation_space=spaces.Box(-np.inf, np.inf, (6,), np.float64))
+        OfflineDataset.from_arrays("log", observations=rows.astype(np.float32), **given)
+        OfflineDataset.from_arrays("log", observations=fine, **given)
+    (message,) = [str(each.message) for each in told if "float32" in str(each.message)]
+    assert f"fewer than 256 values over the range of {expected}: subtract" in message
+    (place,) = {each.filename for each in told if "float32" in str(each.message)}
+    assert place == (
+        __file__ if entrance != "episodes" else __file__.replace("test_data_own", "episodes")
+    )
+
+
 class TestOwnTensorDict:
     def test_in_the_order_of_time(self):
         transitions = as_tensordict(flat(WALKS))

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import minari
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from tensordict import TensorDict
 from torch.nn import functional as F
 
-from episodes import MARKS, record, walk, write
+from episodes import MARKS, leaves, record, walk, write
 from runs import TINY, rows
 from torchrl_iql import load_dataset, load_policy, models
 from torchrl_iql.data import OfflineDataset
@@ -121,6 +123,45 @@ def test_images_that_are_not_what_was_seen_are_named() -> None:
             line for line in str(report(dataset)).splitlines() if line.startswith("observation")
         )
         assert line.endswith("4,322 columns: camera [40, 36, 3] uint8, joints [2] float32")
+
+
+@pytest.mark.parametrize("entrance", ["arrays", "tensordict"])
+def test_a_dictionary_keeps_its_space(entrance: str) -> None:
+    """Its images are seen by a network, and stored as images."""
+    rng = np.random.default_rng(0)
+    seen = {
+        "joints": rng.normal(size=(9, 2)).astype(np.float32),
+        "camera": rng.integers(0, 256, (9, *CAMERA.shape), np.uint8),
+    }
+    here, after = (
+        {key: its[rows] for key, its in seen.items()} for rows in (np.s_[:-1], np.s_[1:])
+    )
+    given: dict[str, Any] = {"actions": np.zeros((8, 1), np.float32), "rewards": np.zeros(8)}
+    ends = {"terminals": np.zeros(8, bool), "timeouts": np.arange(8) == 7}
+    if entrance == "arrays":
+        dataset = OfflineDataset.from_arrays(
+            "arm", observations=here, next_observations=after, **given, **ends
+        )
+    else:
+        tensors: Any = {
+            **here,
+            "action": given["actions"],
+            "next": {**after, "reward": given["rewards"], "terminated": ends["terminals"]},
+        }
+        tensors["next"]["truncated"] = ends["timeouts"]
+        dataset = OfflineDataset.from_tensordict(
+            "arm", TensorDict(tensors, [8]), observation_keys=["joints", "camera"]
+        )
+    joints = spaces.Box(-np.inf, np.inf, (2,))
+    assert dataset.observation_space == spaces.Dict({"camera": CAMERA, "joints": joints})
+    assert images_of(dataset.observation_space, 36) == [(0, list(CAMERA.shape))]
+    dataset.save_minari("own/arm-v0")
+    (stored,) = minari.load_dataset("own/arm-v0").iterate_episodes()
+    for key, values in seen.items():
+        np.testing.assert_array_equal(stored.observations[key], values)
+    again = load_dataset("own/arm-v0")
+    assert leaves(again.transitions) == leaves(dataset.transitions)
+    assert again.observation_space == dataset.observation_space
 
 
 def test_a_camera_that_is_scaled_is_refused() -> None:

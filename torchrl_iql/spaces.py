@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActionBounds",
     "ActionsOutside",
+    "Extents",
     "action_row_space",
     "action_rows",
     "action_support",
@@ -25,8 +26,10 @@ __all__ = [
     "differ_in_type_alone",
     "environment_action",
     "environment_actions",
+    "extend",
     "fits",
     "flags",
+    "hardly_told_apart",
     "images_of",
     "leaf_spaces",
     "named_leaves",
@@ -55,6 +58,13 @@ CLIP_MARGIN = 1e-5
 
 RANGE_TOLERANCE = 1e-3
 """Actions farther outside than this share of the range are an error, not rounding."""
+
+
+LEVELS = 256
+"""Values that float32 has at least over the range of a column, as many as a byte."""
+
+Extents = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Lowest and highest values of columns of which rows, in float32, may not hold all digits."""
 
 
 class ActionsOutside(ValueError):
@@ -189,6 +199,7 @@ def observation_rows(
     length: int,
     dtype: DTypeLike = np.float32,
     key: str = "observations",
+    extents: Extents | None = None,
 ) -> np.ndarray:
     """Flatten the observations of an episode, without a loop over its steps.
 
@@ -203,6 +214,7 @@ def observation_rows(
         length: number of observations, for the check.
         dtype: type of the rows.
         key: what messages call them.
+        extents: those of earlier episodes, to which these are added.
 
     Returns:
         array ``[length, D]``.
@@ -218,8 +230,32 @@ def observation_rows(
             raise ValueError(
                 f"{name} has {len(rows)} entries, expected {length}, one more than rewards"
             )
+        extend(extents, name, rows)
         leaves.append(_bytes(rows, name) if dtype is np.uint8 else rows)
     return _joined(leaves, dtype)
+
+
+def extend(extents: Extents | None, name: str, rows: np.ndarray) -> None:
+    """Add rows ``[n, ...]``, if there are any, of numbers that float32 may not hold."""
+    if extents is None or not rows.size or np.can_cast(rows.dtype, np.float32):
+        return
+    low, high = np.fmin.reduce(rows), np.fmax.reduce(rows)
+    known = extents.get(name, (low, high))
+    if known[0].shape != low.shape:  # which is refused when they are joined
+        return
+    extents[name] = np.fmin(low, known[0]), np.fmax(high, known[1])
+
+
+def hardly_told_apart(extents: Extents) -> list[str]:
+    """Name the columns that vary, but over fewer than ``LEVELS`` values of float32."""
+    found = []
+    for name, each in extents.items():
+        low, high = (its.ravel().astype(np.float64) for its in each)
+        with np.errstate(all="ignore"):  # what is infinite is refused elsewhere
+            step = np.spacing(np.maximum(np.abs(low), np.abs(high)).astype(np.float32))
+            few = (high > low) & (high - low < LEVELS * step.astype(np.float64))
+        found += [f"{name}[:, {column}]" for column in few.nonzero()[0]]
+    return found
 
 
 def observed_rows(
@@ -368,11 +404,16 @@ def _leaves(space: Space, values: Any, key: str) -> Iterator[tuple[str, np.ndarr
         case spaces.Box() | spaces.MultiBinary():
             yield key, _rows(values, space.shape, key)
         case spaces.Discrete():
-            yield key, np.eye(int(space.n))[_categories(values, space.n, space.start, key)]
+            yield (
+                key,
+                np.eye(int(space.n), dtype=np.float32)[
+                    _categories(values, space.n, space.start, key)
+                ],
+            )
         case spaces.MultiDiscrete():
             columns = _rows(values, space.shape, key).T
             for column, n, start in zip(columns, space.nvec.flat, space.start.flat, strict=True):
-                yield key, np.eye(int(n))[_categories(column, n, start, key)]
+                yield key, np.eye(int(n), dtype=np.float32)[_categories(column, n, start, key)]
         case _:
             raise TypeError(
                 f"{key}: can not flatten {space} to a vector of fixed size; give numbers in its place"

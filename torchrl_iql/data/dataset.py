@@ -51,10 +51,13 @@ from torchrl_iql.environments import (
     time_limit_of,
 )
 from torchrl_iql.spaces import (
+    LEVELS,
     ActionBounds,
     ActionsOutside,
+    Extents,
     action_rows,
     array,
+    hardly_told_apart,
     observation_dtype,
     require_finite,
     selected,
@@ -216,6 +219,7 @@ class OfflineDataset:
                 spec = spec and observing(spec, observation_keys)
         observation_space = sorted_space(observation_space)
         parts, stopped, recorded = [], 0, 0
+        extents: Extents = {}
         outside: list[ActionsOutside] = []
         for position, episode in enumerate(episodes):
             if not is_episode(episode):
@@ -230,7 +234,12 @@ class OfflineDataset:
                         kept = chosen(given.observations, observation_keys, "observations")
                         given = replace(given, observations=kept)
                     part, ended = transition_columns(
-                        given, observation_space, action_space, episode_rule, columns
+                        given,
+                        observation_space,
+                        action_space,
+                        episode_rule,
+                        columns,
+                        extents,
                     )
                     if parts:
                         _require_alike(part, parts[0])
@@ -244,6 +253,7 @@ class OfflineDataset:
             _refuse(outside, sum(len(part["action"]) for part in parts))
         if not parts:
             raise ValueError(f"{name}: the data set has no episodes")
+        _warn_of_rounding(name, extents)
 
         rows = {
             key: torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in parts[0]
@@ -423,8 +433,14 @@ class OfflineDataset:
                 found = {key: array(its, f"{group}/{key}") for key, its in theirs.items()}
                 require_rows(arrays | {f"{group}/{key}": its for key, its in found.items()})
                 told |= found
-            spec, spaces = flattened(
-                arrays, observation_space, action_space, spec_of(env_spec), observation_keys
+            extents: Extents = {}
+            spec, spaces, shown_space = flattened(
+                arrays,
+                observation_space,
+                action_space,
+                spec_of(env_spec),
+                observation_keys,
+                extents,
             )
             tells = any(key in arrays for key in MAY_BE_MISSING)
             limit = None if tells else time_limit_of(spec)
@@ -440,8 +456,9 @@ class OfflineDataset:
             episode_rule=episode_rule,
             columns=list(columns),
         )
+        _warn_of_rounding(name, extents)
         recording = replace(dataset.recording, transitions=len(arrays["rewards"]))
-        return replace(dataset, recording=recording)
+        return replace(dataset, observation_space=shown_space, recording=recording)
 
     @classmethod
     def from_tensordict(
@@ -510,16 +527,18 @@ class OfflineDataset:
             else:
                 observed = observation_keys
             arrays = transition_arrays(transitions, observed, columns)
-            spec, spaces = flattened(
+            extents: Extents = {}
+            spec, spaces, shown_space = flattened(
                 arrays,
                 observation_space,
                 action_space,
                 spec,
                 None if observation_keys is None else list(map(written, observation_keys)),
+                extents,
             )
             kept = list(arrays["infos"])
             episodes = array_episodes(**arrays)
-        return cls.from_episodes(
+        dataset = cls.from_episodes(
             name,
             episodes,
             observation_space=spaces[0],
@@ -530,6 +549,8 @@ class OfflineDataset:
             episode_rule=episode_rule,
             columns=kept,
         )
+        _warn_of_rounding(name, extents)
+        return replace(dataset, observation_space=shown_space)
 
     @property
     def episode_starts(self) -> Tensor:
@@ -963,6 +984,17 @@ def _warn_of_dominant(name: str, raw: Tensor, scale: float) -> None:
             f"{name}: reward rule 'unit_rms' scales by a single reward, {raw.flatten()[where]:g} of "
             f"transition {where}; the {others} others that are not 0 become {scaled.median():.2g} or so. Is "
             "it one?",
+            stacklevel=_stacklevel(),
+        )
+
+
+def _warn_of_rounding(name: str, extents: Extents) -> None:
+    """Warn of columns whose values float32 can hardly tell apart."""
+    if lost := hardly_told_apart(extents):
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        warnings.warn(
+            f"{name}: rows are float32, which has fewer than {LEVELS} values over the range of "
+            f"{', '.join(lost[:5])}{more}: subtract an offset",
             stacklevel=_stacklevel(),
         )
 

@@ -15,9 +15,11 @@ from torchrl_iql.data.rules import EpisodeRule
 from torchrl_iql.environments import SUCCESS, success_paid
 from torchrl_iql.spaces import (
     ActionsOutside,
+    Extents,
     action_rows,
     array,
     column,
+    extend,
     flags,
     numbers,
     observation_dtype,
@@ -97,6 +99,7 @@ def transition_columns(
     action_space: Space,
     episode_rule: EpisodeRule,
     columns: Sequence[NestedKey] = (),
+    extents: Extents | None = None,
 ) -> tuple[dict[NestedKey, np.ndarray], bool]:
     """Turn an episode of T transitions into one array per entry of a TensorDict.
 
@@ -107,6 +110,7 @@ def transition_columns(
         episode_rule: ``"as_stored"``, or ``"until_success"`` to terminate the episode at its first
             success and drop the rest.
         columns: infos that are kept, under their names.
+        extents: of observations and infos of earlier episodes, to which these are added.
 
     Returns:
         the entries described in :class:`~torchrl_iql.data.OfflineDataset`, rewards in float64; and
@@ -132,8 +136,9 @@ def transition_columns(
 
     success = _first_success(episode, rewards) if episode_rule == "until_success" else None
     stop = length if success is None else success + 1
+    dtype = observation_dtype(observation_space)
     observations = observation_rows(
-        observation_space, episode.observations, length + 1, observation_dtype(observation_space)
+        observation_space, episode.observations, length + 1, dtype, extents=extents
     )[: stop + 1]
     actions = action_rows(action_space, episode.actions[:stop])
     rewards = rewards[:stop].astype(np.float64)
@@ -163,12 +168,12 @@ def transition_columns(
         ("next", "truncated"): truncated.reshape(-1, 1),
     }
     for key in columns:
-        rows |= _column(episode, key, length, stop)
+        rows |= _column(episode, key, length, stop, extents)
     return rows, ended
 
 
 def _column(
-    episode: EpisodeData, key: NestedKey, length: int, stop: int
+    episode: EpisodeData, key: NestedKey, length: int, stop: int, extents: Extents | None
 ) -> dict[NestedKey, np.ndarray]:
     """Return an info under its name; where it tells of T + 1 states, also under ``"next"``."""
     infos, name = episode.infos or {}, written(key)
@@ -180,6 +185,7 @@ def _column(
             f"infos/{name} has {len(values)} entries, expected {length} or {length + 1}"
         )
     if values.dtype.kind == "f":
+        extend(extents, f"infos/{name}", values)
         values = values.astype(np.float32)
         require_finite(values, f"infos/{name}")
     if len(values) == length:

@@ -16,6 +16,7 @@ from torchrl_iql.data.tensordicts import categories
 from torchrl_iql.environments import observing, spaces_of
 from torchrl_iql.spaces import (
     ActionBounds,
+    Extents,
     actions_within,
     array,
     named_leaves,
@@ -52,12 +53,14 @@ def flattened(
     action_space: ActionBounds | None,
     env_spec: EnvSpec | None,
     observation_keys: Sequence[str] | None,
-) -> tuple[EnvSpec | None, tuple[Space, Space]]:
+    extents: Extents,
+) -> tuple[EnvSpec | None, tuple[Space, Space], Space]:
     """Turn compound observations into rows, and categories that are one-hot into numbers.
 
     Returns:
-        the environment, which shows what is observed; and the spaces: those that are given, else those
-        of the environment, else those of the arrays.
+        the environment, which shows what is observed; the spaces: those that are given, else those
+        of the environment, else those of the arrays, that of observations flattened; and the latter as
+        it was, of a dictionary of arrays. Those of its arrays are added to the extents.
     """
     if env_spec is not None and observation_keys is not None:
         env_spec = observing(env_spec, observation_keys)
@@ -88,14 +91,17 @@ def flattened(
             values = chosen(values, observation_keys, key)
             dtype = observation_dtype(observation_space)
             length = len(array(arrays["rewards"], "rewards"))
-            values = observation_rows(observation_space, values, length, dtype, key)
+            seen = extents if key == "observations" else None
+            values = observation_rows(observation_space, values, length, dtype, key, seen)
         elif isinstance(observation_space, Dict):
             _require_columns(observation_space, values, key)
             _require_sorted(given_space, key)
         arrays[key] = values
+    flat = observation_space
     if isinstance(observation_space, Dict | Tuple):
-        observation_space = observation_row_space(observation_space)
-    return env_spec, (observation_space, action_space)
+        flat = observation_row_space(observation_space)
+    shown = observation_space if isinstance(observations, Mapping) else flat
+    return env_spec, (flat, action_space), shown
 
 
 def chosen(values: Any, keys: Sequence[str] | None, key: str) -> Any:
