@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import pickle
 import string
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import h5py
 import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, Text
+from gymnasium.wrappers import RecordEpisodeStatistics, TransformReward
 from tensordict import TensorDict
 from torchrl.envs import GymEnv
 from torchrl.modules import ProbabilisticActor
 
 from episodes import END, MARKS, PLANE, UNIT, WALKS, as_tensordict, flat, joined, walk, write
 from torchrl_iql import Evaluator, IQLLoss, OfflineDataset, TrainStep, load_dataset, models
-from torchrl_iql.environments import data_environment
+from torchrl_iql.environments import data_environment, observing
 
 pytestmark = MARKS
 
@@ -116,6 +119,32 @@ def test_what_is_selected_is_observed_in_data_and_environment(
     np.testing.assert_array_equal(observation, np.concatenate([parts[key] for key in in_order]))
     with Evaluator(dataset.env_spec, episodes=1) as evaluate:  # pyright: ignore
         evaluate(models.deterministic_policy(size, 2))
+
+
+class Halved(TransformReward):
+    """A wrapper of one's own, which gymnasium keeps in its specification."""
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env, lambda reward: reward / 2)  # pyright: ignore
+
+
+def made_by_hand() -> gymnasium.Env:
+    return RecordEpisodeStatistics(Halved(gymnasium.make(MAZE).unwrapped))
+
+
+def test_what_is_selected_of_a_function_that_wraps_is_observed(rollout: TensorDict) -> None:
+    dataset = OfflineDataset.from_arrays(
+        "maze", **recorded(rollout), env_spec=made_by_hand, observation_keys=PARTS[1:]
+    )
+    expected = torch.cat([rollout[key] for key in PARTS[1:]], dim=-1).float()
+    assert dataset.transitions["observation"].equal(expected)
+    spec = pickle.loads(pickle.dumps(dataset.env_spec))  # as workers get it
+    env = data_environment(spec)  # pyright: ignore
+    observation, _ = env.reset(seed=0)
+    whole, _ = data_environment(MAZE).reset(seed=0)
+    np.testing.assert_array_equal(observation, whole[2:])
+    again = observing(spec, PARTS[2:])
+    assert data_environment(again).reset(seed=0)[0].tolist() == whole[4:].tolist()
 
 
 def test_a_goal_is_not_dropped_without_a_word(rollout: TensorDict) -> None:

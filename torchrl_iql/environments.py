@@ -17,7 +17,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, partial, update_wrapper
 from types import MappingProxyType
 from typing import Any
 
@@ -25,7 +25,7 @@ import gymnasium
 import numpy as np
 from gymnasium import Space, spaces
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
-from gymnasium.wrappers import TimeLimit, TransformObservation
+from gymnasium.wrappers import FilterObservation, TimeLimit, TransformObservation
 
 from torchrl_iql.nested import texts
 from torchrl_iql.ogbench import OwnChance, is_from_ogbench, is_single_task, ogbench_package
@@ -279,11 +279,22 @@ def observing(env_spec: EnvSpec, keys: Sequence[str]) -> EnvSpec:
     """
     with _made(env_spec) as env:
         kept = selected(env.observation_space, keys)
+        assert env.spec is not None
+        wraps = len(env.spec.additional_wrappers) > len(env_spec.additional_wrappers)
     assert isinstance(kept, spaces.Dict)
+    make = env_spec.entry_point
+    if wraps and callable(make):  # gymnasium would take its wrappers for those of the specification
+        return replace(
+            env_spec, entry_point=update_wrapper(partial(_filtered, make, [*kept]), make)
+        )
     wrapper = WrapperSpec(
         "FilterObservation", "gymnasium.wrappers:FilterObservation", {"filter_keys": list(kept)}
     )
     return replace(env_spec, additional_wrappers=(*env_spec.additional_wrappers, wrapper))
+
+
+def _filtered(make: Callable[..., gymnasium.Env], keys: list[str], **kwargs: Any) -> gymnasium.Env:
+    return FilterObservation(make(**kwargs), keys)
 
 
 def spaces_of(env_spec: EnvSpec) -> tuple[Space, Space]:
