@@ -65,6 +65,23 @@ def test_the_environment_is_kept() -> None:
         joined(walk(3), env_spec=function).save_minari("own/mine-v0")
 
 
+def test_fragments_stay_fragments() -> None:
+    rows = {"observations": np.arange(12.0).reshape(6, 2), "actions": np.zeros((6, 1))}
+    rows |= {"rewards": np.arange(6.0), "terminals": np.arange(6) == 0}
+    fragments = OfflineDataset.from_arrays(
+        "rows", next_observations=rows["observations"] + 0.5, **rows
+    )
+    assert fragments.recording.stopped == 5
+    found = assert_saved(fragments, "own/rows-v0")
+    assert found.recording.stopped == 5
+    for _ in range(2):  # parsed, then cached
+        with pytest.raises(ValueError, match="a statistic of whole episodes, but 5 of 6 end"):
+            load("own/rows-v0", reward="return_range")
+        load("own/rows-v0")
+    joined(walk(3), walk(2)).save_minari("own/walks-v0")
+    assert load("own/walks-v0").recording.stopped == 0
+
+
 def test_images_and_compound_observations_are_kept_bit_for_bit() -> None:
     ROBOT.seed(0)
     seen = [ROBOT.sample() for _ in range(6)]

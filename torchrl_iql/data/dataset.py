@@ -848,10 +848,10 @@ class OfflineDataset:
     def save_minari(self, dataset_id: str) -> None:
         """Store the data set as one of Minari's, whole or not at all, which :func:`load` reads.
 
-        Loaded again, its transitions are the same, and it has the same spaces, environment and reference
-        scores. Episodes are those that it has: after the rule ``"until_success"`` they end there. Further
-        columns become infos. It is in the folder of the environment variable ``MINARI_DATASETS_PATH``, or
-        Minari's own.
+        Loaded again, its transitions are the same, it has the same spaces, environment and reference
+        scores, and as many episodes end without a record of it. Episodes are those that it has: after
+        the rule ``"until_success"`` they end there. Further columns become infos. It is in the folder of the
+        environment variable ``MINARI_DATASETS_PATH``, or Minari's own.
 
         Args:
             dataset_id: of the new data set, as ``"own/walks-v0"``.

@@ -21,6 +21,7 @@ from minari.storage import get_dataset_path
 
 from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.hdf5 import has_images, hdf5_episodes, is_plain_hdf5
+from torchrl_iql.data.saving import STOPPED
 from torchrl_iql.data.source import Source
 from torchrl_iql.data.stored import DownloadError
 from torchrl_iql.environments import observing, registered, require_reference_scores
@@ -58,8 +59,10 @@ def minari_source(
     try:
         dataset = opened(folder, trust_env=trust_env)
         metadata = dataset.storage.metadata
-        if not isinstance(metadata["total_steps"], int):
-            raise TypeError(f"total_steps is {metadata['total_steps']!r}, expected an integer")
+        stopped = metadata.get(STOPPED, 0)
+        for key, number in (("total_steps", metadata["total_steps"]), (STOPPED, stopped)):
+            if not isinstance(number, int):
+                raise TypeError(f"{key} is {number!r}, expected an integer")
     except Exception as error:  # whatever Minari meets in damaged metadata
         raise ValueError(
             f"{source}: Minari can not open {folder}: {error!r}{_advice(folder)}"
@@ -90,7 +93,7 @@ def minari_source(
         action_space=dataset.action_space,
         env_spec=env_spec,
         reference_scores=_reference_scores(metadata, str(source)),
-        episodes=partial(_complete_episodes, dataset, str(source), space),
+        episodes=partial(_complete_episodes, dataset, str(source), space, stopped),
     )
 
 
@@ -183,8 +186,13 @@ def _episode(dataset: MinariDataset, observation_space: Space, index: int) -> Ep
 
 
 def _complete_episodes(
-    dataset: MinariDataset, name: str, observation_space: Space, wanted: Collection[str]
+    dataset: MinariDataset,
+    name: str,
+    observation_space: Space,
+    stopped: int,
+    wanted: Collection[str],
 ) -> Iterator[EpisodeData]:
+    """Yield all episodes; so many of those that are truncated without it, of which no end was recorded."""
     advice = _advice(dataset.storage.data_path)
     indices = dataset.episode_indices.tolist()
     if is_plain_hdf5(dataset):
@@ -201,6 +209,9 @@ def _complete_episodes(
                 f"{type(error).__name__}: {error}{advice}"
             ) from error
         steps += np.size(episode.rewards)
+        if stopped > 0 and np.any(episode.truncations):
+            stopped -= 1
+            episode = replace(episode, truncations=np.zeros_like(episode.truncations))
         yield episode
     if steps != dataset.total_steps:
         # Minari 0.5.4 silently cuts an episode of Arrow or Parquet after 32767 transitions.

@@ -25,7 +25,7 @@ from torchrl_iql.spaces import observations_of, written
 if TYPE_CHECKING:
     from torchrl_iql.data.dataset import OfflineDataset
 
-__all__ = ["save_minari"]
+__all__ = ["STOPPED", "save_minari"]
 
 KEPT = {
     "observation",
@@ -33,6 +33,10 @@ KEPT = {
     *(("next", key) for key in ("observation", "reward", "done", "terminated", "truncated")),
 }
 """Entries of transitions that are no further columns."""
+
+
+STOPPED = "unrecorded_ends"
+"""Where Minari's metadata say how many episodes end without a record of it; these are stored as truncated."""
 
 
 def save_minari(dataset: OfflineDataset, dataset_id: str) -> None:
@@ -67,6 +71,8 @@ def save_minari(dataset: OfflineDataset, dataset_id: str) -> None:
         if dataset.reference_scores is not None:
             low, high = dataset.reference_scores
             metadata |= {"ref_min_score": low, "ref_max_score": high}
+        if dataset.recording.stopped:
+            metadata[STOPPED] = dataset.recording.stopped
         storage.update_metadata(metadata)
         storage.update_episodes(_episodes(dataset))
 
