@@ -682,6 +682,34 @@ def test_csv_needs_no_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         load(tmp_path / "log.parquet", layout=LAYOUT)
 
 
+@pytest.mark.parametrize("role", ["rewards", "terminals", "timeouts", "episode_ids", "success"])
+def test_what_is_one_of_a_row_is_no_more(role: str, tmp_path: Path) -> None:
+    path, columns = tmp_path / "log.npz", drive()
+    two = {**columns, "two": np.zeros((15, 2))}
+    write_npz(path, two)
+    layout = {**LAYOUT, role: "two"}
+    message = rf"^{path}: column two has shape \[15, 2\], expected one of {role} in a row"
+    with pytest.raises(ValueError, match=message):
+        load(path, layout=layout, action_space=(-5, 5), episodes="until_success")
+    write_npz(path, {**columns, "run": columns["run"][:, None], "done": columns["done"][:, None]})
+    found = load(path, layout=LAYOUT, action_space=(-5, 5))
+    assert_equal(found, expected(columns, str(path)))
+
+
+def test_a_name_as_ogbenchs_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "pick-place-v1.npz"
+    write_npz(path, drive())
+    assert_equal(load(path, layout=LAYOUT, action_space=(-5, 5)), expected(drive(), str(path)))
+    named = {
+        "observations": np.zeros((4, 2)),
+        "actions": np.zeros((4, 1)),
+        "terminals": np.zeros(4),
+    }
+    write_npz(path, {**named, "timeouts": np.arange(4) == 3})
+    with pytest.raises(ValueError, match=f"^{path}: has no column rewards; found "):
+        load(path)
+
+
 class TestEpisodeIds:
     def arrays(self, **changes: Any) -> dict[str, Any]:
         columns = drive()
@@ -696,7 +724,14 @@ class TestEpisodeIds:
         return {**given, **changes}
 
     @pytest.mark.parametrize(
-        "ids", [[7, 8, 9], ["a", "bb", "c"], [2.5, 1.0, 0.0], [True, False, 2]]
+        "ids",
+        [
+            [7, 8, 9],
+            ["a", "bb", "c"],
+            [2.5, 1.0, 0.0],
+            [True, False, 2],
+            np.array(["a", "bb", "c"], object),  # as pandas has text
+        ],
     )
     def test_are_numbers_or_text(self, ids: list) -> None:
         found = OfflineDataset.from_arrays(
@@ -722,6 +757,7 @@ class TestEpisodeIds:
             ),
             ([0, np.nan, 1], r"episode_ids\[5\] is nan, expected an id"),
             ([0j, 1j, 2j], "episode_ids has dtype complex128, expected numbers or text"),
+            (np.array(["a", None, "b"]), "episode_ids has dtype object, expected numbers or text"),
         ],
     )
     def test_that_are_none(self, ids: list, message: str) -> None:

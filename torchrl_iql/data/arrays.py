@@ -211,6 +211,8 @@ def _ids(episode_ids: Any) -> np.ndarray:
     ids = array(episode_ids, "episode_ids")
     if math.prod(ids.shape[1:]) != 1:
         raise ValueError(f"episode_ids has shape {list(ids.shape)}, expected [n]")
+    if ids.dtype == object and all(isinstance(each, str) for each in ids.flat):  # of pandas
+        ids = ids.astype(str)
     if ids.dtype.kind not in "biufUSM":
         raise ValueError(f"episode_ids has dtype {ids.dtype}, expected numbers or text")
     ids = ids.reshape(len(ids))

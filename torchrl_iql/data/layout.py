@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["ROLES", "Layout", "columns_of", "require_layout"]
+__all__ = ["ROLES", "WIDE", "Layout", "columns_of", "require_layout"]
 
 Layout = Mapping[str, str | Sequence[str] | None]
 """Columns by what they are in :meth:`~torchrl_iql.data.OfflineDataset.from_arrays`."""

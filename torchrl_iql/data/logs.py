@@ -37,7 +37,7 @@ from minari import EpisodeData
 
 from torchrl_iql.data.arrays import action_space_of, array_episodes, observation_box
 from torchrl_iql.data.episodes import errors_at
-from torchrl_iql.data.layout import ROLES, Layout, columns_of
+from torchrl_iql.data.layout import ROLES, WIDE, Layout, columns_of
 from torchrl_iql.data.source import Source
 from torchrl_iql.data.tables import SUFFIXES, Table, open_table
 from torchrl_iql.spaces import ActionBounds, numbers
@@ -294,6 +294,11 @@ def _arrays(log: _Log, action_space: Space, told: bool, columns: Sequence[str]) 
     arrays: dict[str, Any] = {
         role: _joined([read[name] for name in names]) for role, names in log.names.items()
     }
+    for role, values in arrays.items():
+        if role not in WIDE and math.prod(values.shape[1:]) != 1:
+            raise ValueError(
+                f"column {log.names[role][0]} has shape {list(values.shape)}, expected one of {role} in a row"
+            )
     none = np.zeros(_rows(log))
     arrays = {"rewards": none, "terminals": none, **arrays}
     for role in ("terminals", "timeouts", "success"):
@@ -324,7 +329,7 @@ def _joined(columns: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _flags(log: _Log, role: str, values: np.ndarray) -> np.ndarray:
-    values = values.reshape(len(values), -1)[:, 0]
+    values = values.reshape(len(values))
     if (wrong := (values != 0) & (values != 1)).any():
         row = int(wrong.argmax())
         (name,) = log.names[role]

@@ -44,12 +44,14 @@ FILE = re.compile(r"([\w-]+)-\w+-(v\d+)")
 ENVIRONMENT = re.compile(r"(?!visual-)[\w-]+-singletask(-task\d)?-v\d+")
 
 REQUIRED = "observations", "actions", "terminals", "qpos"
+STATES = "qpos", "qvel", "button_states"
+"""Of the simulator, some of which every file has."""
 
 
 def is_ogbench(source: str | Path) -> bool:
     """Return whether this is the name of a single task, or a file of OGBench.
 
-    That is an NPZ file with a name as OGBench's or with states, and without rewards.
+    That is an NPZ file with states, and without rewards; by its name alone, one that can not be read.
     """
     path = Path(source)
     if path.suffix != SUFFIX:
@@ -61,7 +63,7 @@ def is_ogbench(source: str | Path) -> bool:
         found = npz_headers(path)
     except ValueError:
         return is_named
-    return "rewards" not in found and (is_named or "qpos" in found)
+    return "rewards" not in found and any(key in found for key in STATES)
 
 
 def ogbench_source(source: str | Path, *, env_spec: EnvSpec | None, download: bool) -> Source:
