@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, Text
+from gymnasium.spaces import Box, Dict, Discrete, Text, Tuple
 from gymnasium.wrappers import RecordEpisodeStatistics, TransformReward
 from tensordict import TensorDict
 from torchrl.envs import GymEnv
@@ -240,6 +240,18 @@ def test_infos_are_kept_as_columns(tmp_path: Path) -> None:
     assert other.transitions["cost"].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("storage", ["hdf5", "arrow", "parquet"])
+def test_infos_within_infos_are_columns(storage: str, tmp_path: Path) -> None:
+    infos = {"a": {"b": np.arange(4.0), "c": np.zeros(4)}}
+    write(walk(3, infos=infos), data_format=storage)
+    dataset = load_dataset("test/walks-v0", columns=["a/b"])
+    assert dataset.transitions["a/b"].flatten().tolist() == [0, 1, 2]
+    assert dataset.transitions["next", "a/b"].flatten().tolist() == [1, 2, 3]
+    for column in ("a/d", "a/b/c", "d"):
+        with pytest.raises(ValueError, match=f"there is no infos/{column}, found"):
+            load_dataset("test/walks-v0", columns=[column])
+
+
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
@@ -305,6 +317,31 @@ def test_text_is_left_out_by_a_selection(storage: str, tmp_path: Path) -> None:
     rows = dataset.transitions["observation"]
     assert rows.shape == (3, 16)
     assert rows[2].tolist() == [0, 0, 1, 0, *[2] * 12]
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            Dict(robot=Dict(joints=UNIT, name=Text(5)), camera=UNIT),
+            r"observations/robot/name: can not .* size; give numbers in its place, or leave out all of "
+            r"robot by observation_keys=\['camera'\]$",
+        ),
+        (
+            Dict(robot=Dict(joints=UNIT, name=Text(5))),
+            "observations/robot/name: can not .* size; give numbers in its place$",
+        ),
+        (Tuple([UNIT, Text(5)]), "observations/1: can not .* size; give numbers in its place$"),
+        (
+            Tuple([Dict(joints=UNIT, name=Text(5))]),
+            "observations/0/name: can not .* size; give numbers in its place$",
+        ),
+        (Text(5), "observations: can not .* size; give numbers in its place$"),
+    ],
+)
+def test_advice_on_text_can_be_followed(space: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^walks, episode 0: {message}"):
+        joined(walk(3), observation_space=space)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from episodes import (
     write,
 )
 from torchrl_iql.data import OfflineDataset, load
+from torchrl_iql.spaces import action_row_space, differ_in_type_alone
 
 pytestmark = MARKS
 
@@ -356,6 +357,18 @@ class TestOwnArrays:
     def test_broken(self, changes, message):
         with pytest.raises(ValueError, match=rf"^(walks: )?{message}"):
             OfflineDataset.from_arrays("walks", **flat(WALKS) | changes)
+
+
+def test_bounds_that_float32_does_not_have_are_none() -> None:
+    most = np.finfo(np.float64).max
+    arrays = flat(WALKS) | {"actions": np.full((9, 1), 0.3)}
+    for bound in (most, np.inf):
+        space = spaces.Box(-bound, bound, (1,), np.float64)
+        dataset = OfflineDataset.from_arrays("walks", **arrays, action_space=space)
+        assert dataset.transitions["action"].flatten().tolist() == [np.float32(0.3)] * 9
+        assert dataset.action_space == space
+        rows = action_row_space(space)
+        assert rows == spaces.Box(-np.inf, np.inf, (1,)) and differ_in_type_alone(rows, space)
 
 
 def test_bounds_of_actions_are_a_space_or_numbers() -> None:

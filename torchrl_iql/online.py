@@ -51,7 +51,7 @@ from torchrl_iql.data.dataset import OfflineDataset
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.rewards import UNCHANGED, RewardTransform
 from torchrl_iql.environments import Env, data_environment, success, success_paid
-from torchrl_iql.spaces import action_support, observation_dtype, written
+from torchrl_iql.spaces import action_support, in_float32, observation_dtype, written
 
 __all__ = [
     "Experience",
@@ -113,7 +113,7 @@ def _of_rows(env: gymnasium.Env) -> gymnasium.Env:
     space = env.observation_space
     assert isinstance(space, Box)
     dtype: Any = observation_dtype(space)
-    bounds = Box(space.low.astype(dtype), space.high.astype(dtype), dtype=dtype)
+    bounds = space if dtype is np.uint8 else Box(*in_float32(space))
     return TransformObservation(env, partial(np.asarray, dtype=dtype), bounds)
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "flags",
     "hardly_told_apart",
     "images_of",
+    "in_float32",
     "leaf_spaces",
     "named_leaves",
     "numbers",
@@ -224,6 +225,7 @@ def observation_rows(
         ValueError: if a leaf is missing, has another length, shape or type, a category outside its
             space, or there is one that the space does not have.
     """
+    _require_flat(space, key)
     leaves = []
     for name, rows in _leaves(space, observations, key):
         if len(rows) != length:
@@ -368,10 +370,7 @@ def differ_in_type_alone(space: Space, other: Space) -> bool:
                 map(differ_in_type_alone, space.spaces, other.spaces)
             )
         case spaces.Box(), spaces.Box() if {space.dtype.kind, other.dtype.kind} == {"f"}:  # pyright: ignore
-            one, two = (
-                spaces.Box(its.low.astype(np.float32), its.high.astype(np.float32))
-                for its in (space, other)
-            )
+            one, two = (spaces.Box(*in_float32(its)) for its in (space, other))
             return one == two
         case _:
             return space == other
@@ -390,7 +389,6 @@ def _bytes(rows: np.ndarray, key: str) -> np.ndarray:
 def _leaves(space: Space, values: Any, key: str) -> Iterator[tuple[str, np.ndarray]]:
     match space:
         case spaces.Dict():
-            _require_flat(space, key)
             for name, subspace in space.spaces.items():
                 yield from _leaves(subspace, _entry(values, name, key), f"{key}/{name}")
             if unread := [name for name in _names(values) if name not in space.spaces]:
@@ -420,20 +418,29 @@ def _leaves(space: Space, values: Any, key: str) -> Iterator[tuple[str, np.ndarr
             )
 
 
-def _require_flat(space: spaces.Dict, key: str) -> None:
-    """Refuse entries that have no fixed size, with what to do about it."""
-    flat = [name for name, sub in space.spaces.items() if _is_flat(sub)]
-    for name, sub in space.spaces.items():
-        if name not in flat:
-            raise TypeError(
-                f"{key}/{name}: can not flatten {sub} to a vector of fixed size; leave it out by "
-                f"observation_keys={flat}"
-            )
+def _require_flat(space: Space, key: str) -> None:
+    """Refuse entries that have no fixed size, with what to do about it: none within another can be chosen."""
+    entries = space.spaces if isinstance(space, spaces.Dict) else {}
+    flat = [name for name, sub in entries.items() if all(map(_is_flat, leaf_spaces(sub)))]
+    for name, leaf in named_leaves(space):
+        if _is_flat(leaf):
+            continue
+        told = (
+            f"{key}/{name}".removesuffix("/")
+            + f": can not flatten {leaf} to a vector of fixed size"
+        )
+        remedy = "give numbers in its place"
+        if flat and name in entries:
+            remedy = f"leave it out by observation_keys={flat}"
+        elif flat:
+            entry = name.split("/")[0]
+            remedy += f", or leave out all of {entry} by observation_keys={flat}"
+        raise TypeError(f"{told}; {remedy}")
 
 
-def _is_flat(space: Space) -> bool:
+def _is_flat(leaf: Space) -> bool:
     kinds = spaces.Box | spaces.MultiBinary | spaces.Discrete | spaces.MultiDiscrete
-    return all(isinstance(leaf, kinds) for leaf in leaf_spaces(space))
+    return isinstance(leaf, kinds)
 
 
 def _names(values: Any) -> list[str]:
@@ -524,10 +531,16 @@ def action_row_space(space: Space) -> Space:
         case spaces.Discrete():
             return spaces.Discrete(int(space.n))
         case spaces.Box():
-            low, high = (bound.ravel().astype(np.float32) for bound in (space.low, space.high))
-            return spaces.Box(low, high, dtype=np.float32)
+            low, high = in_float32(space)
+            return spaces.Box(low.ravel(), high.ravel(), dtype=np.float32)
         case _:
             raise _of_no_policy(space)
+
+
+def in_float32(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bounds, infinite where float32 has no such numbers."""
+    with np.errstate(over="ignore"):
+        return space.low.astype(np.float32), space.high.astype(np.float32)
 
 
 def environment_action(space: Space, row: Any) -> Any:
@@ -559,7 +572,7 @@ def action_support(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
     """Return the lowest and the highest action of a data set, ``[A]`` float32 each.
 
     They are ``CLIP_MARGIN`` of half the range inside the bounds, and infinite in dimensions that are not
-    bounded on both sides.
+    bounded on both sides, by numbers that float32 has.
     """
     low, high, span = _bounds(space)
     margin = CLIP_MARGIN * span / 2
@@ -567,7 +580,7 @@ def action_support(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    bounded = (space.bounded_below & space.bounded_above).ravel()
+    bounded = np.isfinite(in_float32(space)).all(axis=0).ravel()
     low = np.where(bounded, space.low.ravel().astype(np.float64), -np.inf)
     high = np.where(bounded, space.high.ravel().astype(np.float64), np.inf)
     return low, high, np.where(bounded, high - low, 0)

@@ -177,9 +177,9 @@ def _column(
 ) -> dict[NestedKey, np.ndarray]:
     """Return an info under its name; where it tells of T + 1 states, also under ``"next"``."""
     infos, name = episode.infos or {}, written(key)
-    if key not in infos or infos[key] is None:
+    if (found := _info(infos, key)) is None:
         raise ValueError(f"columns: there is no infos/{name}, found {sorted(map(written, infos))}")
-    values = numbers(infos[key], f"infos/{name}")
+    values = numbers(found, f"infos/{name}")
     if len(values) not in (length, length + 1):
         raise ValueError(
             f"infos/{name} has {len(values)} entries, expected {length} or {length + 1}"
@@ -191,6 +191,20 @@ def _column(
     if len(values) == length:
         return {key: values[:stop]}
     return {key: values[:stop], unravel_key(("next", key)): values[1 : stop + 1]}
+
+
+def _info(infos: Mapping[NestedKey, Any], key: NestedKey) -> Any:
+    """Return an entry, ``a/b`` also of nested ones; None if there is none."""
+    if key in infos:
+        return infos[key]
+    found: Any = infos
+    for name in written(key).split("/"):
+        if isinstance(found, np.ndarray) and found.dtype == object:  # of Arrow, one for each row
+            has_all = all(isinstance(each, Mapping) and name in each for each in found)
+            found = np.array([each[name] for each in found]) if has_all else None
+        else:
+            found = found.get(name) if isinstance(found, Mapping) else None
+    return found
 
 
 def require_names(columns: Sequence[NestedKey]) -> None:
