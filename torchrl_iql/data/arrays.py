@@ -46,7 +46,17 @@ from torchrl_iql.spaces import (
     written,
 )
 
-__all__ = ["action_box", "action_space_of", "array_episodes", "observation_box", "require_rows"]
+__all__ = [
+    "ENDS",
+    "action_box",
+    "action_space_of",
+    "array_episodes",
+    "observation_box",
+    "require_rows",
+]
+
+ENDS = "timeouts", "next_observations", "episode_ids"
+"""What tells where episodes end that do not terminate; none of it need be given."""
 
 JUMP = 1e-6
 """A larger distance between a next observation and the following one is a jump, official code."""

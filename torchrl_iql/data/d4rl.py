@@ -35,6 +35,7 @@ from torchrl_iql.data.cache import unfinished
 from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.source import Source
 from torchrl_iql.data.stored import D4RL_SUFFIX, DownloadError, d4rl_folder
+from torchrl_iql.data.tables import intact_hdf5
 from torchrl_iql.environments import antmaze_id, spec_of, time_limit_of
 from torchrl_iql.spaces import ActionBounds
 
@@ -190,12 +191,8 @@ def _path(path: Path, download: bool) -> Path:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[h5py.File]:
-    with errors_at(str(path)):
-        try:
-            with h5py.File(path) as file:
-                yield file
-        except (KeyError, OSError, RuntimeError) as error:  # what h5py meets in damaged files
-            raise ValueError(f"is no intact HDF5 file: {error}") from error
+    with errors_at(str(path)), intact_hdf5(path) as file:
+        yield file
 
 
 def d4rl_episodes(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorStorage
 
 from torchrl_iql.data import saving
-from torchrl_iql.data.arrays import array_episodes, require_rows
+from torchrl_iql.data.arrays import ENDS, array_episodes, require_rows
 from torchrl_iql.data.episodes import (
     EpisodeRule,
     episode_data,
@@ -66,9 +66,6 @@ from torchrl_iql.spaces import (
 )
 
 __all__ = ["OfflineDataset", "Recording", "require_rules", "warn_of_fragments"]
-
-MAY_BE_MISSING = "timeouts", "next_observations", "episode_ids"
-"""What need not be given."""
 
 STD_FLOOR = 1e-6
 """A deviation of at most this share of a column's largest magnitude is float32 rounding."""
@@ -422,7 +419,7 @@ class OfflineDataset:
             arrays: dict[str, Any] = {
                 key: given_arrays(values, key)
                 for key, values in given.items()
-                if values is not None or key not in MAY_BE_MISSING
+                if values is not None or key not in ENDS
             }
             told: dict[NestedKey, np.ndarray] = {}
             for group, theirs in (("infos", infos or {}), ("columns", columns)):
@@ -442,7 +439,7 @@ class OfflineDataset:
                 observation_keys,
                 extents,
             )
-            tells = any(key in arrays for key in MAY_BE_MISSING)
+            tells = any(key in arrays for key in ENDS)
             limit = None if tells else time_limit_of(spec)
             episodes = array_episodes(**arrays, infos=told, time_limit=limit)
         dataset = cls.from_episodes(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tensordict import NestedKey
 
 __all__ = [
+    "TAKEN",
     "EpisodeRule",
     "episode_data",
     "errors_at",

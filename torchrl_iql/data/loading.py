@@ -208,17 +208,12 @@ def _open(
             trust_env=trust_env,
             with_env=with_env,
         )
-        return found if action_space is None else _with_actions(found, action_space)
     with errors_at(found.name):
         selected(found.observation_space, observation_keys)
-    return found if action_space is None else _with_actions(found, action_space)
-
-
-def _with_actions(source: Source, action_space: ActionBounds) -> Source:
-    with errors_at(source.name):
-        return replace(
-            source, action_space=actions_within(action_space, source.action_space.shape or ())
-        )
+        if action_space is None:
+            return found
+        shape = found.action_space.shape or ()
+        return replace(found, action_space=actions_within(action_space, shape))
 
 
 def _require_equal_spaces(sources: Sequence[Source]) -> None:

@@ -35,7 +35,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Discrete
 from minari import EpisodeData
 
-from torchrl_iql.data.arrays import action_space_of, array_episodes, observation_box
+from torchrl_iql.data.arrays import ENDS, action_space_of, array_episodes, observation_box
 from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.layout import ROLES, WIDE, Layout, columns_of
 from torchrl_iql.data.source import Source
@@ -56,9 +56,6 @@ LEROBOT = {
 COUNTERS = "timestamp", "frame_index", "index", "task_index", "next.done"
 """Columns of LeRobot's that tell nothing of a state."""
 PICTURES = "video", "image"
-
-ENDS = "timeouts", "next_observations", "episode_ids"
-"""What tells where episodes end that do not terminate."""
 
 
 def is_logs(source: str | Path, layout: Layout | None) -> bool:

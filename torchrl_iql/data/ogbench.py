@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-import zlib
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -32,7 +30,7 @@ from torchrl_iql.data.cache import unfinished
 from torchrl_iql.data.episodes import errors_at
 from torchrl_iql.data.source import Source
 from torchrl_iql.data.stored import OGBENCH_TASK, DownloadError
-from torchrl_iql.data.tables import Column, npz_headers
+from torchrl_iql.data.tables import Column, intact_npz, npz_headers
 from torchrl_iql.environments import flat_environment, spec_of
 from torchrl_iql.ogbench import ogbench_package
 
@@ -166,15 +164,6 @@ def _kept(name: str, download: bool) -> Path:
     return kept
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    with errors_at(str(path)):
-        try:
-            yield
-        except (EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"is no intact NPZ file: {error}") from error
-
-
 def _headers(path: Path, required: list[str]) -> dict[str, Column]:
     """Read shape and dtype of the required arrays, not what is in them."""
     with errors_at(str(path)):
@@ -188,7 +177,7 @@ def _headers(path: Path, required: list[str]) -> dict[str, Column]:
 def _episodes(path: Path, spec: EnvSpec, _: Collection[str]) -> Iterator[EpisodeData]:
     from ogbench.relabel_utils import relabel_dataset
 
-    with _reading(path):
+    with errors_at(str(path)), intact_npz():
         data = ogbench_package().load_dataset(str(path), add_info=True)
     with errors_at(str(path)):
         with flat_environment(spec) as env:

@@ -19,6 +19,7 @@ from minari.storage import get_dataset_path
 from tensordict import NestedKey, TensorDict
 
 from torchrl_iql.data.cache import unfinished
+from torchrl_iql.data.episodes import TAKEN
 from torchrl_iql.data.hdf5 import has_images
 from torchrl_iql.spaces import observations_of, written
 
@@ -26,13 +27,6 @@ if TYPE_CHECKING:
     from torchrl_iql.data.dataset import OfflineDataset
 
 __all__ = ["STOPPED", "save_minari"]
-
-KEPT = {
-    "observation",
-    "action",
-    *(("next", key) for key in ("observation", "reward", "done", "terminated", "truncated")),
-}
-"""Entries of transitions that are no further columns."""
 
 
 STOPPED = "unrecorded_ends"
@@ -87,7 +81,7 @@ def _storable(env_spec: EnvSpec | None) -> EnvSpec | None:
 
 
 def _episodes(dataset: OfflineDataset) -> Iterator[EpisodeBuffer]:
-    columns = [key for key in dataset.transitions.keys(True, True) if key not in KEPT]
+    columns = [key for key in dataset.transitions.keys(True, True) if written(key) not in TAKEN]
     for rows in dataset.transitions.split(dataset.episode_lengths.tolist()):
         entries: dict[str, Any] = {
             "observations": observations_of(

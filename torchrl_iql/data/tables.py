@@ -20,7 +20,15 @@ from typing import Any
 import h5py
 import numpy as np
 
-__all__ = ["SUFFIXES", "Column", "Table", "npz_headers", "open_table"]
+__all__ = [
+    "SUFFIXES",
+    "Column",
+    "Table",
+    "intact_hdf5",
+    "intact_npz",
+    "npz_headers",
+    "open_table",
+]
 
 PART = 10_000
 """Rows of a CSV file that are text at once."""
@@ -253,7 +261,8 @@ def _open_npz(path: Path) -> Table:
 
 
 @contextmanager
-def _npz(path: Path) -> Iterator[None]:
+def intact_npz() -> Iterator[None]:
+    """Say of what a damaged file raises, as a ValueError, what it is."""
     try:
         yield
     except (EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
@@ -267,7 +276,7 @@ def npz_headers(path: Path) -> dict[str, Column]:
         ValueError: it is damaged.
     """
     headers = {}
-    with _npz(path), zipfile.ZipFile(path) as archive:
+    with intact_npz(), zipfile.ZipFile(path) as archive:
         for member in archive.namelist():
             with archive.open(member) as file:
                 version = np.lib.format.read_magic(file)
@@ -284,7 +293,7 @@ def npz_headers(path: Path) -> dict[str, Column]:
 
 def _read_npz(path: Path, names: Collection[str], texts: Collection[str]) -> dict[str, np.ndarray]:
     arrays = {}
-    with _npz(path), np.load(path, allow_pickle=False) as file:
+    with intact_npz(), np.load(path, allow_pickle=False) as file:
         for name in names:
             try:
                 arrays[name] = file[name]
@@ -303,13 +312,14 @@ def _open_hdf5(path: Path) -> Table:
         if isinstance(item, h5py.Dataset) and item.shape:
             columns[name] = Column(item.shape, item.dtype)
 
-    with _hdf5(path) as file:
+    with intact_hdf5(path) as file:
         file.visititems(visit)
     return Table(path, columns, partial(_read_hdf5, path))
 
 
 @contextmanager
-def _hdf5(path: Path) -> Iterator[h5py.File]:
+def intact_hdf5(path: Path) -> Iterator[h5py.File]:
+    """Open a file; a ValueError says what a damaged one is."""
     try:
         with h5py.File(path) as file:
             yield file
@@ -319,7 +329,7 @@ def _hdf5(path: Path) -> Iterator[h5py.File]:
 
 def _read_hdf5(path: Path, names: Collection[str], texts: Collection[str]) -> dict[str, np.ndarray]:
     arrays = {}
-    with _hdf5(path) as file:
+    with intact_hdf5(path) as file:
         for name in names:
             dataset: Any = file[name]
             try:
