@@ -159,6 +159,22 @@ def test_a_policy_of_other_sizes_or_bounds_is_refused(tmp_path: Path) -> None:
         play(path, env="Pendulum-v1")
 
 
+class Board(Walker):
+    observation_space = Box(-1, 1, (3, 2))
+
+
+def test_a_policy_for_as_many_numbers_in_another_order_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    board = EnvSpec("test/Board-v0", entry_point="test_evaluate:Board")
+    monkeypatch.setitem(gymnasium.registry, board.id, board)
+    path = saved(tmp_path, dataset(Box(-1, 1, (2, 3)), Walker.action_space))
+    with pytest.raises(
+        SettingsError, match=r"has observations of Box.*\(3, 2\).* not of Box.*\(2, 3\)"
+    ):
+        play(path, env="test/Board-v0")
+
+
 def test_an_environment_that_there_is_not_is_refused(walker: str, tmp_path: Path) -> None:
     path = of_walker(tmp_path)
     with pytest.raises(SettingsError, match="does not name an environment: give env=<id>"):

@@ -35,7 +35,12 @@ from torchrl_iql.checkpoint import (
 )
 from torchrl_iql.files import whole
 from torchrl_iql.models import Architecture, Torso, Vision
-from torchrl_iql.spaces import environment_actions, named_leaves, observation_dtype
+from torchrl_iql.spaces import (
+    environment_actions,
+    named_leaves,
+    observation_dtype,
+    observation_row_space,
+)
 
 __all__ = ["SUFFIXES", "Exported", "export_policy"]
 
@@ -288,8 +293,7 @@ _FORMATS: dict[str, tuple[Callable[[_Function, dict[str, Any]], bytes], Callable
 
 def _metadata(checkpoint: str | Path, act: Acting) -> dict[str, Any]:
     known, observed, taken = load_metadata(checkpoint), act.observation_space, act.action_space
-    flat = spaces.flatten_space(observed)
-    assert isinstance(flat, spaces.Box)
+    flat = observation_row_space(observed)
     observation: dict[str, Any] = {
         "size": spaces.flatdim(observed),
         "dtype": np.dtype(observation_dtype(observed)).name,

@@ -33,6 +33,7 @@ __all__ = [
     "images_of",
     "in_float32",
     "leaf_spaces",
+    "matrices",
     "named_leaves",
     "numbers",
     "observation_dtype",
@@ -156,6 +157,17 @@ def observation_row_space(space: Space) -> spaces.Box:
 def leaf_spaces(space: Space) -> Iterator[Space]:
     """Yield the spaces that a compound one is made of, itself if it is not compound."""
     yield from (leaf for _, leaf in named_leaves(space))
+
+
+def matrices(space: Space) -> list[tuple[int, list[int]]]:
+    """Return where in the rows that is which has several dimensions, and its shape but for those of 1."""
+    found, start = [], 0
+    for leaf in leaf_spaces(space):
+        shape = [size for size in leaf.shape or () if size != 1]
+        if len(shape) > 1:
+            found.append((start, shape))
+        start += spaces.flatdim(leaf)
+    return found
 
 
 def named_leaves(space: Space, *keys: str) -> Iterator[tuple[str, Space]]:

@@ -19,7 +19,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from torchrl_iql import load_policy
-from torchrl_iql.spaces import environment_action, observation_dtype
+from torchrl_iql.spaces import environment_action, observation_dtype, sorted_space
 from torchrl_iql_recipes.behaviors.policies import Stages
 from torchrl_iql_recipes.behaviors.recording import record
 
@@ -108,10 +108,10 @@ class CheckpointRollouts:
 
     def play(self, env: gymnasium.Env, rng: np.random.Generator, share: float) -> EpisodeBuffer:
         torch.manual_seed(int(rng.integers(2**31)))
+        space = sorted_space(env.observation_space)
 
         @torch.no_grad()
         def act(observation: object) -> np.ndarray:
-            space = env.observation_space
             flat = flatten(space, observation).astype(observation_dtype(space))  # pyright: ignore
             with set_exploration_type(ExplorationType.RANDOM):
                 action = self.policy(observation=torch.from_numpy(flat)[None])[-1][0].numpy()

@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl_iql import Evaluation, Evaluator, checkpoint, load_policy
 from torchrl_iql.acting import Acting
 from torchrl_iql.environments import observing, registered, spaces_of
-from torchrl_iql.spaces import share_outside
+from torchrl_iql.spaces import matrices, share_outside, sorted_space
 from torchrl_iql_recipes.deployment import film
 from torchrl_iql_recipes.deployment.settings import Play
 from torchrl_iql_recipes.experiment import build
@@ -78,6 +78,11 @@ def environment_for(settings: Play, policy: TensorDictModuleBase) -> EnvSpec:
     refused = f"the policy of {settings.checkpoint} is for {known[0]}, but {spec.id} has"
     if known[0] != known[1]:
         raise SettingsError(f"{refused} {known[1]}: give env=<id> of another")
+    has, shows = matrices(observed), matrices(sorted_space(shown))
+    if has and shows and has != shows:
+        raise SettingsError(
+            f"{refused} observations of {shown}, not of {observed}: give env=<id> of another"
+        )
     bounds = checkpoint.load_architecture(settings.checkpoint).action_bounds
     if isinstance(taken, Box) and bounds is not None and share_outside(taken, np.array(bounds)):
         raise SettingsError(

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, flatdim
 from omegaconf import OmegaConf
@@ -23,7 +22,7 @@ from torchrl_iql import Evaluator, OfflineDataset, TrainStep, load_dataset
 from torchrl_iql.data.stored import DownloadError
 from torchrl_iql.environments import antmaze_id, spaces_of, spec_of
 from torchrl_iql.models import Architecture
-from torchrl_iql.spaces import leaf_spaces, observation_dtype, share_outside, sorted_space
+from torchrl_iql.spaces import matrices, observation_dtype, share_outside, sorted_space
 from torchrl_iql.training import OnNonfinite
 from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.commands import typed
@@ -285,10 +284,10 @@ def _require_alike(dataset: OfflineDataset, evaluate: Evaluator) -> None:
             "env=<id> of another, data as it shows them, or eval_episodes=0"
         )
     recorded = dataset.observation_space, dataset.action_space
-    if not any(map(_matrices, recorded)):
+    if not any(map(matrices, recorded)):
         return
     for kind, mine, its in zip(("observations", "actions"), recorded, spaces_of(spec), strict=True):
-        have, plays = _matrices(mine), _matrices(sorted_space(its))
+        have, plays = matrices(mine), matrices(sorted_space(its))
         if have and plays and have != plays:
             raise SettingsError(
                 f"{dataset.name} holds {kind} of shape {_shapes(have)}, but those of {spec.id} are of "
@@ -296,19 +295,8 @@ def _require_alike(dataset: OfflineDataset, evaluate: Evaluator) -> None:
             )
 
 
-def _matrices(space: Space) -> list[tuple[int, list[int]]]:
-    """Return where in the rows that is which has several dimensions, and its shape but for those of 1."""
-    found, start = [], 0
-    for leaf in leaf_spaces(space):
-        shape = [size for size in leaf.shape or () if size != 1]
-        if len(shape) > 1:
-            found.append((start, shape))
-        start += flatdim(leaf)
-    return found
-
-
-def _shapes(matrices: Sequence[tuple[int, list[int]]]) -> str:
-    return " and ".join(str(shape) for _, shape in matrices)
+def _shapes(found: Sequence[tuple[int, list[int]]]) -> str:
+    return " and ".join(str(shape) for _, shape in found)
 
 
 def _require_playable(dataset: OfflineDataset, evaluate: Evaluator) -> None:

@@ -18,6 +18,7 @@ from torchrl.collectors import BaseCollector
 from tqdm import tqdm
 
 from torchrl_iql import OfflineDataset, checkpoint
+from torchrl_iql.environments import time_limit_of
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
 from torchrl_iql_recipes.commands import label
 from torchrl_iql_recipes.experiment import (
@@ -236,7 +237,7 @@ class FineTuning:
 
     def _train_with(self, collector: BaseCollector, stop: Stop, bar: tqdm) -> None:
         evaluation, log_interval = self.settings.evaluation, self.settings.training.log_interval
-        batches, limit = iter(collector), self.dataset.env_spec.max_episode_steps  # pyright: ignore
+        batches, limit = iter(collector), time_limit_of(self.dataset.env_spec)
         if self._exact and limit is not None and evaluation.eval_interval < limit:
             tqdm.write(
                 f"eval_interval={evaluation.eval_interval}: environments begin anew there, before the end of "
