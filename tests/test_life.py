@@ -222,6 +222,46 @@ def test_a_failed_start_leaves_no_folder(maze_id: str, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_failed_start_leaves_what_was_there(named: bool, tmp_path: Path) -> None:
+    def start_and_fail(folder: Path) -> None:
+        with lock.new_folder(folder, named=named) as held:
+            for name in ("config.yaml", "data.json"):
+                (held / name).write_text("of the run")
+            (held / "checkpoints").mkdir()
+            raise SettingsError("refused")
+
+    for name in ("config.yaml", "data.json"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        (folder / "empty").mkdir()
+        message = f"has a {name} that no run has left" if named else "refused"
+        with pytest.raises(SettingsError, match=message):
+            start_and_fail(folder)
+        assert sorted(path.name for path in folder.iterdir()) == [name, "empty"]
+        assert (folder / name).read_text() == "mine"
+        assert not folder.with_name(f"{name}-2").exists()
+    (tmp_path / "notes/empty").mkdir(parents=True)
+    (tmp_path / "notes/notes.txt").write_text("mine")
+    with pytest.raises(SettingsError, match="refused"):
+        start_and_fail(tmp_path / "notes")
+    assert sorted(path.name for path in (tmp_path / "notes").iterdir()) == ["empty", "notes.txt"]
+    (tmp_path / "killed").mkdir()
+    for name in (lock.LOCK, "config.yaml"):  # what a run that was killed at once has left
+        (tmp_path / "killed" / name).touch()
+    with pytest.raises(SettingsError, match="refused"):
+        start_and_fail(tmp_path / "killed")
+    assert not any((tmp_path / "killed").iterdir())
+
+
+def test_a_config_of_something_else_is_not_overwritten(maze_id: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("servers: 3\n")
+    with pytest.raises(SettingsError, match="holds another kind of run, with servers"):
+        offline.run(config(maze_id), tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "servers: 3\n"
+
+
 def test_the_script_that_a_run_is_of_is_named(named: Path) -> None:
     from torchrl_iql_recipes.experiment.training import ONLINE
 

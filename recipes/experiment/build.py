@@ -101,17 +101,19 @@ def claim(path: Path, settings: Settings | Part) -> None:
     """Write the settings of a run into its folder, which may hold a part of it, but not of another.
 
     Raises:
-        SettingsError: it holds a run with other settings, of those that may not be others when it goes on.
+        SettingsError: it holds a run with other settings, of those that may not be others when it goes on; or
+            another config.yaml.
     """
     file = path / "config.yaml"
-    if file.exists() and any(path.rglob("metrics.csv")):  # something has come of it
+    if file.exists():
         stored: Any = OmegaConf.to_container(OmegaConf.load(file))
-        if other := sorted(stored.keys() - {*settings.values, "trust_env"}):
+        if other := sorted({*map(str, stored)} - {*settings.values, "trust_env"}):
             raise SettingsError(
                 f"{path} holds another kind of run, with {', '.join(other)}: give another hydra.run.dir"
             )
-        known = type(settings).of({**stored, "task": settings.values.get("task")})
-        check_continued(path, known.values, settings.values, settings.later(path))
+        if any(path.rglob("metrics.csv")):  # something has come of it
+            known = type(settings).of({**stored, "task": settings.values.get("task")})
+            check_continued(path, known.values, settings.values, settings.later(path))
     path.mkdir(parents=True, exist_ok=True)
     with whole(file) as new:
         OmegaConf.save(OmegaConf.create(dict(settings.values)), new)

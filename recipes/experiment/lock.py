@@ -25,6 +25,9 @@ LOCK, HOLDER = ".lock", ".holder"
 HEARTBEAT = 30.0
 """Seconds between two heartbeats, for processes on other hosts, which may not see the lock."""
 
+WRITTEN_FIRST = "config.yaml", "data.json"
+"""What a run writes before anything has come of it."""
+
 RUNS = "runs"
 """Where the folders of runs are, if nothing else is said."""
 
@@ -52,7 +55,7 @@ def held(path: Path) -> Iterator[None]:
     if path in _held:
         yield
         return
-    lock, is_new = FileLock(path / LOCK), not path.exists()
+    lock, there = FileLock(path / LOCK), _folders(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -75,7 +78,7 @@ def held(path: Path) -> Iterator[None]:
                 (path / HOLDER).unlink()
             if not is_begun(path):
                 (path / LOCK).unlink()
-                _remove_empty(path, itself=is_new)
+                _remove_empty(path, there)
         lock.release()
 
 
@@ -152,31 +155,46 @@ def new_folder(path: Path, *, named: bool) -> Iterator[Path]:
 
     Raises:
         LockedError: it is named, and another process holds it.
-        SettingsError: it can not be written to.
+        SettingsError: it can not be written to; or it is named, and has a file that no run has left, but one
+            would write.
     """
-    folder = path
+    folder, there = path, _folders(path)
+    if len(there) == 1 and not any(path.iterdir()):  # Hydra has just made it
+        there = set()
     try:
         with ExitStack() as holding:
             for number in itertools.count(2):
+                others = _files_of_others(folder)
+                if named and others:
+                    raise SettingsError(
+                        f"{folder} has a {others[0]} that no run has left: give another folder"
+                    )
                 try:
                     holding.enter_context(held(folder))
-                    if named or not is_begun(folder):
+                    if named or not (others or is_begun(folder)):
                         break
                 except LockedError:
                     if named:
                         raise
                 holding.close()
                 folder = path.with_name(f"{path.name}-{number}")
+                there = _folders(folder)
             try:
                 yield folder
             finally:
                 if not is_begun(folder):
-                    for name in ("config.yaml", "data.json"):
+                    for name in WRITTEN_FIRST:
                         (folder / name).unlink(missing_ok=True)
     finally:
         if not is_begun(folder):
-            _remove_empty(folder, itself=True)
+            _remove_empty(folder, there)
             _remove_empty_parents(folder)
+
+
+def _files_of_others(path: Path) -> list[str]:
+    """Return what a run would write into a folder first, where somebody else has: a run leaves its lock."""
+    found = [name for name in WRITTEN_FIRST if (path / name).exists()]
+    return [] if (path / LOCK).exists() or is_begun(path) else found
 
 
 def _remove_empty_parents(path: Path) -> None:
@@ -189,9 +207,13 @@ def _remove_empty_parents(path: Path) -> None:
             parent.rmdir()
 
 
-def _remove_empty(path: Path, *, itself: bool) -> None:
-    """Remove the folders in a folder that are empty."""
-    found = [each for each in path.rglob("*") if each.is_dir()]
-    for each in [*sorted(found, reverse=True), *([path] if itself else [])]:
+def _folders(path: Path) -> set[Path]:
+    """Return a folder and all in it, those that exist."""
+    return {each for each in (path, *path.rglob("*")) if each.is_dir()}
+
+
+def _remove_empty(path: Path, there: set[Path]) -> None:
+    """Remove a folder and those in it that are empty, but for those that were there."""
+    for each in sorted(_folders(path) - there, reverse=True):
         with suppress(OSError):
             each.rmdir()
