@@ -26,7 +26,7 @@ import torch
 from runs import SMALL, TINY, of_maze, rows
 from torchrl_iql import Evaluation, Evaluator, checkpoint
 from torchrl_iql_recipes import files
-from torchrl_iql_recipes.experiment import lock, offline
+from torchrl_iql_recipes.experiment import evaluations, lock, offline
 from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.folder import RunFolder
 from torchrl_iql_recipes.experiment.records import Records
@@ -34,6 +34,7 @@ from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.experiment.stopping import EXIT_CODES, Stopped, stoppable
 from torchrl_iql_recipes.experiment.training import OFFLINE
+from torchrl_iql_recipes.reporting import text
 
 RECIPES = CONFIG.parent
 NEVER = "steps=10000000"
@@ -375,6 +376,74 @@ def test_after_an_evaluation_that_failed_training_goes_on(
     assert lines["6"] == ("1.0", "")
     assert lines["12"] == lines["18"] == ("", "5.0")
     assert scores["replicas"][0]["return"] == 5
+
+
+def test_where_all_evaluations_failed_a_run_has_no_score_until_it_is_resumed(
+    plant: list[str], tmp_path: Path
+) -> None:
+    run, settings = tmp_path / "run", OFFLINE.settings([*plant, "seeds=[0,1]"])
+    Plant.fails = {*range(FIRST, 99)}
+    scores = offline.run(settings, run)
+    assert [each["interrupted"] for each in scores["replicas"]] == [False] * 2
+    assert not any(
+        {"score", "return", "return_stderr"} & each.keys() for each in scores["replicas"]
+    )
+    assert "summary" not in scores
+    told = offline.report(scores, run, settings)
+    assert (
+        "The last evaluation of seed=0 and 1 more failed: no score. python recipes/offline" in told
+    )
+    assert "return" not in told
+    Plant.fails = set()
+    (summary,) = offline.run(OFFLINE.resumed(run, []), run)["summary"]
+    assert (summary["score"], summary["seeds"]) == (5, 2)
+
+
+def test_learners_whose_last_evaluation_failed_are_left_out(
+    plant: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, seeds = Evaluator.__call__, []
+
+    def fails(self: Evaluator, *arguments: Any, **more: Any) -> Evaluation:
+        seeds.append(self.seed)
+        if len(seeds) > 4 and self.seed == evaluations.SEED + 1:
+            raise OSError("the simulator is lost")
+        return call(self, *arguments, **more)
+
+    monkeypatch.setattr(Evaluator, "__call__", fails)
+    settings = OFFLINE.settings([*plant, "seeds=[0,1]"])
+    scores = offline.run(settings, tmp_path)
+    assert [each.get("score") for each in scores["replicas"]] == [5, None]
+    assert [(each["score"], each["seeds"]) for each in scores["summary"]] == [(5, 1)]
+    told = offline.report(scores, tmp_path, settings)
+    assert "return 5.0 (one seed)" in told
+    assert "The last evaluation of seed=1 failed: no score" in told
+    lines = "\n".join(text.table([tmp_path]))
+    assert "| IQL | 5.0 | 1 |" in lines
+    assert "1 learners are not finished, not evaluated" in lines
+    # An earlier version left the score of the evaluation before.
+    old = json.loads((tmp_path / "scores.json").read_text())
+    old["replicas"][1] |= {"score": 5.0, "evaluated_after": 12}
+    (tmp_path / "scores.json").write_text(json.dumps(old))
+    assert "| IQL | 5.0 | 1 |" in "\n".join(text.table([tmp_path]))
+
+
+def test_a_run_that_is_stopped_in_its_last_evaluation_is_not_finished(
+    plant: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, calls = Evaluator.__call__, []
+
+    def interrupted(self: Evaluator, *arguments: Any, **more: Any) -> Evaluation:
+        calls.append(0)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return call(self, *arguments, **more)
+
+    monkeypatch.setattr(Evaluator, "__call__", interrupted)
+    (its,) = offline.run(OFFLINE.settings(plant), tmp_path)["replicas"]
+    assert (its["steps"], its["interrupted"], its["evaluated_after"]) == (18, True, 12)
+    (its,) = offline.run(OFFLINE.resumed(tmp_path, []), tmp_path)["replicas"]
+    assert (its["interrupted"], its["evaluated_after"], its["score"]) == (False, 18, 5)
 
 
 def test_an_evaluation_that_failed_can_end_the_run(plant: list[str], tmp_path: Path) -> None:

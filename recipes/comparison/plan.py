@@ -15,6 +15,7 @@ from torchrl_iql_recipes.comparison.jobs import Job
 from torchrl_iql_recipes.comparison.record import Curves, Known, Record, curves_of
 from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.curves import in_file
+from torchrl_iql_recipes.experiment.results import final_score
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE, Experiment
@@ -122,10 +123,10 @@ class Cell:
         return {seed: found[seed] for seed in self.seeds}
 
     def finished(self) -> Curves:
-        """Return the scores of the seeds whose run is finished."""
-        done = {
-            seed for seeds, run in self.runs.items() if run.result() is not None for seed in seeds
-        }
+        """Return the scores of the seeds whose run is finished, and has the score of the last step."""
+        found = [result for run in self.runs.values() if (result := run.result()) is not None]
+        replicas = [each for result in found for each in result["replicas"]]
+        done = {each["seed"] for each in replicas if final_score(each) is not None}
         return {s: its for s, its in self.curves().items() if s in self.known or s in done}
 
     def kept(self) -> list[Known]:
@@ -143,9 +144,10 @@ class Cell:
         return [its[s][max(its[s])] for s in self.seeds] if len(its) == len(self.seeds) else None
 
     def before(self) -> list[float] | None:
-        """Return the score of each seed after the offline steps, in the same case."""
-        its = self.finished()
-        return [its[s][self.steps] for s in self.seeds] if len(its) == len(self.seeds) else None
+        """Return the score of each seed after the offline steps, in the same case, if all are known."""
+        its = [curve.get(self.steps) for curve in self.finished().values()]
+        known = [score for score in its if score is not None]
+        return known if len(known) == len(self.seeds) else None
 
 
 def _scores_in(folder: Path) -> Iterator[tuple[int, float]]:

@@ -161,7 +161,8 @@ def policies_in(folders: Iterable[Path]) -> list[Policy]:
         its = results.read(folder)
         for each in its["replicas"] if its else ():
             own = folder / each["name"] if each.get("name") else folder
-            if "score" in each and not each.get("interrupted") and (own / "last.ckpt").exists():
+            is_scored = results.final_score(each) is not None
+            if is_scored and not each.get("interrupted") and (own / "last.ckpt").exists():
                 kind = results.score_kind(each)
                 found.append(
                     Policy(

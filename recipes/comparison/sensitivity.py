@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from torchrl_iql_recipes.comparison.jobs import Job, ensure_data, finish
 from torchrl_iql_recipes.comparison.plan import RECIPES
 from torchrl_iql_recipes.comparison.record import Known, Record, curves_of
+from torchrl_iql_recipes.experiment import results
 from torchrl_iql_recipes.experiment.plots import DPI, SLATE
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.training import OFFLINE
@@ -63,9 +64,9 @@ def settings_by_place(
 
 
 def of_run(task: str, args: argparse.Namespace) -> Scores | None:
-    """Return the scores of a run, None before it is finished."""
+    """Return the scores of a run, None before it is finished, or if an evaluation failed."""
     result = job(task, args).result()
-    if result is None:
+    if result is None or any(results.final_score(each) is None for each in result["replicas"]):
         return None
     found: dict[tuple[float, float], dict[int, float]] = {}
     for each in result["replicas"]:

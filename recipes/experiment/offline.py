@@ -91,7 +91,7 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
         ):
             train(settings, step, minibatches, records, stop)
     records.draw()
-    unfinished = step.steps < settings.training.steps
+    unfinished = step.steps < settings.training.steps or records.are_due
     seen = learned if held_out is None else held_out
     # What the data have after the environment's last step, no policy there can have.
     returns = None if _cut_off(dataset) else dataset.episode_returns.numpy()
@@ -202,14 +202,14 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
     """Write what the user reads at the end."""
     replicas = scores["replicas"]
     lines = results.report(scores)
-    if not lines and not replicas[0]["interrupted"]:
-        lines.append("Not evaluated (eval_episodes=0).")
+    lines += results.not_evaluated(replicas, path, settings)
     lines += results.held_out(replicas)
     lines += results.diagnosis(replicas)
     lines += results.skipped(replicas)
     if replicas[0]["interrupted"]:
         steps, of = replicas[0]["steps"], replicas[0].get("evaluated_after")
-        scored = f"; the score is of the policy after {of}" if of not in (None, steps) else ""
+        is_older = "score" in replicas[0] and of not in (None, steps)
+        scored = f"; the score is of the policy after {of}" if is_older else ""
         lines.append(
             f"Interrupted after {steps} steps{scored}. "
             f"Continue with: {settings.command_to_resume(path)}"

@@ -363,7 +363,7 @@ class FineTuning:
             self.settings.learners[0],
             latest,
             steps=self.step.steps,
-            interrupted=self.frames < self.settings.online.env_steps,
+            interrupted=self.frames < self.settings.online.env_steps or self.records.are_due,
             best=self.folder.best_row(),
             skipped=self.step.skipped[0],
             held_out=self.folder.latest("validation/"),
@@ -419,6 +419,7 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
                 "Note: it has got worse, by more than the chance of episodes: more offline steps before, a "
                 "smaller learning_rate, or more offline data in the batches may help"
             )
+    lines += results.not_evaluated([learner], path, settings)
     lines += results.skipped([learner])
     if learner["interrupted"]:
         lines.append(

@@ -58,7 +58,7 @@ class Records:
 
     Attributes:
         folders: one per learner.
-        latest: the last evaluation of each learner, None before the first.
+        latest: the last evaluation of each learner, None before the first, and where the last one failed.
     """
 
     def __init__(
@@ -198,6 +198,11 @@ class Records:
         for its in () if self._evaluations is None else self._evaluations.finished(wait=wait):
             self._note(its)
 
+    @property
+    def are_due(self) -> bool:
+        """Whether evaluations are not over that were to be made: the run goes on with them."""
+        return self._evaluations is not None and bool(self._unevaluated)
+
     def wait(self) -> None:
         """Take note of the round that is under way, when it is over."""
         self.evaluated(wait=True)
@@ -206,6 +211,7 @@ class Records:
         failed = []
         for r, (folder, outcome) in enumerate(zip(self.folders, its.outcomes, strict=True)):
             if isinstance(outcome, Exception):
+                self.latest[r] = None
                 folder.log(its.step, {"eval/failed": 1.0})
                 failed.append((self.settings.learners[r].name, outcome))
                 continue

@@ -19,8 +19,10 @@ __all__ = [
     "FEWEST",
     "VERSION",
     "diagnosis",
+    "final_score",
     "half_width",
     "held_out",
+    "not_evaluated",
     "objective",
     "outcome",
     "read",
@@ -62,7 +64,7 @@ def outcome(
 
     Args:
         learner: one of the run.
-        evaluation: the last one, if there was any.
+        evaluation: the last one, if there was any, and it did not fail.
         steps: gradient steps taken.
         interrupted: whether there should have been more.
         best: ``score`` and ``step`` of its best evaluation.
@@ -117,8 +119,8 @@ def write(
         **{axis: first[axis] for axis in shared},
         "replicas": list(replicas),
     }
-    if all("score" in each for each in replicas):
-        scores["summary"] = summaries(replicas, settings.algorithm.axes())
+    if scored := [each for each in replicas if "score" in each]:
+        scores["summary"] = summaries(scored, settings.algorithm.axes())
     with whole(path / "scores.json") as new:
         new.write_text(json.dumps(scores, indent=2) + "\n")
     return scores
@@ -194,10 +196,38 @@ def score_kind(values: Mapping[str, Any]) -> str:
     return "return" if values.get("normalized_score", "") == "" else "normalized_score"
 
 
+def final_score(outcome: Mapping[str, Any]) -> float | None:
+    """Return the score of a learner after its last step; None if it was not evaluated then, or that failed.
+
+    Args:
+        outcome: of ``scores.json``. Earlier versions left the score of the last evaluation that did not fail.
+    """
+    after, is_online = outcome.get("evaluated_after"), "frames" in outcome
+    is_older = not is_online and after not in (None, outcome.get("steps"))
+    return None if is_older else outcome.get("score")
+
+
+def not_evaluated(
+    replicas: Sequence[Mapping[str, Any]], path: Path, settings: Settings
+) -> list[str]:
+    """Write a line where learners that are finished have no score."""
+    its = [each for each in replicas if "score" not in each and not each["interrupted"]]
+    if not its:
+        return []
+    if settings.evaluation.eval_episodes == 0:
+        return ["Not evaluated (eval_episodes=0)."]
+    others = f" and {len(its) - 1} more" if len(its) > 1 else ""
+    whom = f" of {its[0]['name']}{others}" if its[0]["name"] else ""
+    return [
+        f"The last evaluation{whom} failed: no score. {settings.command_to_resume(path)} plays it again"
+    ]
+
+
 def report(scores: Mapping[str, Any]) -> list[str]:
     """Write a line for each combination of settings."""
     rows = scores.get("summary", [])
-    score = score_kind(scores["replicas"][0]).replace("_", " ")
+    scored = next((each for each in scores["replicas"] if "score" in each), {})
+    score = score_kind(scored).replace("_", " ")
     lines = []
     for row in rows:
         settings = [key for key in row if key not in ("title", "seeds", "score", "ci95")]

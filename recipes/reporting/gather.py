@@ -66,8 +66,8 @@ class Learner:
 
     @property
     def score(self) -> float | None:
-        """The final one; None if it was not evaluated."""
-        return _finite(self.outcome.get("score"))
+        """The final one; None if it was not evaluated, or that failed."""
+        return _finite(results.final_score(self.outcome))
 
     @property
     def step(self) -> int:
