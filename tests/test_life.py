@@ -263,6 +263,24 @@ def test_a_config_of_something_else_is_not_overwritten(maze_id: str, tmp_path: P
     assert (tmp_path / "config.yaml").read_text() == "servers: 3\n"
 
 
+def test_on_other_data_a_run_does_not_go_on(plant: list[str], tmp_path: Path) -> None:
+    run, file = tmp_path / "run", tmp_path / "plant.hdf5"
+    offline.run(OFFLINE.settings([*plant, "validation=0.4"]), run)
+    assert offline.run(OFFLINE.resumed(run, ["steps=21"]), run)["replicas"][0]["steps"] == 21
+    (run / "data.json").write_text("{}")  # of an earlier version, that said less
+    offline.run(OFFLINE.resumed(run, ["steps=24"]), run)
+    kept = {path: path.read_bytes() for path in run.glob("*.*")}
+    with h5py.File(file, "a") as data:
+        data["rewards"][:] = 2.0  # pyright: ignore
+    message = "mean of returns 99, not 198, .*: checkpoint=.*/run/last.ckpt begins a new run"
+    with pytest.raises(SettingsError, match=message):
+        offline.run(OFFLINE.resumed(run, ["steps=27"]), run)
+    assert {path: path.read_bytes() for path in run.glob("*.*")} == kept
+    for checkpoint_ in [*run.rglob("*.ckpt"), *run.rglob("*.torchrl")]:
+        checkpoint_.unlink()
+    offline.run(OFFLINE.resumed(run, ["steps=27"]), run)  # from the beginning
+
+
 def test_the_script_that_a_run_is_of_is_named(named: Path) -> None:
     from torchrl_iql_recipes.experiment.training import ONLINE
 

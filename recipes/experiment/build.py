@@ -6,7 +6,7 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from torchrl_iql.spaces import matrices, observation_dtype, share_outside, sorte
 from torchrl_iql.training import OnNonfinite
 from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.commands import typed
+from torchrl_iql_recipes.experiment import learned_from as summaries
 from torchrl_iql_recipes.experiment.choices import similar, tasks
 from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.networks import Networks, sizes
@@ -97,12 +98,17 @@ def _is_not_of_cuda(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("No CUDA runtime is found")
 
 
-def claim(path: Path, settings: Settings | Part) -> None:
+def claim(path: Path, settings: Settings | Part, data: Mapping[str, Any] | None = None) -> None:
     """Write the settings of a run into its folder, which may hold a part of it, but not of another.
 
+    Args:
+        path: the folder.
+        settings: of the run.
+        data: the summary of what it learns from, written there too, if there is anything yet.
+
     Raises:
-        SettingsError: it holds a run with other settings, of those that may not be others when it goes on; or
-            another config.yaml.
+        SettingsError: it holds a run with other settings, of those that may not be others when it goes on, or
+            on other data; or another config.yaml.
     """
     file = path / "config.yaml"
     if file.exists():
@@ -114,9 +120,13 @@ def claim(path: Path, settings: Settings | Part) -> None:
         if any(path.rglob("metrics.csv")):  # something has come of it
             known = type(settings).of({**stored, "task": settings.values.get("task")})
             check_continued(path, known.values, settings.values, settings.later(path))
+    if data is not None:
+        summaries.check(path, data)
     path.mkdir(parents=True, exist_ok=True)
     with whole(file) as new:
         OmegaConf.save(OmegaConf.create(dict(settings.values)), new)
+    if data is not None:
+        summaries.write(path, data)
 
 
 def check_not_done(name: str, asked: int, done: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +12,14 @@ import numpy as np
 from gymnasium.spaces import Box
 
 from torchrl_iql.data.bins import BINS, bin_edges, share_at_bounds
+from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.settings import argument
 from torchrl_iql_recipes.files import whole
 
 if TYPE_CHECKING:
     from torchrl_iql import OfflineDataset
 
-__all__ = ["FILE", "summary", "write"]
+__all__ = ["FILE", "check", "summary", "write"]
 
 FILE = "data.json"
 
@@ -28,21 +32,51 @@ ROWS = 20_000
 """Transitions, evenly spread, of which the actions are counted."""
 
 
-def write(
-    path: Path, dataset: OfflineDataset, learned: OfflineDataset, held_out: OfflineDataset | None
-) -> None:
-    """Write the summary in the folder of a run, whole or not at all; the same whenever the run goes on.
+def check(path: Path, its: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run on other data than those that it has learned from.
 
     Args:
-        path: the folder.
-        dataset: what may be learned from. Nothing is written of one without transitions.
-        learned: what the algorithm has made of it.
-        held_out: what is not learned from, if anything.
+        path: its folder.
+        its: the :func:`summary` of the data.
+
+    Raises:
+        SettingsError: there are checkpoints of a run, and its summary says otherwise; it names what differs.
     """
-    if not len(dataset.transitions):
+    saved = next((file for name in ("last.ckpt", "*.torchrl") for file in path.rglob(name)), None)
+    try:
+        before, after = (_figures(of) for of in (json.loads((path / FILE).read_text()), its))
+    except (OSError, ValueError, AttributeError):  # of an earlier version, or damaged
         return
+    differ = [name for name in before if name in after and not _same(before[name], after[name])]
+    if differ and saved is not None:
+        told = ", ".join(f"{name} {before[name]:.7g}, not {after[name]:.7g}" for name in differ[:3])
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise SettingsError(
+            f"{path}: the data have changed, its run has learned from others, with {told}{more}: "
+            f"{argument('checkpoint', saved)} begins a new run from it"
+        )
+
+
+def _figures(its: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a summary that another version of this project would find, too."""
+    counted = {key: each for key, each in its.items() if isinstance(each, int) and key != "version"}
+    return counted | {
+        f"{name} of {key}": its[key][name]
+        for key in ("returns", "lengths", "rewards")
+        if key in its
+        for name in ("mean", "lowest", "highest")
+    }
+
+
+def _same(one: float, other: float) -> bool:
+    """Return whether they are equal but for the order of a sum, which is another on another machine."""
+    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def write(path: Path, its: Mapping[str, Any]) -> None:
+    """Write a summary in the folder of a run, whole or not at all; the same whenever the run goes on."""
     with whole(path / FILE) as new:
-        new.write_text(json.dumps(summary(dataset, learned, held_out)) + "\n")
+        new.write_text(json.dumps(its) + "\n")
 
 
 def summary(

@@ -77,8 +77,7 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
         for last in filter(Path.exists, lasts):
             done = checkpoint.load_metadata(last)["steps"]
             build.check_not_done("steps", settings.training.steps, done)
-        build.claim(path, settings)
-        learned_from.write(path, rest, learned, held_out)
+        build.claim(path, settings, learned_from.summary(rest, learned, held_out))
         validation = None if held_out is None else HeldOut(settings, held_out)
         records = Records(path, settings, step, architecture, dataset, evaluations, validation)
         if records.resume() is None and start is not None:

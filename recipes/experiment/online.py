@@ -80,8 +80,9 @@ def _run(settings: Settings, path: Path) -> dict[str, Any]:
     else:
         architecture = architecture_of(known, dataset, settings.networks)
     with build.evaluations_for(settings, dataset, architecture) as evaluations:
-        build.claim(path, settings)
-        learned_from.write(path, dataset, dataset, held_out)
+        is_from_scratch = not len(dataset.transitions)
+        data = None if is_from_scratch else learned_from.summary(dataset, dataset, held_out)
+        build.claim(path, settings, data)
         its = FineTuning(settings, dataset, architecture, evaluations, path, start, held_out)
         its.train()
         its.draw()
