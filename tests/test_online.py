@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -848,6 +849,28 @@ def test_the_killing_of_the_learner_leaves_no_worker_and_a_run_to_continue(tmp_p
     its = continued(tmp_path / "run", more)
     its.train()
     assert its.frames == its.step.steps == frames + 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGUSR1", 75)])
+def test_a_signal_in_the_offline_phase_saves_and_says_so(
+    name: str, code: int, maze_id: str, tmp_path: Path
+) -> None:
+    own = [*SMALL, "steps=10000000", f"dataset={maze_id}", "eval_episodes=0", "hydra.run.dir=run"]
+    with process_of(
+        [sys.executable, str(RECIPES / "online.py"), *of_maze(own)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_for((tmp_path / "run/offline/metrics.csv").exists, process)
+        process.send_signal(getattr(signal, name))
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert re.search(r"after \d+ steps of the offline phase\. Continue with: .* resume=run", output)
+    assert "Traceback" not in errors
+    assert checkpoint.load_metadata(tmp_path / "run/offline/last.ckpt")["steps"] > 0
 
 
 @pytest.mark.slow

@@ -423,8 +423,11 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
     lines += results.not_evaluated([learner], path, settings)
     lines += results.skipped([learner])
     if learner["interrupted"]:
+        is_offline = "frames" not in learner
+        done = f"{learner['steps'] if is_offline else learner['frames']} steps"
+        phase = " of the offline phase" * is_offline
         lines.append(
-            f"Interrupted after {learner['frames']} steps. Continue with: {settings.command_to_resume(path)}"
+            f"Interrupted after {done}{phase}. Continue with: {settings.command_to_resume(path)}"
         )
     lines.append(f"Results: {shown(path)} (scores.json, times.json, metrics.csv, *.png, *.ckpt)")
     return "\n".join(lines)
