@@ -206,6 +206,35 @@ def test_runs_of_other_settings_are_not_taken_for_those_of_the_plan(
     assert load(log_interval=7)
     with pytest.raises(SettingsError, match=r"iql holds a run .*: batch_size=7, not 32: remove it"):
         load(batch_size=7)
+    for seeds in ([0], [0, 1], [5, 6, 7]):
+        with pytest.raises(
+            SettingsError, match=rf"iql holds .*: seeds=\[{seeds[0]}.*, not \[0,1,2\]:"
+        ):
+            load(seeds=seeds)
+    load(seeds=[2, 0, 1])
+
+
+def test_a_seed_without_a_score_of_the_last_step_is_not_finished(
+    maze_id: str, tmp_path: Path
+) -> None:
+    file = plan_of(tmp_path, maze_id)
+    (_, cell, _) = Plan.load(file, tmp_path / "runs").cells
+    ((seeds, job),) = cell.runs.items()
+    outcomes = []
+    for seed, logged in zip(seeds, ("", "10,3.0\n", "10,3.0\n20,4.0\n"), strict=True):
+        folder = job.folder / f"seed={seed}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text(f"step,eval/score\n{logged}")
+        last = {"": None, "10,3.0\n": 10}.get(logged, 20)
+        outcome = {"seed": seed, "interrupted": False, "steps": 20, "evaluated_after": last}
+        outcomes.append(outcome | ({"score": 3.0} if last else {}))
+    values = {**cell.settings.values, "seeds": [*seeds]}
+    (job.folder / "config.yaml").write_text(yaml.safe_dump(values))
+    (job.folder / "scores.json").write_text(json.dumps({"version": 2, "replicas": outcomes}))
+    plan = Plan.load(file, tmp_path / "runs")
+    (_, cell, _) = plan.cells
+    assert (cell.finished(), cell.scores(), cell.kept()) == ({2: {10: 3.0, 20: 4.0}}, None, [])
+    assert "| 20 | - | - | - |" in table.report(plan, tmp_path)[2]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from torchrl_iql_recipes.comparison.record import Curves, Known, Record, curves_
 from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.curves import in_file
 from torchrl_iql_recipes.experiment.results import final_score
-from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.schema import SettingsError, written
 from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE, Experiment
 
@@ -82,15 +82,18 @@ class Cell:
         return curves_of(self.recorded)
 
     def check(self) -> None:
-        """Refuse runs in its folder that are of other settings, as of an earlier version of the plan.
+        """Refuse runs in its folder of other settings or seeds, as of an earlier version of the plan.
 
         Raises:
             SettingsError: it names the folder and the settings.
         """
-        for run in self.runs.values():
+        for seeds, run in self.runs.items():
             if (run.folder / "config.yaml").exists():
-                its = Known(self.door.stored(run.folder).values, {})
-                if differ := its.differences(self.settings.values):
+                its = self.door.stored(run.folder)
+                differ = Known(its.values, {}).differences(self.settings.values)
+                if (known := {each.seed for each in its.learners}) != {*seeds}:
+                    differ.append(f"seeds={written(sorted(known))}, not {written(sorted(seeds))}")
+                if differ:
                     raise SettingsError(
                         f"{run.folder} holds a run with other settings than the plan: "
                         f"{', '.join(differ)}: remove it, or give another --folder"
@@ -127,7 +130,8 @@ class Cell:
         found = [result for run in self.runs.values() if (result := run.result()) is not None]
         replicas = [each for result in found for each in result["replicas"]]
         done = {each["seed"] for each in replicas if final_score(each) is not None}
-        return {s: its for s, its in self.curves().items() if s in self.known or s in done}
+        curves = {s: its for s, its in self.curves().items() if its}
+        return {s: its for s, its in curves.items() if s in self.known or s in done}
 
     def kept(self) -> list[Known]:
         """Return what is finished, with the settings that it was run with."""
