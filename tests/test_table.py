@@ -342,6 +342,48 @@ def test_settings_that_a_run_can_not_have_are_refused_before_any_begins(tmp_path
         table.prepare(Plan.load(plan_of(tmp_path, "", text), tmp_path))
 
 
+def test_returns_and_normalized_scores_are_not_taken_together(tmp_path: Path) -> None:
+    file = plan_of(
+        tmp_path,
+        "",
+        """
+algorithms: [bc, iql]
+seeds: [0, 1, 2]
+steps: 20
+evaluations: 1
+tasks:
+  mini/hopper-medium: {}
+  mini/antmaze-umaze: {seeds: [0]}
+  own: {settings: [dataset=me/logs-v0, env=Pendulum-v1]}
+""",
+    )
+    score = {"mini/hopper-medium": 30.0, "mini/antmaze-umaze": 90.0, "own": -1200.0}
+    for cell in Plan.load(file, tmp_path / "runs").cells:
+        ((seeds, job),) = cell.runs.items()
+        outcomes = []
+        for seed in seeds:
+            folder = job.folder / f"seed={seed}" if len(seeds) > 1 else job.folder
+            folder.mkdir(parents=True)
+            (folder / "metrics.csv").write_text(f"step,eval/score\n20,{score[cell.task]}\n")
+            kind = "return" if cell.task == "own" else "normalized_score"
+            its = {"score": score[cell.task], kind: score[cell.task]}
+            outcomes.append({"seed": seed, "interrupted": False, **its})
+        values = dict(cell.door.settings(job.settings).values)
+        (job.folder / "config.yaml").write_text(yaml.safe_dump(values))
+        (job.folder / "scores.json").write_text(json.dumps({"version": 2, "replicas": outcomes}))
+    plan = Plan.load(file, tmp_path / "runs")
+    its = aggregates.of(plan)
+    assert its is not None
+    assert (its.tasks, its.seeds) == (["mini/hopper-medium", "mini/antmaze-umaze"], 1)
+    assert its.means["iql"][0] == 60  # the mean of both
+    lines = table.report(plan, tmp_path)
+    assert "| interquartile mean of 2 tasks, 1 seed of each | |" in "\n".join(lines)
+    assert "`own`: returns, not normalized, outside of the aggregates." in lines
+    # A record knows it, too.
+    again = Plan.load(file, tmp_path / "elsewhere", Record.read(tmp_path / "record.json"))
+    assert table.report(again, tmp_path / "elsewhere") == lines
+
+
 def test_statistics_are_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aggregates, "SAMPLES", 200)
     rng = np.random.default_rng(0)

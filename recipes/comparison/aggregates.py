@@ -15,7 +15,7 @@ from torchrl_iql_recipes.comparison.plan import Cell, Plan
 from torchrl_iql_recipes.experiment.plots import BLUE, DPI, RED, SEEDS, SLATE
 from torchrl_iql_recipes.experiment.results import FEWEST
 
-__all__ = ["Aggregates", "curves", "draw_aggregates", "of"]
+__all__ = ["Aggregates", "curves", "draw_aggregates", "of", "over"]
 
 SAMPLES = 2000
 """Of the bootstrap, stratified by task."""
@@ -29,6 +29,7 @@ class Aggregates:
 
     Attributes:
         tasks: these.
+        seeds: of each.
         means: by algorithm the interquartile mean, and the ends of its 95% interval, NaN for too few seeds.
         improvement: by algorithm how probable it is that the last one is better, with the interval.
         thresholds: of the profiles, ``[T]``.
@@ -39,6 +40,7 @@ class Aggregates:
         from rliable import library, metrics
 
         self.tasks = list(tasks)
+        self.seeds = min(len(its) for its in scores.values())
         *others, best = scores
         pairs = {other: (scores[best], scores[other]) for other in others}
         highest = max(float(its.max()) for its in scores.values())
@@ -53,7 +55,7 @@ class Aggregates:
             better, ranges = library.get_interval_estimates(
                 pairs, metrics.probability_of_improvement, reps=SAMPLES
             )
-        known = min(len(its) for its in scores.values()) >= FEWEST
+        known = self.seeds >= FEWEST
 
         def with_interval(value: Any, interval: np.ndarray) -> tuple[float, float, float]:
             low, high = np.ravel(interval) if known else (np.nan, np.nan)
@@ -76,7 +78,10 @@ def _own_chance() -> Iterator[None]:
 
 
 def of(plan: Plan) -> Aggregates | None:
-    """Take together the tasks that every algorithm of the aggregates has, finished; None without any."""
+    """Take together the tasks that every algorithm of the aggregates has finished; None without any.
+
+    Returns are of another scale in every task: those without normalized scores are left out.
+    """
     names = [
         name for name in plan.algorithms if any(_counts(plan, task, name) for task in plan.tasks)
     ]
@@ -85,16 +90,32 @@ def of(plan: Plan) -> Aggregates | None:
         its = {name: _counts(plan, task, name) for name in names}
         if all(its.values()) and len({len(each) for each in its.values() if each}) == 1:
             found[task] = {name: each for name, each in its.items() if each}
-    if not found:
-        return None
-    seeds = min(len(each) for its in found.values() for each in its.values())
-    scores = {name: np.array([its[name][:seeds] for its in found.values()]).T for name in names}
+    return over(found, names) if found else None
+
+
+def over(
+    found: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[str] = ()
+) -> Aggregates:
+    """Take tasks together, with as many seeds of each as all of them have.
+
+    Args:
+        found: by task and by algorithm the normalized score of each seed.
+        names: of the algorithms, of which the last one is compared with the others; if none are given, by
+            their means, the highest last.
+    """
+    each = [found[task] for task in found]
+    seeds = min(len(values) for its in each for values in its.values())
+    scores = {name: np.array([its[name][:seeds] for its in each]).T for name in names or each[0]}
+    if not names:
+        scores = dict(sorted(scores.items(), key=lambda its: float(its[1].mean())))
     return Aggregates(list(found), scores)
 
 
 def _counts(plan: Plan, task: str, algorithm: str) -> list[float] | None:
     cell = plan.cell(task, algorithm)
-    return None if cell is None or cell.is_beside else cell.scores()
+    if cell is None or cell.is_beside or not cell.is_normalized:
+        return None
+    return cell.scores()
 
 
 def draw_aggregates(its: Aggregates, titles: Mapping[str, str], png: Path) -> None:
@@ -158,7 +179,9 @@ def curves(plan: Plan, titles: Mapping[str, str], png: Path) -> None:
             if cell.env_steps:
                 panel.axvline(cell.steps, color=RED, linestyle=":", linewidth=1)
         panel.set_title(task, fontsize=9)
-        panel.set(xlabel=xlabel, ylabel="normalized score")
+        cells = [cell for name in plan.algorithms if (cell := plan.cell(task, name)) is not None]
+        is_normalized = all(cell.is_normalized for cell in cells)
+        panel.set(xlabel=xlabel, ylabel="normalized score" if is_normalized else "return")
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     for panel in panels[len(tasks) :]:
         panel.axis("off")

@@ -15,7 +15,7 @@ from torchrl_iql_recipes.comparison.jobs import Job
 from torchrl_iql_recipes.comparison.record import Curves, Known, Record, curves_of
 from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.curves import in_file
-from torchrl_iql_recipes.experiment.results import final_score
+from torchrl_iql_recipes.experiment.results import final_score, score_kind
 from torchrl_iql_recipes.experiment.schema import SettingsError, written
 from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE, Experiment
@@ -127,17 +127,31 @@ class Cell:
 
     def finished(self) -> Curves:
         """Return the scores of the seeds whose run is finished, and has the score of the last step."""
-        found = [result for run in self.runs.values() if (result := run.result()) is not None]
-        replicas = [each for result in found for each in result["replicas"]]
-        done = {each["seed"] for each in replicas if final_score(each) is not None}
+        done = {each["seed"] for each in self._scored()}
         curves = {s: its for s, its in self.curves().items() if its}
         return {s: its for s, its in curves.items() if s in self.known or s in done}
+
+    def _scored(self) -> list[Mapping[str, Any]]:
+        """Return the outcomes of what is finished, and has the score of the last step."""
+        found = [result for run in self.runs.values() if (result := run.result()) is not None]
+        replicas = [each for result in found for each in result["replicas"]]
+        return [each for each in replicas if final_score(each) is not None]
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether the scores of what is finished are normalized: those of all tasks have one scale then."""
+        kinds = {score_kind(each) for each in self._scored()}
+        return "return" not in kinds and all(each.is_normalized for each in self.recorded)
 
     def kept(self) -> list[Known]:
         """Return what is finished, with the settings that it was run with."""
         curves = self.finished()
         return self.recorded + [
-            Known(self.door.stored(run.folder).values, {seed: curves[seed] for seed in seeds})
+            Known(
+                self.door.stored(run.folder).values,
+                {seed: curves[seed] for seed in seeds},
+                self.is_normalized,
+            )
             for seeds, run in self.runs.items()
             if curves.keys() >= {*seeds}
         ]

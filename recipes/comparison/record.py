@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ class Known:
     Attributes:
         settings: of a run, as ``config.yaml`` has them.
         curves: of its learners.
+        is_normalized: whether the scores are normalized, else they are returns.
     """
 
     settings: Mapping[str, Any]
     curves: Curves
+    is_normalized: bool = True
 
     def differences(self, settings: Mapping[str, Any]) -> list[str]:
         """Return the settings, but for seeds, that a run with these would have otherwise, with both values.
@@ -74,7 +76,7 @@ class Record:
     def of(self, settings: Mapping[str, Any], seeds: Collection[int]) -> list[Known]:
         """Return what it has of runs with these settings and seeds."""
         return [
-            Known(each.settings, {s: each.curves[s] for s in seeds if s in each.curves})
+            replace(each, curves={s: each.curves[s] for s in seeds if s in each.curves})
             for each in self.known
             if each.curves.keys() & {*seeds} and not each.differences(settings)
         ]
@@ -102,7 +104,11 @@ class Record:
 
     def write(self, file: Path) -> None:
         """Write them, so that two files can be compared line by line."""
-        its = [{"settings": each.settings, "scores": each.curves} for each in self.known]
+        its = [
+            {"settings": each.settings, "scores": each.curves}
+            | ({} if each.is_normalized else {"normalized": False})
+            for each in self.known
+        ]
         with whole(file) as new:
             new.write_text(json.dumps(its, indent=1) + "\n")
 
@@ -116,4 +122,4 @@ def _known(read: Any) -> Iterator[Known]:
             int(seed): {int(step): float(score) for step, score in curve.items()}
             for seed, curve in scores.items()
         }
-        yield Known(settings, curves)
+        yield Known(settings, curves, each.get("normalized", True))

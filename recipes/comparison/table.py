@@ -69,7 +69,8 @@ def table(plan: Plan, its: aggregates.Aggregates | None) -> list[str]:
             steps = "*1,000,000*" + " + *1,000,000* online" * (longest - 1)
             lines.append(f"| *published, D4RL's data* | {steps} | {' | '.join(figures)} |")
     if its is not None:
-        number = f"{len(its.tasks)} task" + "s" * (len(its.tasks) > 1)
+        tasks, seeds = len(its.tasks), its.seeds
+        number = f"{tasks} task{'s' * (tasks > 1)}, {seeds} seed{'s' * (seeds > 1)} of each"
         figures = [_with_interval(its.means.get(name)) for name in names]
         lines.append(f"| interquartile mean of {number} | | {' | '.join(figures)} |")
         chances = [_with_interval(its.improvement.get(name), digits=2) for name in names]
@@ -77,6 +78,7 @@ def table(plan: Plan, its: aggregates.Aggregates | None) -> list[str]:
         lines.append(f"| probability that {last} is better | | {' | '.join(chances)} |")
     beside = sorted({(c.algorithm, _steps(c)) for c in plan.cells if c.is_beside})
     online = any(cell.env_steps for cell in plan.cells)
+    returns = dict.fromkeys(cell.task for cell in plan.cells if not cell.is_normalized)
     notes = [
         f"Normalized score {'after the steps offline, and then online' if online else 'of the last step'}: "
         "mean over seeds, half the width of its 95% interval "
@@ -86,6 +88,7 @@ def table(plan: Plan, its: aggregates.Aggregates | None) -> list[str]:
             f"\\* {algorithms()[name].title}: {steps} steps, outside of the aggregates."
             for name, steps in beside
         ),
+        *(f"`{task}`: returns, not normalized, outside of the aggregates." for task in returns),
         f"Made by `python recipes/comparison/table.py --plan {shown(plan.file)}`, "
         f"{datetime.date.today().isoformat()}.",
     ]

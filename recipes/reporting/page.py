@@ -308,27 +308,22 @@ def _aggregates(by_world: Mapping[str, Sequence[Group]], room: Room) -> dict[str
         return None
     if not is_installed("rliable"):
         return {"missing": True}
-    from torchrl_iql_recipes.comparison.aggregates import Aggregates
+    from torchrl_iql_recipes.comparison.aggregates import over
 
-    seeds = min(len(its[label].scores) for its in normal.values() for label in shared)
-    scores = {
-        label: np.array([its[label].values[:seeds] for its in normal.values()]).T
-        for label in shared
-    }
-    ordered = sorted(shared, key=lambda label: float(scores[label].mean()))
-    its = Aggregates(list(normal), {label: scores[label] for label in ordered})
+    its = over({task: {label: of[label].values for label in shared} for task, of in normal.items()})
+    means = dict(reversed(its.means.items()))
     draw = partial(
         figures.ranges,
-        {label: its.means[label] for label in reversed(ordered)},
+        means,
         name="interquartile mean of the normalized score",
         unit="interquartile mean of the normalized score",
     )
     return {
         "missing": False,
         "tasks": its.tasks,
-        "seeds": seeds,
-        "best": ordered[-1],
-        "means": {label: its.means[label] for label in reversed(ordered)},
+        "seeds": its.seeds,
+        "best": next(iter(means)),
+        "means": means,
         "better": its.improvement,
         "figure": room.take("comparisons", draw),
     }
