@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchrl_iql.files import whole
+from torchrl_iql.files import on_disk, whole
 
-__all__ = ["shown", "whole"]
+__all__ = ["on_disk", "shown", "whole"]
 
 
 def shown(path: Path) -> Path:

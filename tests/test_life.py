@@ -702,6 +702,21 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, fsync, synced = tmp_path / "a.json", os.fsync, []
+
+    def noted(handle: int) -> None:
+        synced.append((os.readlink(f"/proc/self/fd/{handle}"), path.exists()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with files.whole(path) as new:
+        new.write_text("2")
+    assert synced == [(str(new), False), (str(tmp_path), True)]
+
+
 def test_files_that_differ_in_their_suffix_are_written_at_once(tmp_path: Path) -> None:
     with files.whole(tmp_path / "a.json") as one, files.whole(tmp_path / "a.csv") as another:
         one.write_text("one")

@@ -262,6 +262,26 @@ class TestEveryEntranceOfData:
         assert names["again"].episode_lengths.tolist() == [200] * 3
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_script_for_a_cluster_goes_on_with_what_a_kill_left(
+    killed: bool, tmp_path: Path
+) -> None:
+    page = (ROOT / "recipes/experiment/README.md").read_text()
+    script = re.search(r"```bash\n(#!/bin/bash\n.*?)```", page, re.S)
+    assert script is not None
+    folder = tmp_path / "runs/antmaze/large-play/seed-2"
+    if killed:  # before its first checkpoint
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").touch()
+    begins = 'srun() { echo "$@"; return 75; }; scontrol() { echo "$@"; }; SLURM_ARRAY_TASK_ID=2\n'
+    command = ["bash", "-c", f"{begins}SLURM_ARRAY_JOB_ID=7\n{script[1]}"]
+    started, again = subprocess.check_output(command, cwd=tmp_path, text=True).splitlines()
+    own = "resume=runs/antmaze/large-play/seed-2"
+    if not killed:
+        own = "task=antmaze/large-play name=seed-2 seeds=2"
+    assert (started, again) == (f"python recipes/offline.py {own}", "requeue 7_2")
+
+
 def test_the_test_command_is_what_ci_runs() -> None:
     command = re.search(r"To install and test:\n\n```bash\n(.*?)\n```", README, re.S)
     assert command is not None

@@ -437,8 +437,10 @@ def test_a_full_disk_keeps_the_metrics_that_are_there(tmp_path: Path) -> None:
 def test_a_run_that_starts_anew_forgets_what_was_killed_before_its_first_checkpoint(
     maze_id: str, tmp_path: Path
 ) -> None:
+    cfg = config(f"dataset={maze_id}", "seeds=0", "temperature=3")
+    build.claim(tmp_path, cfg)
     RunFolder(tmp_path).log(7, {"loss_value": 1.0})
-    offline.run(config(f"dataset={maze_id}", "seeds=0", "temperature=3"), tmp_path)
+    offline.run(OFFLINE.resumed(tmp_path, []), tmp_path)
     assert [row["step"] for row in rows(tmp_path)] == ["20", "30", "40", "60"]
 
 

@@ -14,7 +14,7 @@ from torchrl.checkpoint import CheckpointRotation
 from torchrl.record.loggers import Logger
 
 from torchrl_iql import checkpoint
-from torchrl_iql_recipes.files import whole
+from torchrl_iql_recipes.files import on_disk, whole
 
 __all__ = ["RunFolder", "newest_common_step"]
 
@@ -81,6 +81,11 @@ class RunFolder:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(row for _, row in sorted(self._rows.items()))
+
+    def keep(self) -> None:
+        """Wait until the lines that there are would outlast a power cut."""
+        if self.metrics.exists():
+            on_disk(self.metrics)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return all lines, in order."""

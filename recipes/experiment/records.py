@@ -243,6 +243,7 @@ class Records:
         for r, (learner, folder) in enumerate(
             zip(self.settings.learners, self.folders, strict=True)
         ):
+            folder.keep()  # before the checkpoint, with whose step it goes on
             checkpoint.save(
                 folder.rotation,
                 self.step,
