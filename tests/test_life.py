@@ -26,14 +26,14 @@ import torch
 from runs import SMALL, TINY, of_maze, rows
 from torchrl_iql import Evaluation, Evaluator, checkpoint
 from torchrl_iql_recipes import files
-from torchrl_iql_recipes.experiment import evaluations, lock, offline
+from torchrl_iql_recipes.experiment import evaluations, lock, offline, online
 from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.folder import RunFolder
 from torchrl_iql_recipes.experiment.records import Records
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.experiment.stopping import EXIT_CODES, Stopped, stoppable
-from torchrl_iql_recipes.experiment.training import OFFLINE
+from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 from torchrl_iql_recipes.reporting import text
 
 RECIPES = CONFIG.parent
@@ -282,8 +282,6 @@ def test_on_other_data_a_run_does_not_go_on(plant: list[str], tmp_path: Path) ->
 
 
 def test_the_script_that_a_run_is_of_is_named(named: Path) -> None:
-    from torchrl_iql_recipes.experiment.training import ONLINE
-
     with pytest.raises(SettingsError, match=r"not one of online.py, but of offline.py"):
         ONLINE.stored(named / "runs/pointmaze/stitch/mine")
 
@@ -650,6 +648,23 @@ def test_a_full_disk_ends_a_run_with_what_was_saved(
     seconds = [float(row["seconds"]) for row in times]
     assert seconds == sorted(seconds)
     assert all(float(row["updates_per_second"]) > 0 for row in times)
+
+
+def test_pictures_that_fail_cost_no_scores(
+    maze_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: Records, **_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Records, "draw", stopped)
+    for script in (offline, online):
+        door = OFFLINE if script is offline else ONLINE
+        more = [] if script is offline else ["steps=0", "env_steps=20"]
+        asked = [*SMALL, *of_maze([f"dataset={maze_id}", "temperature=3", *more])]
+        with pytest.raises(Stopped):
+            script.run(door.settings(asked), tmp_path / door.name)
+        (its,) = json.loads((tmp_path / door.name / "scores.json").read_text())["replicas"]
+        assert not its["interrupted"]
 
 
 def test_data_that_vanish_while_they_are_streamed_do_no_harm(

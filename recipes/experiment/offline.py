@@ -89,7 +89,6 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
             nonfinite.told(settings, path, records.save),
         ):
             train(settings, step, minibatches, records, stop)
-    records.draw()
     unfinished = step.steps < settings.training.steps or records.are_due
     seen = learned if held_out is None else held_out
     # What the data have after the environment's last step, no policy there can have.
@@ -116,7 +115,9 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
             strict=True,
         )
     ]
-    return results.write(path, settings, dataset.name, replicas, results.rules(dataset))
+    scores = results.write(path, settings, dataset.name, replicas, results.rules(dataset))
+    records.draw()  # takes seconds, and may be stopped
+    return scores
 
 
 def train(

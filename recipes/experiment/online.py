@@ -85,8 +85,10 @@ def _run(settings: Settings, path: Path) -> dict[str, Any]:
         build.claim(path, settings, data)
         its = FineTuning(settings, dataset, architecture, evaluations, path, start, held_out)
         its.train()
+        outcome, rules = its.outcome(), results.rules(dataset)
+        scores = results.write(path, settings, dataset.name, [outcome], rules)
         its.draw()
-    return results.write(path, settings, dataset.name, [its.outcome()], results.rules(dataset))
+    return scores
 
 
 def _require_one_learner(settings: Settings) -> None:
