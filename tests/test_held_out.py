@@ -74,6 +74,8 @@ def test_the_best_is_by_what_is_asked(asked: str, maze_id: str, tmp_path: Path) 
     best = choose(values, key=values.__getitem__)
     assert scores["replicas"][0]["best"] == {name: values[best], "step": best}
     assert checkpoint.load_metadata(tmp_path / "best.ckpt")["steps"] == best
+    with pytest.raises(SettingsError, match=f"holds a run with best_by={asked}, not best_by=eval/"):
+        OFFLINE.resumed(tmp_path, ["best_by=eval/score"])
 
 
 def test_a_run_that_goes_on_is_the_one_that_was_not_interrupted(

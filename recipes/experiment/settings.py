@@ -209,7 +209,7 @@ class Evaluation(Part):
         0.0,
         description="share of the episodes that is not learned from, but looked at with every evaluation",
     )
-    best_by: Annotated[Text, LATER] = Field(
+    best_by: Text = Field(  # not another later: the checkpoint of what was best by that is gone
         "eval/score",
         description="the column of metrics.csv of which best.ckpt has the highest value, as "
         "validation/log_likelihood; with a minus the lowest, as -validation/td_error",
