@@ -434,6 +434,20 @@ def test_a_full_disk_keeps_the_metrics_that_are_there(tmp_path: Path) -> None:
     assert folder.metrics.read_text() == before
 
 
+@pytest.mark.parametrize("kept", ["1500,1.0,150", "1500,1.0,", "1500,", "15", ""])
+def test_a_line_that_was_cut_is_left_out(kept: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step in (500, 1000, 1500):
+        folder.log(step, {"loss": 1.0, "eval/score": step / 10})
+    text = folder.metrics.read_text()
+    folder.metrics.write_text(text[: text.index("1500,1.0,150.0")] + kept)
+    again = RunFolder(tmp_path)
+    assert again.best_row() == {"score": 100.0, "step": 1000}
+    again.return_to(1500)
+    again.log(1500, {"loss": 1.0, "eval/score": 150.0})
+    assert folder.metrics.read_text() == text
+
+
 def test_a_run_that_starts_anew_forgets_what_was_killed_before_its_first_checkpoint(
     maze_id: str, tmp_path: Path
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from torchrl_iql_recipes.experiment.results import FEWEST
+from torchrl_iql_recipes.files import rows
 
 __all__ = ["Band", "Curve", "Curves", "band", "in_file", "unit"]
 
@@ -75,10 +75,8 @@ def in_file(metrics_csv: Path) -> Curves:
     Args:
         metrics_csv: has a column ``step`` and one per metric. A line that is being written is left out.
     """
-    text = metrics_csv.read_text(encoding="utf-8", errors="replace")
-    rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
     found: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
+    for row in rows(metrics_csv):
         step = _number(row.get("step"))
         if step is None or not math.isfinite(step):
             continue

@@ -14,7 +14,7 @@ from torchrl.checkpoint import CheckpointRotation
 from torchrl.record.loggers import Logger
 
 from torchrl_iql import checkpoint
-from torchrl_iql_recipes.files import on_disk, whole
+from torchrl_iql_recipes.files import on_disk, rows, whole
 
 __all__ = ["RunFolder", "newest_common_step"]
 
@@ -47,8 +47,7 @@ class RunFolder:
         self._rows: dict[int, dict[str, Any]] = {}
         self._logger: Logger | None = None
         if self.metrics.exists():  # a resumed run
-            with self.metrics.open(newline="") as file:
-                self._rows = {int(row["step"]): row for row in csv.DictReader(file)}
+            self._rows = {int(row["step"]): dict(row) for row in rows(self.metrics)}
         self._columns = {"step": None}
         self._columns |= {key: None for row in self._rows.values() for key in row}
 

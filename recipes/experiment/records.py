@@ -32,7 +32,7 @@ from torchrl_iql_recipes.experiment.schema import RunError, written
 from torchrl_iql_recipes.experiment.settings import OFFLINE_PHASE, Settings, check_continued
 from torchrl_iql_recipes.experiment.stopping import Stop
 from torchrl_iql_recipes.experiment.validation import HeldOut
-from torchrl_iql_recipes.files import whole
+from torchrl_iql_recipes.files import rows, whole
 
 __all__ = ["Records"]
 
@@ -419,12 +419,8 @@ class Times:
 
     def _return_to(self, step: int) -> float:
         """Drop the lines after a step, and return the seconds until then."""
-        known: list[dict[str, str]] = []
-        if self._lines.exists():
-            with self._lines.open(newline="") as file:
-                # A kill or a full disk may have cut the last one.
-                whole_lines = (row for row in csv.DictReader(file) if row["updates_per_second"])
-                known = [row for row in whole_lines if int(row["step"]) <= step]
+        known = rows(self._lines) if self._lines.exists() else []
+        known = [row for row in known if int(row["step"]) <= step]
         with whole(self._lines) as new, new.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.COLUMNS)
             writer.writeheader()
