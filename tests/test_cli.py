@@ -401,7 +401,7 @@ def test_runs_that_were_not_evaluated_are_said_to_be_left_out(tmp_path: Path) ->
     write_run(tmp_path / "b", None, "expectile=0.8")
     lines = text.table([tmp_path])
     assert lines[4].startswith("| IQL | 1.0 | 1 | ")
-    assert "1 learners are not finished, not evaluated" in lines[-1]
+    assert "1 learner is not finished, or not evaluated" in lines[-1]
     (tmp_path / "a/scores.json").write_text("{")
     with pytest.raises(gather.NoRunError, match="none of these runs is finished and evaluated"):
         text.table([tmp_path])

@@ -436,7 +436,7 @@ def test_learners_whose_last_evaluation_failed_are_left_out(
     assert "The last evaluation of seed=1 failed: no score" in told
     lines = "\n".join(text.table([tmp_path]))
     assert "| IQL | 5.0 | 1 |" in lines
-    assert "1 learners are not finished, not evaluated" in lines
+    assert "1 learner is not finished, or not evaluated" in lines
     # An earlier version left the score of the evaluation before.
     old = json.loads((tmp_path / "scores.json").read_text())
     old["replicas"][1] |= {"score": 5.0, "evaluated_after": 12}

@@ -34,7 +34,7 @@ from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.settings import Compute, Settings, flat
 from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
-from torchrl_iql_recipes.reporting import commands, compare, gather, page, pictures
+from torchrl_iql_recipes.reporting import commands, compare, gather, page, pictures, text
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}
 RECIPES = CONFIG.parent
@@ -306,7 +306,15 @@ def test_a_seed_counts_once(runs: Path) -> None:
     shutil.copytree(runs / "bc", runs / "again")
     its = shown(runs / "bc", runs / "again")
     assert its.table("settings")["BC"][:2] == ["3", "2.0"]
-    assert "seed 0, 1, 2 of BC was trained more than once" in its.text
+    assert (
+        "seed 0, 1, 2 of BC was trained more than once, and counts once, not in again" in its.text
+    )
+    assert "scores differ" not in its.text
+    score(runs / "again", 1, 9, 3)
+    lines = text.table([runs / "bc", runs / "again"])
+    assert lines[4].startswith("| BC | 2.0 ± 2.5 | 3 |")
+    (told,) = (line for line in lines if line.startswith("Left out"))
+    assert told.endswith("counts once, not in again; their scores differ: of seed 1 2, 9.")
 
 
 @pytest.mark.usefixtures("words")

@@ -17,12 +17,24 @@ from torchrl_iql_recipes.experiment.schema import written
 from torchrl_iql_recipes.experiment.settings import has_effect
 from torchrl_iql_recipes.reporting.gather import Learner, Run
 
-__all__ = ["Difference", "Group", "differences", "groups", "varied", "verdict", "welch", "worlds"]
+__all__ = [
+    "Difference",
+    "Group",
+    "differences",
+    "groups",
+    "repeated",
+    "varied",
+    "verdict",
+    "welch",
+    "worlds",
+]
 
 FEW = 3
 """Settings in a name."""
 
 Settings = Mapping[str, Any]
+
+Members = tuple[tuple[Run, Learner], ...]
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,8 @@ class Group:
         settings: what it is trained with.
         members: each learner with its run, each seed once.
         scores: the final ones of runs that are finished, by seed.
-        repeated: seeds that were there more than once: a run that is finished counts, else the furthest.
+        repeated: the learners that do not count, by seed, since it was there more than once: one of a run
+            that is finished does, else the furthest.
     """
 
     world: str
@@ -45,7 +58,7 @@ class Group:
     settings: Settings
     members: tuple[tuple[Run, Learner], ...]
     scores: Mapping[int | str, float]
-    repeated: tuple[int | str, ...]
+    repeated: Mapping[int | str, Members]
 
     @property
     def values(self) -> list[float]:
@@ -112,35 +125,57 @@ def groups(runs: Sequence[Run]) -> list[Group]:
             found.setdefault((run.world, run.script, learner.title, key), []).append((run, learner))
     made = []
     for (world, _, title, _), all_ in found.items():
-        members, repeated = _each_seed_once(all_)
+        members, others = _each_seed_once(tuple(all_))
         finished = {
             _seed(run, its): its.score
             for run, its in members
             if run.state == "finished" and its.score is not None
         }
         settings = _settings(*members[0])
-        made.append(Group(world, title, title, settings, members, finished, repeated))
+        made.append(Group(world, title, title, settings, members, finished, others))
     return _labelled(made)
 
 
-Members = tuple[tuple[Run, Learner], ...]
+def _each_seed_once(all_: Members) -> tuple[Members, dict[int | str, Members]]:
+    """Keep one learner of each seed, of a run that is finished if there is one, else the furthest.
 
-
-def _each_seed_once(all_: Sequence[tuple[Run, Learner]]) -> tuple[Members, tuple[int | str, ...]]:
-    """Keep one learner of each seed, of a run that is finished if there is one, else the furthest."""
+    Returns:
+        these; and by seed the others, if there are any.
+    """
     kept: dict[int | str, tuple[Run, Learner]] = {}
-    repeated = {}
+    others: dict[int | str, Members] = {}
     for run, learner in all_:
         seed = _seed(run, learner)
-        known = kept.setdefault(seed, (run, learner))
-        if known[1] is learner:
+        other = kept.setdefault(seed, (run, learner))
+        if other[1] is learner:
             continue
-        repeated[seed] = None
-        if known[0].state != "finished" and (
-            run.state == "finished" or learner.step > known[1].step
+        if other[0].state != "finished" and (
+            run.state == "finished" or learner.step > other[1].step
         ):
             kept[seed] = run, learner
-    return tuple(kept.values()), tuple(repeated)
+        else:
+            other = run, learner
+        others[seed] = (*others.get(seed, ()), other)
+    return tuple(kept.values()), others
+
+
+def repeated(its: Group) -> list[str]:
+    """Say which seeds were trained more than once, where they do not count, and how else they scored."""
+    if not its.repeated:
+        return []
+    seeds = ", ".join(map(str, its.repeated))
+    labels = dict.fromkeys(run.label for others in its.repeated.values() for run, _ in others)
+    unlike = []
+    for seed, others in its.repeated.items():
+        scores = [learner.score for run, learner in others if run.state == "finished"]
+        found = [score for score in (its.scores.get(seed), *scores) if score is not None]
+        if len(set(found)) > 1:
+            unlike.append(f"of seed {seed} {', '.join(f'{each:.6g}' for each in found)}")
+    scored = f"; their scores differ: {'; '.join(unlike)}" if unlike else ""
+    return [
+        f"seed {seeds} of {its.label} was trained more than once, and counts once, not in "
+        f"{', '.join(labels)}{scored}"
+    ]
 
 
 def _seed(run: Run, learner: Learner) -> int | str:

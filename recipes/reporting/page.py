@@ -571,10 +571,8 @@ def _notes(runs: Sequence[Run], groups: Sequence[Group]) -> list[tuple[str, str]
         for words in run.words:
             found.setdefault(words.rstrip("."), []).append(run.label)
     for group in groups:
-        if group.repeated:
-            seeds = ", ".join(map(str, group.repeated))
-            labels = dict.fromkeys(run.label for run, _ in group.members)
-            note = f"seed {seeds} of {group.label} was trained more than once, and counts once"
+        labels = dict.fromkeys(run.label for run, _ in group.members)
+        for note in compare.repeated(group):
             found.setdefault(note, []).append(", ".join(labels))
     return [(note, "; ".join(whom)) for note, whom in found.items()]
 

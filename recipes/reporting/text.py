@@ -10,7 +10,7 @@ from torchrl_iql_recipes.commands import typed
 from torchrl_iql_recipes.experiment.schema import written
 from torchrl_iql_recipes.files import shown
 from torchrl_iql_recipes.reporting import gather
-from torchrl_iql_recipes.reporting.compare import Group, groups, varied, worlds
+from torchrl_iql_recipes.reporting.compare import Group, groups, repeated, varied, worlds
 
 __all__ = ["table"]
 
@@ -30,10 +30,10 @@ def table(folders: Sequence[Path]) -> list[str]:
         scored = [each for each in its if each.scores]
         if scored:
             lines += [f"{world}:", "", *_rows(scored), ""]
-        if idle := sum(len(each.members) for each in its) - sum(
-            len(each.scores) for each in scored
-        ):
-            left.append(f"{world}: {idle} learners are not finished, not evaluated, or there twice")
+        if idle := sum(len(each.members) - len(each.scores) for each in its):
+            are = "learner is" if idle == 1 else "learners are"
+            left.append(f"{world}: {idle} {are} not finished, or not evaluated")
+        left += [f"{world}: {note}" for each in its for note in repeated(each)]
     if not lines:
         raise gather.NoRunError(
             f"{shown(folders[0])}: none of these runs is finished and evaluated in an environment; "
