@@ -32,6 +32,7 @@ from torchrl_iql_recipes.behaviors.recording import record
 from torchrl_iql_recipes.behaviors.rollouts import CheckpointRollouts
 from torchrl_iql_recipes.collect import COLLECT
 from torchrl_iql_recipes.experiment.choices import CONFIG
+from torchrl_iql_recipes.experiment.schema import SettingsError
 
 RECIPES = CONFIG.parent
 STITCH = collection.behavior("pointmaze/stitch")
@@ -214,7 +215,9 @@ class TestBuilding:
         collection.build("walks-v0", STITCH, 200, workers=1)
         given = {"behavior": STITCH, "transitions": 200, "seed": 0} | other
         given["behavior"] = given["behavior"] or collection.behavior("hopper/random")
-        with pytest.raises(ValueError, match=f"was made with {{'{next(iter(other))}': .*Delete it"):
+        with pytest.raises(
+            SettingsError, match=f"was made with {{'{next(iter(other))}': .*Delete it"
+        ):
             collection.build("walks-v0", **given)
 
     def test_another_maze_is_not_mistaken_for_it(self, store: Path):
@@ -257,7 +260,9 @@ class TestBuilding:
 
     @pytest.mark.parametrize("transitions", [0, -5])
     def test_an_empty_data_set_is_refused(self, store: Path, transitions: int):
-        with pytest.raises(ValueError, match=f"transitions must be at least 1, got {transitions}"):
+        with pytest.raises(
+            SettingsError, match=f"transitions must be at least 1, got {transitions}"
+        ):
             collection.build("walks-v0", STITCH, transitions)
         assert list(store.iterdir()) == []
 
@@ -467,6 +472,11 @@ class TestCheckpoint:
         assert "collect.py: there is no data set 'hopper/best' to make" in done.stderr
         assert "Traceback" not in done.stderr
         assert list(store.iterdir()) == []
+
+    def test_an_id_that_can_not_be_is_one_line(self, store: Path):
+        done = self.run("env=CartPole-v1", "policy=random", "id=../x", "transitions=5")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert "collect.py: id=../x: expected a Minari id" in done.stderr
 
     def test_stages_of_another_training_play(self, tmp_path: Path):
         trained = collection.behavior("hopper/medium").policy

@@ -787,7 +787,7 @@ def test_actions_out_of_a_checkpoints_reach_are_refused(
 @pytest.mark.parametrize("change", ["policy=squashed", "action_bounds=data"])
 def test_discrete_actions_have_their_own_policy(change: str) -> None:
     settings = OFFLINE.settings([change])
-    with pytest.raises(ValueError, match=f"{change}: without effect, the actions of CartPole"):
+    with pytest.raises(SettingsError, match=f"{change}: without effect, the actions of CartPole"):
         architecture_for(settings.networks, OfflineDataset.empty("CartPole-v1"))
 
 

@@ -39,6 +39,7 @@ from torchrl_iql_recipes.experiment import build, offline, online
 from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.networks import Networks
 from torchrl_iql_recipes.experiment.online import FineTuning
+from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Online, Settings
 from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
 
@@ -688,11 +689,21 @@ def test_what_cannot_be_run_is_refused_before_anything_happens(
             f"dataset={maze_id}",
             "offline_share=1.5",
         ): "offline_share=1.5: expected a number above 0 and below 1",
+        ("dataset=null", "env=Pendulum-v1", "normalize_observation=false", "offline_share=0.5"): (
+            "offline_share=0.5: without a data set there is none, give null"
+        ),
+        (
+            "dataset=null",
+            "env=Pendulum-v1",
+            "normalize_observation=false",
+            "policy=deterministic",
+            "exploration=0.5",
+        ): "exploration=0.5: the deterministic policy has no deviation, expected 0 or 1",
         (f"dataset={maze_id}", "anneal_steps=9"): "anneal_steps=9 needs an offline_share",
         (f"dataset={maze_id}", "exploration=-1"): "exploration=-1: expected a number of at least 0",
         (f"dataset={maze_id}", "env_steps=0"): "env_steps=0: expected an integer of at least 1",
     }.items():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(SettingsError, match=message):
             online.run(config(*overrides), tmp_path)
         assert not list(tmp_path.glob("**/*.ckpt"))
 

@@ -476,7 +476,7 @@ def test_what_the_other_learners_have_is_not_deleted(maze_id: str, tmp_path: Pat
     cfg = config(f"dataset={maze_id}", "seeds=[0,1]", "temperature=3")
     offline.run(cfg, tmp_path)
     shutil.rmtree(tmp_path / "seed=1")
-    with pytest.raises(ValueError, match=r"no checkpoint of the same step .*seed=1: none"):
+    with pytest.raises(SettingsError, match=r"no checkpoint of the same step .*seed=1: none"):
         offline.run(cfg, tmp_path)
     assert sorted(RunFolder(tmp_path / "seed=0").checkpoints()) == [30, 60]
 

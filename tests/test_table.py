@@ -309,6 +309,9 @@ def test_a_record_that_is_not_there_is_said(tmp_path: Path) -> None:
         Record.read(tmp_path / "none.json")
 
 
+ONE = "tasks: {mini/hopper-medium: {algorithms: [bc], seeds: [0], steps: 5"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -329,6 +332,14 @@ def test_a_record_that_is_not_there_is_said(tmp_path: Path) -> None:
         ("tasks: {", "while parsing a flow node"),
         ("tasks: {}", "there is nothing to compare"),
         ("- 1", r"the plan has \[1\]"),
+        ("tasks: [mini/hopper-medium]", r"tasks=\[mini/hopper-medium\]: expected names"),
+        (f"{ONE}, seeds: 0}}}}", "hopper-medium, bc: seeds=0: expected a list of integers"),
+        (f"{ONE}, seeds: []}}}}", r"seeds=\[\]: expected a list of integers"),
+        (f"{ONE}, evaluations: 0}}}}", "evaluations=0: expected an integer of at least 1"),
+        (f"{ONE}, steps: many}}}}", "steps=many: expected an integer of at least 1"),
+        (f"{ONE}, settings: batch_size=3}}}}", "settings=batch_size=3: expected a list of text"),
+        (f"{ONE}}}}}\nbeside: {{cql: {{stepz: 3}}}}", r"cql has \['stepz'\], expected some of"),
+        (f"{ONE}, published: 3}}}}", "published of mini/hopper-medium has 3, expected some of"),
     ],
 )
 def test_a_plan_that_can_not_be_is_refused(text: str, message: str, tmp_path: Path) -> None:

@@ -199,11 +199,11 @@ def build(
         the folder of the data set.
 
     Raises:
-        ValueError: if there are to be no transitions, or the data set that is there was made with other
-            arguments.
+        SettingsError: there are to be no transitions, the id is none of Minari's, or the data set that is
+            there was made with other arguments.
     """
     if transitions < 1:
-        raise ValueError(f"transitions must be at least 1, got {transitions}")
+        raise SettingsError(f"transitions must be at least 1, got {transitions}")
     recipe = _recipe(behavior, transitions, seed)
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     path = get_dataset_path(_checked(id))
@@ -221,7 +221,7 @@ def build(
     theirs = {key: value for key, value in recorded.items() if value != recipe.get(key)}
     if theirs:
         ours = {key: recipe.get(key) for key in theirs}
-        raise ValueError(
+        raise SettingsError(
             f"{path} was made with {theirs}, not with {ours}. Delete it, choose another id, or set "
             "MINARI_DATASETS_PATH to another folder."
         )
@@ -231,7 +231,7 @@ def build(
 def _checked(id: str) -> str:
     """Return an id of Minari's; what is none, as ``../there``, would lie outside of the store."""
     if DATASET_ID_RE.fullmatch(id) is None:
-        raise ValueError(
+        raise SettingsError(
             f"id={id}: expected a Minari id, as own/walks-v0, of letters, digits, - and _"
         )
     return id

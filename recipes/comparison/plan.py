@@ -26,6 +26,9 @@ RECIPES = Path(__file__).parents[1]
 COMMON = {"algorithms", "seeds", "steps", "env_steps", "evaluations", "episodes", "settings"}
 """What a plan has for all tasks, and a task may have of its own."""
 
+LEAST = {"steps": 1, "env_steps": 0, "evaluations": 1, "episodes": 0}
+"""Numbers of a plan, and the least that they may be."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -206,6 +209,9 @@ class Plan:
             raise SettingsError(f"{file}: {' '.join(str(error).split())}") from None
         _require(file, "the plan", values, {*COMMON, "beside", "tasks"})
         tasks = values.get("tasks") or {}
+        for name, of in {"tasks": tasks, "beside": values.get("beside") or {}}.items():
+            if not isinstance(of, dict):
+                raise SettingsError(f"{file}: {name}={written(of)}: expected names with settings")
         cells = [
             cell
             for task, own in tasks.items()
@@ -256,6 +262,9 @@ def _cells(
     _require(file, task, own, {*COMMON, "published"})
     common = {key: value for key, value in values.items() if key in COMMON}
     beside = values.get("beside") or {}
+    for algorithm, others in beside.items():
+        _require(file, algorithm, others or {}, COMMON)
+    _require(file, f"published of {task}", own.get("published") or {}, {*algorithms()})
     asked = own.get("algorithms", common.get("algorithms")) or []
     extra = [] if "algorithms" in own else [name for name in beside if name not in asked]
     for algorithm in [*asked, *extra]:
@@ -266,6 +275,7 @@ def _cells(
         its = {**common, **own, **(beside.get(algorithm) or {})}
         if missing := [key for key in ("seeds", "steps") if key not in its]:
             raise SettingsError(f"{file}: {task} has no {' and no '.join(missing)}")
+        _check_values(f"{file}: {task}, {algorithm}", its)
         published = (own.get("published") or {}).get(algorithm, ())
         yield Cell(
             task,
@@ -286,10 +296,25 @@ def _asked(task: str, algorithm: str, its: Mapping[str, Any]) -> Sequence[str]:
     return [
         *(f"task={task}", f"algorithm={algorithm}", f"steps={steps}"),
         *([f"env_steps={env_steps}"] if env_steps else []),
-        f"eval_interval={max(1, (env_steps or steps) // its.get('evaluations', 10))}",
-        f"eval_episodes={its.get('episodes', 50)}",
+        f"eval_interval={max(1, (env_steps or steps) // int(its.get('evaluations', 10)))}",
+        f"eval_episodes={int(its.get('episodes', 50))}",
         *its.get("settings", []),
     ]
+
+
+def _check_values(where: str, its: Mapping[str, Any]) -> None:
+    """Refuse what a cell can not have."""
+    for name, least in LEAST.items():
+        value = its.get(name, least)
+        if not isinstance(value, int | float) or value != int(value) or value < least:
+            raise SettingsError(
+                f"{where}: {name}={written(value)}: expected an integer of at least {least}"
+            )
+    seeds, settings = its["seeds"], its.get("settings", [])
+    if not (isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds)):
+        raise SettingsError(f"{where}: seeds={written(seeds)}: expected a list of integers")
+    if not (isinstance(settings, list) and all(isinstance(each, str) for each in settings)):
+        raise SettingsError(f"{where}: settings={written(settings)}: expected a list of text")
 
 
 def _require(file: Path, what: str, values: Any, known: set[str]) -> None:

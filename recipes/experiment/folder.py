@@ -14,6 +14,7 @@ from torchrl.checkpoint import CheckpointRotation
 from torchrl.record.loggers import Logger
 
 from torchrl_iql import checkpoint
+from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.files import on_disk, rows, whole
 
 __all__ = ["RunFolder", "newest_common_step"]
@@ -167,13 +168,13 @@ def newest_common_step(folders: Sequence[RunFolder]) -> int | None:
     """Return the latest step of which every learner has a checkpoint; None if a run begins.
 
     Raises:
-        ValueError: there is none, and more would be lost than a kill at the first one explains.
+        SettingsError: there is none, and more would be lost than a kill at the first one explains.
     """
     kept = {folder.path: set(folder.checkpoints()) for folder in folders}
     common = max(set.intersection(*kept.values()), default=None)
     if common is None and max(map(len, kept.values())) > 1:
         shown = ", ".join(f"{path.name}: {sorted(steps) or 'none'}" for path, steps in kept.items())
-        raise ValueError(
+        raise SettingsError(
             f"the learners have no checkpoint of the same step ({shown}): put back what is missing, or "
             "start anew in another folder"
         )

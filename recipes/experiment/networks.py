@@ -69,12 +69,16 @@ class Networks:
 
 
 def architecture_for(networks: settings.Networks, dataset: OfflineDataset) -> Architecture:
-    """Describe the networks of the settings, in the sizes of the data."""
+    """Describe the networks of the settings, in the sizes of the data.
+
+    Raises:
+        SettingsError: the data have no such networks.
+    """
     space = dataset.action_space
     if isinstance(space, Discrete):
         for name, only in (("policy", "gaussian"), ("action_bounds", "space")):
             if (given := getattr(networks, name)) != only:
-                raise ValueError(
+                raise SettingsError(
                     f"{name}={given}: without effect, the actions of {dataset.name} are discrete; give "
                     f"{name}={only}"
                 )
@@ -86,7 +90,7 @@ def architecture_for(networks: settings.Networks, dataset: OfflineDataset) -> Ar
             low, high = data.amin(0), data.amax(0)
             if networks.action_bounds == "data" and (constant := (low == high).nonzero()).numel():
                 column = int(constant[0])
-                raise ValueError(
+                raise SettingsError(
                     f"action_bounds=data: action {column} of {dataset.name} is always {low[column]}; "
                     "give action_bounds=space"
                 )
@@ -99,7 +103,7 @@ def architecture_for(networks: settings.Networks, dataset: OfflineDataset) -> Ar
                 f"action_bounds=space: the actions of {dataset.name} have no bounds, {space}; {remedy}"
             )
         if networks.action_bounds not in bounds:
-            raise ValueError(
+            raise SettingsError(
                 f"action_bounds={networks.action_bounds}: without a data set give action_bounds=space"
             )
         actions = {

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from torchrl_iql import OfflineDataset, checkpoint
 from torchrl_iql.environments import time_limit_of
+from torchrl_iql.models import Architecture
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
 from torchrl_iql_recipes.commands import label
 from torchrl_iql_recipes.experiment import (
@@ -79,6 +80,7 @@ def _run(settings: Settings, path: Path) -> dict[str, Any]:
         architecture = architecture_for(settings.networks, dataset)
     else:
         architecture = architecture_of(known, dataset, settings.networks)
+    _require_noise(settings.online.exploration, architecture)
     with build.evaluations_for(settings, dataset, architecture) as evaluations:
         is_from_scratch = not len(dataset.transitions)
         data = None if is_from_scratch else learned_from.summary(dataset, dataset, held_out)
@@ -95,6 +97,14 @@ def _require_one_learner(settings: Settings) -> None:
     if len(settings.learners) > 1:
         names = [learner.name for learner in settings.learners]
         raise SettingsError(f"one learner is fine-tuned, but these are {names}: give one value")
+
+
+def _require_noise(exploration: float, architecture: Architecture) -> None:
+    """Refuse a factor on the deviation of a policy that has none."""
+    if exploration not in (0, 1) and architecture.policy in ("categorical", "deterministic"):
+        raise SettingsError(
+            f"exploration={exploration:g}: the {architecture.policy} policy has no deviation, expected 0 or 1"
+        )
 
 
 def _offline(settings: Settings) -> Settings:

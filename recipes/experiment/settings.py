@@ -383,6 +383,12 @@ class Settings:
                 f"algorithm={values['algorithm']}: it learns from whole episodes, and is for "
                 f"{label('offline')}"
             )
+        data, online = parts["data"], parts["online"]
+        assert isinstance(data, Data) and isinstance(online, Online)
+        if "env_steps" in values and data.dataset is None and online.offline_share is not None:
+            raise SettingsError(
+                f"offline_share={online.offline_share:g}: without a data set there is none, give null"
+            )
         learners = _learners(values, training)
         _n_steps(parts["data"], learners)
         recorded = _recorded(values, parts, learners)
