@@ -76,6 +76,36 @@ def test_a_fit_is_not_done_twice_nor_taken_for_another(tmp_path: Path) -> None:
         other.finish()
 
 
+def test_an_estimate_is_of_the_checkpoint_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "estimate.py").write_text(
+        "import sys, pathlib\n"
+        "its = dict(each.split('=', 1) for each in sys.argv[1:])\n"
+        "file, output = (pathlib.Path(its[key].strip(\"'\")) for key in ('checkpoint', 'output'))\n"
+        "output.write_text('{\"policies\": [' + file.read_text() + ']}')\n"
+    )
+    monkeypatch.setattr(ranking, "RECIPES", tmp_path)
+    fit = Fit(tmp_path / "last.ckpt", "all", tmp_path / "estimates/a.json", ["steps=3"])
+    for steps in (1, 1, 2):  # the run goes on
+        fit.checkpoint.write_text(str(steps))
+        assert (fit.result() is None) == (steps == 2 or not fit.output.exists())
+        fit.finish()
+        assert fit.result() == {"policies": [steps]}
+    # An earlier version said less, and what it left is finished.
+    known = fit.output.with_suffix(".settings.json")
+    known.write_text(json.dumps(["fit_on=all", "steps=3"]))
+    fit.checkpoint.write_text("3")
+    fit.finish()
+    assert fit.result() == {"policies": [2]}
+    known.write_text("")  # it was killed there
+    fit.finish()
+    assert fit.result() == {"policies": [2]}
+    with pytest.raises(ValueError, match="of other settings"):
+        known.write_text(json.dumps(["fit_on=all", "steps=4"]))
+        fit.finish()
+
+
 @pytest.mark.slow
 def test_from_nothing_to_the_page(maze_id: str, tmp_path: Path) -> None:
     folder = tmp_path / "runs"
@@ -110,6 +140,4 @@ def test_from_nothing_to_the_page(maze_id: str, tmp_path: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.json")}
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0
-    assert {file: file.stat().st_mtime_ns for file in before if "settings" not in file.name} == {
-        file: at for file, at in before.items() if "settings" not in file.name
-    }
+    assert {file: file.stat().st_mtime_ns for file in before} == before

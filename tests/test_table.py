@@ -187,6 +187,22 @@ def test_a_folder_that_something_else_has_filled_is_not_taken_over(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.parametrize("known", ["", '["expectile=0.9"]'])
+def test_of_a_finished_run_nothing_is_done(known: str, tmp_path: Path) -> None:
+    """Also where a kill has left an empty settings.json."""
+    outcomes = {"version": 2, "replicas": [{"score": 1.0, "interrupted": False}]}
+    (tmp_path / "scores.json").write_text(json.dumps(outcomes))
+    (tmp_path / "config.yaml").write_text("expectile: 0.9")
+    file = tmp_path / "settings.json"
+    file.write_text(known)
+    before = file.stat().st_mtime_ns
+    Job(Path("offline.py"), tmp_path, ["expectile=0.9"]).finish()
+    assert json.loads(file.read_text()) == ["expectile=0.9"]
+    assert (file.stat().st_mtime_ns == before) == bool(known)
+    with pytest.raises(ValueError, match=r"other settings, see settings\.json"):
+        Job(Path("offline.py"), tmp_path, ["expectile=0.8"]).finish()
+
+
 def test_runs_of_other_settings_are_not_taken_for_those_of_the_plan(
     maze_id: str, tmp_path: Path
 ) -> None:

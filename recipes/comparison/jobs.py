@@ -16,8 +16,9 @@ from tqdm import tqdm
 from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.experiment import results
 from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.files import whole
 
-__all__ = ["Job", "ensure_data", "finish"]
+__all__ = ["Job", "ensure_data", "finish", "settings_in", "write_settings"]
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,16 @@ class Job:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         known, begun = self.folder / "settings.json", (self.folder / "config.yaml").exists()
-        asked = json.loads(known.read_text()) if known.exists() else None
-        if asked != list(self.settings) and (begun or asked is not None):
-            where = "config.yaml" if asked is None else known.name
+        asked = settings_in(known)
+        is_of_others = begun and not known.exists()
+        if is_of_others or asked not in (None, list(self.settings)):
+            where = "config.yaml" if is_of_others else known.name
             raise ValueError(
                 f"{self.folder} holds a run with other settings, see {where}: remove it, or give "
                 "another --folder"
             )
-        known.write_text(json.dumps(list(self.settings), indent=2) + "\n")
+        if asked is None:
+            write_settings(known, self.settings)
         if self.result() is not None:
             return
         arguments = [*self.settings, "compute.threads=1", f"hydra.run.dir='{self.folder}'"]
@@ -72,6 +75,20 @@ class Job:
             raise RuntimeError(f"{self.script.name} failed, see {log}")
         if self.result() is None:
             raise RuntimeError(f"{self.script.name} was interrupted, see {log}: start it again")
+
+
+def settings_in(file: Path) -> list[str] | None:
+    """Return what something was started with; None if there is no such file, or a kill cut it."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def write_settings(file: Path, settings: Sequence[str]) -> None:
+    """Write what something is started with, for :func:`settings_in`."""
+    with whole(file) as new:
+        new.write_text(json.dumps(list(settings), indent=2) + "\n")
 
 
 def ensure_data(settings: Sequence[Settings]) -> None:

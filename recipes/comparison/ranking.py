@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import hashlib
 import json
 import math
 import re
@@ -35,7 +36,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from torchrl_iql_recipes.comparison.jobs import Job, ensure_data, finish
+from torchrl_iql_recipes.comparison.jobs import (
+    Job,
+    ensure_data,
+    finish,
+    settings_in,
+    write_settings,
+)
 from torchrl_iql_recipes.comparison.plan import RECIPES
 from torchrl_iql_recipes.experiment import results
 from torchrl_iql_recipes.experiment.curves import in_file
@@ -104,8 +111,21 @@ class Fit:
     settings: Sequence[str]
 
     def result(self) -> dict[str, Any] | None:
-        """Return what was found, once it was."""
-        return json.loads(self.output.read_text()) if self.output.exists() else None
+        """Return what was found, once it was, of the checkpoint as it is now."""
+        if not self.output.exists():
+            return None
+        # Earlier versions did not record it: theirs is taken for the same.
+        judged = [each for each in settings_in(self._known) or () if _is_digest(each)]
+        return json.loads(self.output.read_text()) if judged in ([], [self._digest()]) else None
+
+    @property
+    def _known(self) -> Path:
+        return self.output.with_suffix(".settings.json")
+
+    def _digest(self) -> str:
+        """Return what tells a checkpoint from what a run that goes on leaves in its place."""
+        its = self.checkpoint.read_bytes() if self.checkpoint.exists() else b""
+        return f"sha256={hashlib.sha256(its).hexdigest()}"
 
     def finish(self) -> None:
         """Do it, unless it is done.
@@ -115,13 +135,15 @@ class Fit:
             ValueError: it was done with other settings.
         """
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        known = self.output.with_suffix(".settings.json")
-        asked = [f"fit_on={self.fit_on}", *self.settings]
-        if known.exists() and json.loads(known.read_text()) != asked:
-            raise ValueError(f"{self.output} is of other settings, see {known.name}: remove both")
-        if self.output.exists():
+        asked, known = [f"fit_on={self.fit_on}", *self.settings], settings_in(self._known)
+        if known is not None and [each for each in known if not _is_digest(each)] != asked:
+            raise ValueError(
+                f"{self.output} is of other settings, see {self._known.name}: remove both"
+            )
+        if self.result() is not None:
             return
-        known.write_text(json.dumps(asked, indent=2) + "\n")
+        self.output.unlink(missing_ok=True)  # of the checkpoint that was there before
+        write_settings(self._known, [*asked, self._digest()])
         command = [
             *(sys.executable, str(RECIPES / "estimate.py"), f"checkpoint='{self.checkpoint}'"),
             *(f"output='{self.output}'", "compute.threads=1", *asked),
@@ -131,6 +153,10 @@ class Fit:
             done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
         if done.returncode != 0 or not self.output.exists():
             raise RuntimeError(f"estimate.py failed, see {log}")
+
+
+def _is_digest(setting: str) -> bool:
+    return setting.startswith("sha256=")
 
 
 # --- Runs ----------------------------------------------------------------------------------------------
