@@ -31,18 +31,24 @@ def main() -> None:
         help="of runs, or with such; beside --launcher its options, as hydra.launcher.n_jobs=4",
     )
     plan = parser.add_argument_group("runs of a plan")
-    plan.add_argument(
-        "--plan", type=Path, default=PLAN, help="(default: the one of the comparisons' page)"
-    )
+    plan.add_argument("--plan", type=Path, help="(default: the one of the comparisons' page)")
     plan.add_argument("--folder", type=Path, help="of all runs (default: runs/<name of the plan>)")
     plan.add_argument(
-        "--jobs", type=int, default=2, help="runs at a time (default: 2); 0 makes the table only"
+        "--jobs", type=int, help="runs at a time (default: 2); 0 makes the table only"
     )
     plan.add_argument(
         "--launcher", help="of Hydra, instead of --jobs: joblib, submitit_slurm, ray, ..."
     )
     plan.add_argument("--record", type=Path, help="the record.json of runs that are not done again")
     args = parser.parse_args()
+    of_plan = [
+        name for name in ("plan", "folder", "jobs", "record") if vars(args)[name] is not None
+    ]
+    if args.given and not args.launcher and of_plan:
+        parser.error(
+            f"{args.given[0]} beside --{' and --'.join(of_plan)}: give folders of runs, or a plan's options"
+        )
+    args.plan, args.jobs = args.plan or PLAN, 2 if args.jobs is None else args.jobs
     with errors_in_one_line(label("compare"), debug=args.debug):
         if args.given and not args.launcher:
             from torchrl_iql_recipes.reporting import gather, text

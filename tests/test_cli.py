@@ -407,6 +407,13 @@ def test_runs_that_were_not_evaluated_are_said_to_be_left_out(tmp_path: Path) ->
         text.table([tmp_path])
 
 
+def test_folders_are_not_given_beside_a_plan(tmp_path: Path) -> None:
+    given = ["runD", "--plan", "nothere.yaml", "--record", "x", "--jobs", "0"]
+    done = started(tmp_path, "compare", *given)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "runD beside --plan and --jobs and --record: give folders of runs, or" in done.stderr
+
+
 # --- What is shipped ---------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from scipy.stats import trim_mean
 
+from test_collect import wait_for
 from torchrl_iql_recipes.comparison import aggregates, table
 from torchrl_iql_recipes.comparison.jobs import Job
 from torchrl_iql_recipes.comparison.plan import Plan
@@ -251,6 +253,41 @@ def test_a_seed_without_a_score_of_the_last_step_is_not_finished(
     (_, cell, _) = plan.cells
     assert (cell.finished(), cell.scores(), cell.kept()) == ({2: {10: 3.0, 20: 4.0}}, None, [])
     assert "| 20 | - | - | - |" in table.report(plan, tmp_path)[2]
+
+
+RUN = """
+import signal, sys, time
+from pathlib import Path
+def end(number, frame):
+    Path("ended").write_text(signal.Signals(number).name)
+    sys.exit(1)
+for name in ("SIGTERM", "SIGUSR1"):
+    signal.signal(getattr(signal, name), end)
+Path("begun").touch()
+time.sleep(60)
+"""
+PLAN = """
+import sys
+from pathlib import Path
+from torchrl_iql_recipes.comparison.jobs import Job, finish, told_if_stopped
+with told_if_stopped():
+    finish([Job(Path("run.py"), Path(name), []) for name in "abc"], 1)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 75)])
+def test_a_signal_is_passed_on_to_the_runs(name: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(RUN)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PLAN], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    wait_for((tmp_path / "begun").exists, process)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code, errors
+    assert (tmp_path / "ended").read_text() == name
+    assert "Interrupted; the same command goes on." in errors
+    assert not (tmp_path / "b").exists()  # no other has begun
 
 
 @pytest.mark.slow

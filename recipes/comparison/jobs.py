@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +19,18 @@ from tqdm import tqdm
 from torchrl_iql_recipes.behaviors import collection
 from torchrl_iql_recipes.experiment import results
 from torchrl_iql_recipes.experiment.settings import Settings
+from torchrl_iql_recipes.experiment.stopping import EXIT_CODES, Stopped, stoppable
 from torchrl_iql_recipes.files import whole
 
-__all__ = ["Job", "ensure_data", "finish", "settings_in", "write_settings"]
+__all__ = [
+    "Job",
+    "ensure_data",
+    "finish",
+    "run",
+    "settings_in",
+    "told_if_stopped",
+    "write_settings",
+]
 
 
 @dataclass(frozen=True)
@@ -68,10 +80,7 @@ class Job:
             again = [each for each in self.settings if each.startswith(("env=", "trust_env="))]
             arguments = [f"resume='{self.folder}'", *again]
         log = self.folder / "log.txt"
-        with log.open("a") as file:
-            command = [sys.executable, str(self.script), *arguments]
-            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
-        if done.returncode != 0:
+        if run(self.script, arguments, log) != 0:
             raise RuntimeError(f"{self.script.name} failed, see {log}")
         if self.result() is None:
             raise RuntimeError(f"{self.script.name} was interrupted, see {log}: start it again")
@@ -91,6 +100,33 @@ def write_settings(file: Path, settings: Sequence[str]) -> None:
         new.write_text(json.dumps(list(settings), indent=2) + "\n")
 
 
+_running: set[subprocess.Popen] = set()
+
+
+def run(script: Path, arguments: Sequence[str], log: Path) -> int:
+    """Run a recipe in a process of its own, that :func:`finish` ends.
+
+    Args:
+        script: the recipe.
+        arguments: of it.
+        log: where its output goes, after what is there.
+
+    Returns:
+        its exit code.
+    """
+    with (
+        log.open("a") as file,
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments], stdout=file, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        _running.add(process)
+        try:
+            return process.wait()
+        finally:
+            _running.remove(process)
+
+
 def ensure_data(settings: Sequence[Settings]) -> None:
     """Make the data of runs that are not there, once each."""
     given = [each.data.dataset or () for each in settings]
@@ -106,12 +142,42 @@ class Finishing(Protocol):
 
 
 def finish(jobs: Sequence[Finishing], processes: int) -> None:
-    """Finish them, so many at a time; what is finished stays if one fails."""
-    with ThreadPoolExecutor(processes) as executor:
+    """Finish them, so many at a time; what is finished stays if one fails.
+
+    Raises:
+        Stopped: a signal came; the runs have saved what they had.
+    """
+    with stoppable() as stop, ThreadPoolExecutor(processes) as executor:
         pending = [executor.submit(job.finish) for job in jobs]
         try:
-            for each in tqdm(pending, desc="runs", unit="run"):
-                each.result()
-        except BaseException:
-            executor.shutdown(cancel_futures=True)
+            try:
+                for each in tqdm(pending, desc="runs", unit="run"):
+                    each.result()
+            except Exception:
+                executor.shutdown(cancel_futures=True)
+                raise
+        except Stopped as stopped:
+            executor.shutdown(wait=False, cancel_futures=True)
+            with stop.patient():
+                _stop(pending, stopped.signal)
             raise
+
+
+def _stop(pending: Sequence[Future], name: str) -> None:
+    """Pass a signal on to the runs, and wait for their ends; a terminal has sent them its Ctrl-C itself."""
+    told: set[subprocess.Popen] = set()
+    while not all(each.done() for each in pending):
+        for each in {*_running} - told if name != "SIGINT" else ():
+            each.send_signal(getattr(signal, name))
+            told.add(each)
+        time.sleep(0.1)
+
+
+@contextmanager
+def told_if_stopped() -> Iterator[None]:
+    """End the process with one line where a signal ended what is inside."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        print("Interrupted; the same command goes on.", file=sys.stderr)
+        sys.exit(EXIT_CODES[error.signal if isinstance(error, Stopped) else "SIGINT"])

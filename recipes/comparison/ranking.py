@@ -25,7 +25,6 @@ import hashlib
 import json
 import math
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +39,9 @@ from torchrl_iql_recipes.comparison.jobs import (
     Job,
     ensure_data,
     finish,
+    run,
     settings_in,
+    told_if_stopped,
     write_settings,
 )
 from torchrl_iql_recipes.comparison.plan import RECIPES
@@ -144,14 +145,10 @@ class Fit:
             return
         self.output.unlink(missing_ok=True)  # of the checkpoint that was there before
         write_settings(self._known, [*asked, self._digest()])
-        command = [
-            *(sys.executable, str(RECIPES / "estimate.py"), f"checkpoint='{self.checkpoint}'"),
-            *(f"output='{self.output}'", "compute.threads=1", *asked),
-        ]
+        files = f"checkpoint='{self.checkpoint}'", f"output='{self.output}'"
         log = self.output.with_suffix(".txt")
-        with log.open("w") as file:
-            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
-        if done.returncode != 0 or not self.output.exists():
+        code = run(RECIPES / "estimate.py", [*files, "compute.threads=1", *asked], log)
+        if code != 0 or not self.output.exists():
             raise RuntimeError(f"estimate.py failed, see {log}")
 
 
@@ -426,27 +423,25 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="further ones of recipes/offline.py")
     args = parser.parse_args()
     try:
-        jobs = trainings(args)
-        if args.jobs:
-            ensure_data([OFFLINE.settings(each.settings) for each in jobs])
-            finish(jobs, args.jobs)
-        folders = [each.folder for each in jobs if each.result() is not None]
-        for given in args.runs:
-            if not (scored := sorted(given.rglob("scores.json"))):
-                raise SettingsError(f"--runs {given}: there is no scores.json in it")
-            folders += [file.parent for file in scored]
-        policies = policies_in(folders)
-        if not policies:
-            raise SettingsError(
-                f"there are no finished runs with scores in {args.folder} or --runs"
-            )
-        if args.jobs:
-            finish([fit for each in policies for fit in fits(each, args).values()], args.jobs)
+        with told_if_stopped():
+            jobs = trainings(args)
+            if args.jobs:
+                ensure_data([OFFLINE.settings(each.settings) for each in jobs])
+                finish(jobs, args.jobs)
+            folders = [each.folder for each in jobs if each.result() is not None]
+            for given in args.runs:
+                if not (scored := sorted(given.rglob("scores.json"))):
+                    raise SettingsError(f"--runs {given}: there is no scores.json in it")
+                folders += [file.parent for file in scored]
+            policies = policies_in(folders)
+            if not policies:
+                raise SettingsError(
+                    f"there are no finished runs with scores in {args.folder} or --runs"
+                )
+            if args.jobs:
+                finish([fit for each in policies for fit in fits(each, args).values()], args.jobs)
     except (SettingsError, ValueError, RuntimeError) as error:
         sys.exit(f"ranking.py: {error}")
-    except KeyboardInterrupt:
-        print("Interrupted; the same command goes on.", file=sys.stderr)
-        sys.exit(130)
     table = tabled(policies, args)
     args.folder.mkdir(parents=True, exist_ok=True)
     lines = page(table, args)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from torchrl_iql_recipes.comparison.jobs import Job, ensure_data, finish
+from torchrl_iql_recipes.comparison.jobs import Job, ensure_data, finish, told_if_stopped
 from torchrl_iql_recipes.comparison.plan import RECIPES
 from torchrl_iql_recipes.comparison.record import Known, Record, curves_of
 from torchrl_iql_recipes.experiment import results
@@ -142,18 +142,16 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="further ones of recipes/offline.py")
     args = parser.parse_args()
     try:
-        record = Record.read(args.record) if args.record else Record()
-        known = {task: of_record(record, task, args) for task in args.tasks}
-        missing = [task for task, its in known.items() if its is None]
-        if args.jobs:
-            jobs = [job(task, args) for task in missing]
-            ensure_data([OFFLINE.settings(each.settings) for each in jobs])
-            finish(jobs, args.jobs)
+        with told_if_stopped():
+            record = Record.read(args.record) if args.record else Record()
+            known = {task: of_record(record, task, args) for task in args.tasks}
+            missing = [task for task, its in known.items() if its is None]
+            if args.jobs:
+                jobs = [job(task, args) for task in missing]
+                ensure_data([OFFLINE.settings(each.settings) for each in jobs])
+                finish(jobs, args.jobs)
     except (SettingsError, ValueError, RuntimeError) as error:
         sys.exit(f"sensitivity.py: {error}")
-    except KeyboardInterrupt:
-        print("Interrupted; the same command goes on.", file=sys.stderr)
-        sys.exit(130)
     its = {task: known[task] or of_run(task, args) for task in args.tasks}
     done = {task: scores for task, scores in its.items() if scores}
     if not done:

@@ -28,7 +28,7 @@ from statistics import mean
 
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.comparison import aggregates
-from torchrl_iql_recipes.comparison.jobs import ensure_data, finish
+from torchrl_iql_recipes.comparison.jobs import ensure_data, finish, told_if_stopped
 from torchrl_iql_recipes.comparison.plan import Cell, Plan
 from torchrl_iql_recipes.comparison.record import Record
 from torchrl_iql_recipes.experiment.results import half_width
@@ -176,16 +176,13 @@ def run(args: argparse.Namespace) -> None:
     args.folder = args.folder or Path("runs") / args.plan.stem
     record = Record.read(args.record) if args.record else Record()
     plan = Plan.load(args.plan, args.folder, record)
-    try:
+    with told_if_stopped():
         if args.launcher or args.jobs:
             prepare(plan)
         if args.launcher and plan.jobs:
             launch(args, len(plan.jobs))
         elif args.jobs and plan.jobs:
             finish(plan.jobs, args.jobs)
-    except KeyboardInterrupt:
-        print("Interrupted; the same command goes on.", file=sys.stderr)
-        sys.exit(130)
     print("\n".join(report(plan, args.folder)))
     print(f"Table, CSV and pictures: {shown(args.folder)}")
 
