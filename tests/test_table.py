@@ -14,6 +14,7 @@ import pytest
 import yaml
 from scipy.stats import trim_mean
 
+from test_collect import started as process_of
 from test_collect import wait_for
 from torchrl_iql_recipes.comparison import aggregates, table
 from torchrl_iql_recipes.comparison.jobs import Job
@@ -278,12 +279,11 @@ with told_if_stopped():
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 75)])
 def test_a_signal_is_passed_on_to_the_runs(name: str, code: int, tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(RUN)
-    process = subprocess.Popen(
-        [sys.executable, "-c", PLAN], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
-    wait_for((tmp_path / "begun").exists, process)
-    process.send_signal(getattr(signal, name))
-    _, errors = process.communicate(timeout=30)
+    command = [sys.executable, "-c", PLAN]
+    with process_of(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        wait_for((tmp_path / "begun").exists, process)
+        process.send_signal(getattr(signal, name))
+        _, errors = process.communicate(timeout=30)
     assert process.returncode == code, errors
     assert (tmp_path / "ended").read_text() == name
     assert "Interrupted; the same command goes on." in errors
