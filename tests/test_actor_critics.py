@@ -19,7 +19,10 @@ from torchrl.data import Bounded
 from torchrl.modules import Actor, IndependentNormal, ProbabilisticActor, TanhNormal, ValueOperator
 
 from torchrl_iql import AWACLoss, TrainStep, models
+from torchrl_iql.models import Architecture
 from torchrl_iql.objectives import CQLLoss
+from torchrl_iql_recipes.algorithms.cql import CQL
+from torchrl_iql_recipes.experiment.networks import Networks
 
 B, D, A, K, GAMMA = 6, 3, 2, 4, 0.9
 LOW, HIGH = np.array([-1.0, -2.0]), np.array([1.0, 3.0])
@@ -395,6 +398,29 @@ def test_the_rest_of_cql_is_numpy() -> None:
     alpha_loss, _ = loss.alpha_loss(metadata, mask_tensordict=td)
     expected = -np.log(0.7) * (log_prob - 2.0).mean()
     np.testing.assert_allclose(alpha_loss.item(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [None, 5.0])
+def test_cql_is_the_same_in_all_units_of_actions(gap: float | None) -> None:
+    """Bounds of 0.05 with actions of 0.05 a learn what bounds of 1 learn with a."""
+    outputs = []
+    for unit in (1.0, 0.05):
+        torch.manual_seed(0)
+        architecture = Architecture(
+            observation_size=D,
+            action_size=A,
+            action_bounds=([-unit] * A, [unit] * A),
+            policy="heteroscedastic",
+            hidden_sizes=(8,),
+        )
+        loss = CQL(gap=gap).loss(Networks(architecture))
+        td = batch().apply(lambda x: x.float() if x.is_floating_point() else x)
+        td["action"] = unit * td["action"].clamp(-0.9, 0.9)
+        torch.manual_seed(1)
+        outputs.append(loss(td))
+    compared = ["loss_cql", "loss_alpha_prime"] if gap else []  # without it, a constant apart
+    for name in ("loss_qvalue", "loss_alpha", *compared):
+        torch.testing.assert_close(outputs[1][name], outputs[0][name], rtol=1e-4, atol=1e-4)
 
 
 def test_who_moves_what_in_cql() -> None:

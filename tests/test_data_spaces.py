@@ -18,6 +18,7 @@ from tensordict.nn import TensorDictModule
 
 from episodes import MARKS
 from torchrl_iql import Evaluator, OfflineDataset, TrainStep, load_dataset, models
+from torchrl_iql.acting import Acting
 from torchrl_iql.environments import data_environment, spec_of
 from torchrl_iql.objectives import IQLLoss
 from torchrl_iql.online import Experience, environment, transitions
@@ -176,7 +177,9 @@ def test_a_policy_collects_into_a_data_set(space: str, tmp_path: Path) -> None:
     """collect.py plays the policy of a checkpoint: its actions are those of the environment, too."""
     dataset, actions = played(space)
     behavior = CheckpointRollouts(spec_of(lambda: Player(space)), tmp_path)  # pyright: ignore
-    vars(behavior)["policy"] = _as_tuple(memory(dataset.transitions["action"]))
+    policy: Any = memory(dataset.transitions["action"])  # which writes an action alone
+    policy.act = Acting(policy, Player.observation_space, SPACES[space])
+    vars(behavior)["policy"] = policy
     env = gymnasium.make(behavior.env_spec)
     episode = behavior.play(env, np.random.default_rng(0), 0.0)
     assert_same_actions(list(episode.actions), actions, space)
@@ -194,10 +197,6 @@ def test_a_policy_collects_into_a_data_set(space: str, tmp_path: Path) -> None:
         action_space=SPACES[space],
     )
     assert again.transitions["action"].equal(dataset.transitions["action"])
-
-
-def _as_tuple(policy: TensorDictModule) -> Callable[..., tuple]:
-    return lambda observation: (policy(observation),)
 
 
 # --- Where an environment is looked up --------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box
 
@@ -152,7 +153,18 @@ def test_episodes_longer_than_the_environments_are_not_compared() -> None:
     for limit, cut in ((longest - 1, (longest - 1, longest)), (longest, None)):
         spec = EnvSpec("Pendulum-v1", max_episode_steps=limit)
         assert offline._cut_off(replace(walks, env_spec=spec)) == cut
+        assert offline._are_comparable(replace(walks, env_spec=spec)) == (cut is None)
     assert offline._cut_off(walks) is None
+
+
+def test_pieces_of_episodes_are_not_compared() -> None:
+    """As those that end without a record of it, and steps at a goal that are episodes of their own."""
+    walks = made(of_the_action)
+    assert offline._are_comparable(walks)
+    stopped = replace(walks.recording, stopped=len(walks.episode_lengths))
+    assert not offline._are_comparable(replace(walks, recording=stopped))
+    ones, whole = torch.ones(100, dtype=torch.int64), walks.episode_lengths[:60]
+    assert not offline._are_comparable(replace(walks, episode_lengths=torch.cat([ones, whole])))
 
 
 def test_rewards_that_are_all_the_same() -> None:

@@ -180,6 +180,15 @@ def test_what_is_refused(
         judge(*(runs[name] for name in names), **given)
 
 
+def test_runs_without_a_discount_are_asked_for_one(maze_id: str, tmp_path: Path) -> None:
+    given = [f"dataset={maze_id}", *TINY, "eval_episodes=0", "discount=1", "temperature=3"]
+    offline.run(OFFLINE.settings(of_maze(given)), tmp_path / "run")
+    with pytest.raises(
+        SettingsError, match=r"discount=1, that of the runs, .*: give discount=0\.99"
+    ):
+        judge(tmp_path / "run/last.ckpt")
+
+
 def test_data_of_another_kind_are_refused(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

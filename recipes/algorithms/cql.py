@@ -47,17 +47,19 @@ class CQL(Algorithm):
         from torchrl_iql.objectives import CQLLoss
 
         networks.require("CQL", policies=("heteroscedastic",))
-        bounds = networks.action_bounds()
+        low, high = networks.action_bounds()
+        # The paper's numbers are of actions in [-1, 1]; in others' units entropies are higher by this.
+        stretch = ((high - low) / 2).log().sum().item()
         loss = CQLLoss(
             networks.policy(),  # pyright: ignore
             networks.qvalues(2),
-            bounds=bounds,
-            target_entropy=-float(len(bounds[0])),
+            bounds=(low, high),
+            target_entropy=stretch - len(low),
             min_q_weight=self.alpha,
             max_q_backup=self.max_q_backup,
             num_random=self.num_random,
             with_lagrange=self.gap is not None,
-            lagrange_thresh=self.gap or 0.0,
+            lagrange_thresh=(self.gap or 0.0) + self.alpha * stretch,
         )
         loss.make_value_estimator(gamma=self.discount)
         return loss

@@ -40,7 +40,7 @@ from torchrl_iql_recipes.behaviors.policies import Stages
 from torchrl_iql_recipes.behaviors.rollouts import CheckpointRollouts, RandomRollouts, StageRollouts
 from torchrl_iql_recipes.behaviors.settings import Collection
 from torchrl_iql_recipes.experiment import progress
-from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.schema import SettingsError, rounded
 from torchrl_iql_recipes.files import whole
 
 __all__ = ["MINI", "NAMES", "behavior", "build", "ensure", "requested", "run"]
@@ -353,7 +353,7 @@ def summary(path: Path, behavior: Behavior) -> str:
     dataset = opened(path / "data")
     returns = [float(np.sum(episode.rewards)) for episode in dataset]
     line = f"{len(returns)} episodes, {dataset.total_steps} transitions, "
-    line += f"mean return {np.mean(returns):.1f}"
+    line += f"mean return {rounded(np.mean(returns))}"
     metadata = dataset.storage.metadata
     if "ref_max_score" in metadata:
         low, high = metadata["ref_min_score"], metadata["ref_max_score"]

@@ -13,13 +13,13 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.spaces import flatten
 from minari.data_collector import EpisodeBuffer
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from torchrl_iql import load_policy
-from torchrl_iql.spaces import environment_action, observation_dtype, sorted_space
+from torchrl_iql.spaces import environment_action, observed_rows
 from torchrl_iql_recipes.behaviors.policies import Stages
 from torchrl_iql_recipes.behaviors.recording import record
 
@@ -108,13 +108,13 @@ class CheckpointRollouts:
 
     def play(self, env: gymnasium.Env, rng: np.random.Generator, share: float) -> EpisodeBuffer:
         torch.manual_seed(int(rng.integers(2**31)))
-        space = sorted_space(env.observation_space)
+        observed = self.policy.act.observation_space  # pyright: ignore
 
         @torch.no_grad()
         def act(observation: object) -> np.ndarray:
-            flat = flatten(space, observation).astype(observation_dtype(space))  # pyright: ignore
+            rows, _ = observed_rows(observed, observation)
             with set_exploration_type(ExplorationType.RANDOM):
-                action = self.policy(observation=torch.from_numpy(flat)[None])[-1][0].numpy()
-            return environment_action(env.action_space, action)
+                td = self.policy(TensorDict({"observation": torch.from_numpy(rows)}, [1]))
+            return environment_action(env.action_space, td["action"][0].numpy())
 
         return record(env, act, seed=int(rng.integers(2**31)))

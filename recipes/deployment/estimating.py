@@ -98,6 +98,10 @@ def run(settings: Estimation, compute: Compute) -> dict[str, FittedQ]:
     build.set_up(compute)
     judged = [Judged.load(path) for path in dict.fromkeys(settings.checkpoints)]
     discount = settings.discount or _agreed("discount", judged, OTHERWISE)
+    if discount == 1:
+        raise SettingsError(
+            "discount=1, that of the runs, has no values without an end: give discount=0.99"
+        )
     dataset = data_for(settings, judged)
     for each in judged:
         _require_fit(each, dataset)

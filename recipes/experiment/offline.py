@@ -13,6 +13,7 @@ from torchrl_iql_recipes.experiment.diagnosis import Diagnosis
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
 from torchrl_iql_recipes.experiment.records import Records
+from torchrl_iql_recipes.experiment.schema import rounded
 from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.experiment.stopping import Stop, stoppable
 from torchrl_iql_recipes.experiment.validation import HeldOut, hold_out
@@ -91,8 +92,7 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
             train(settings, step, minibatches, records, stop)
     unfinished = step.steps < settings.training.steps or records.are_due
     seen = learned if held_out is None else held_out
-    # What the data have after the environment's last step, no policy there can have.
-    returns = None if _cut_off(dataset) else dataset.episode_returns.numpy()
+    returns = dataset.episode_returns.numpy() if _are_comparable(dataset) else None
     diagnosis = None if unfinished else Diagnosis(settings, seen, returns)
     replicas = [
         results.outcome(
@@ -177,7 +177,7 @@ def describe(dataset: OfflineDataset, held_out: OfflineDataset | None = None) ->
     )
     return (
         f"{dataset.name}: {rows} transitions in "
-        f"{len(dataset.episode_lengths)} episodes, mean return {dataset.episode_returns.mean():.1f}; "
+        f"{len(dataset.episode_lengths)} episodes, mean return {rounded(dataset.episode_returns.mean())}; "
         f"environment: {dataset.env_spec and dataset.env_spec.id}"
         f"{ends or ''}\n"
         f"Rules: reward {dataset.reward_rule}, r -> {dataset.reward_transform}; episodes "
@@ -191,6 +191,17 @@ def _cut_off(dataset: OfflineDataset) -> tuple[int, int] | None:
     longest = int(dataset.episode_lengths.max())
     limit = dataset.env_spec and dataset.env_spec.max_episode_steps
     return (limit, longest) if limit is not None and longest > limit else None
+
+
+def _are_comparable(dataset: OfflineDataset) -> bool:
+    """Return whether a policy may have the returns of the data's episodes.
+
+    Not of what follows the environment's last step, nor of pieces of episodes: most of those of OGBench are
+    single steps at the goal.
+    """
+    lengths, stopped = dataset.episode_lengths, dataset.recording.stopped
+    are_pieces = 2 * stopped > len(lengths) or int(lengths.median()) == 1
+    return not are_pieces and _cut_off(dataset) is None
 
 
 def _held_out(episodes: int) -> str:

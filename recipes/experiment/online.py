@@ -35,7 +35,7 @@ from torchrl_iql_recipes.experiment.evaluations import Evaluations
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.networks import architecture_for, architecture_of
 from torchrl_iql_recipes.experiment.records import Records
-from torchrl_iql_recipes.experiment.schema import SettingsError
+from torchrl_iql_recipes.experiment.schema import SettingsError, rounded
 from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.experiment.stopping import Stop, stoppable
 from torchrl_iql_recipes.experiment.validation import HeldOut, hold_out
@@ -424,7 +424,9 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
         before, after = learner["before"], learner["after"]
         kind = results.score_kind(after)
         frames = learner.get("evaluated_after", learner["frames"])
-        values = f"{before['score']:.1f} before, {after['score']:.1f} after {frames} steps"
+        values = (
+            f"{rounded(before['score'])} before, {rounded(after['score'])} after {frames} steps"
+        )
         lines.append(f"{kind.replace('_', ' ')}: {values}")
         error = math.hypot(*(each.get(f"{kind}_stderr", math.nan) for each in (before, after)))
         if before["score"] - after["score"] > FALLEN * error:

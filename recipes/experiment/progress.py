@@ -11,7 +11,7 @@ from statistics import mean
 
 from tqdm import tqdm
 
-from torchrl_iql_recipes.experiment.schema import written
+from torchrl_iql_recipes.experiment.schema import rounded, written
 from torchrl_iql_recipes.experiment.settings import Settings
 
 __all__ = ["bar", "clipped", "figures"]
@@ -87,8 +87,8 @@ def _means(settings: Settings, axes: Sequence[str], values: Sequence[float]) -> 
 
 def _labelled(name: str, axes: Sequence[str], values: Mapping[str, float]) -> str:
     if not axes:
-        return f"{name} {values['']:.1f}"
-    each = (f"{label}: {value:.1f}" for label, value in values.items())
+        return f"{name} {rounded(values[''])}"
+    each = (f"{label}: {rounded(value)}" for label, value in values.items())
     return f"{name} by {'/'.join(axes)} {', '.join(each)}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
+from torchrl_iql_recipes.experiment.schema import rounded
 from torchrl_iql_recipes.files import whole
 
 if TYPE_CHECKING:
@@ -237,9 +238,9 @@ def report(scores: Mapping[str, Any]) -> list[str]:
         number = row["seeds"]
         seeds = "one seed" if number == 1 else f"{number} seeds"
         if row["ci95"] is not None:
-            seeds = f"± {row['ci95']:.1f}, 95% of {number} seeds"
+            seeds = f"± {rounded(row['ci95'])}, 95% of {number} seeds"
         lines.append(
-            f"{f'{title}, {name}' if name else title}: {score} {row['score']:.1f} ({seeds})"
+            f"{f'{title}, {name}' if name else title}: {score} {rounded(row['score'])} ({seeds})"
         )
     return lines
 

@@ -46,6 +46,7 @@ __all__ = [
     "combinations",
     "is_installed",
     "options",
+    "rounded",
     "written",
 ]
 
@@ -178,6 +179,11 @@ def _adapter(part: type[Part], name: str) -> TypeAdapter:
     return TypeAdapter(
         Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
     )
+
+
+def rounded(score: float) -> str:
+    """Write a score: with one decimal, as is usual of normalized ones; one below 1 with two digits."""
+    return f"{score:.2g}" if 0 < abs(score) < 0.995 else f"{score:.1f}"
 
 
 def written(value: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from scipy.special import stdtrit
 
 from torchrl_iql_recipes.experiment.results import FEWEST, half_width
-from torchrl_iql_recipes.experiment.schema import written
+from torchrl_iql_recipes.experiment.schema import rounded, written
 from torchrl_iql_recipes.experiment.settings import has_effect
 from torchrl_iql_recipes.reporting.gather import Learner, Run
 
@@ -320,8 +320,8 @@ def scored(its: Group) -> str:
     number = len(its.scores)
     seeds = "one seed" if number == 1 else f"{number} seeds"
     seeds += ", all alike" if number > 1 and len(set(its.values)) == 1 else ""
-    interval = "" if its.half is None else f" ± {its.half:.1f}"
-    return f"{its.mean:.1f}{interval} ({seeds})"
+    interval = "" if its.half is None else f" ± {rounded(its.half)}"
+    return f"{rounded(its.mean)}{interval} ({seeds})"
 
 
 def _steps(its: Group) -> str:
@@ -338,4 +338,4 @@ def _by(its: Difference) -> str:
     assert its.interval is not None
     low, high = its.interval
     seeds = f"{len(its.better.scores)} and {len(its.other.scores)} seeds"
-    return f"{its.mean:.1f} (95% interval {low:.1f} to {high:.1f}, {seeds})"
+    return f"{rounded(its.mean)} (95% interval {rounded(low)} to {rounded(high)}, {seeds})"

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from torchrl_iql import __version__
 from torchrl_iql_recipes.experiment.curves import Curve, unit
-from torchrl_iql_recipes.experiment.schema import is_installed, written
+from torchrl_iql_recipes.experiment.schema import is_installed, rounded, written
 from torchrl_iql_recipes.reporting import compare, figures
 from torchrl_iql_recipes.reporting.compare import Group
 from torchrl_iql_recipes.reporting.gather import OWN_PICTURES, Run
@@ -248,8 +248,9 @@ def _noise(runs: Sequence[Run]) -> str | None:
     if not errors or not episodes:
         return None
     return (
-        f"Each score is a mean over {' or '.join(episodes)} episodes, known to about ±{max(errors):.1f} "
-        "(largest standard error); the intervals are over seeds and contain that."
+        f"Each score is a mean over {' or '.join(episodes)} episodes, known to about ±{rounded(max(errors))} "
+        "(largest standard error). The intervals are over seeds, whose episodes have many starts in common: "
+        "that part of the chance they do not contain."
     )
 
 
@@ -631,7 +632,7 @@ def _shown(run: Run, key: str) -> str:
 
 def _figure(value: Any) -> str:
     """Write a score."""
-    return NONE if value is None or value != value else f"{value:.1f}"
+    return NONE if value is None or value != value else rounded(value)
 
 
 def _plain(value: float) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrl_iql_recipes.commands import typed
-from torchrl_iql_recipes.experiment.schema import written
+from torchrl_iql_recipes.experiment.schema import rounded, written
 from torchrl_iql_recipes.files import shown
 from torchrl_iql_recipes.reporting import gather
 from torchrl_iql_recipes.reporting.compare import Group, groups, repeated, varied, worlds
@@ -60,9 +60,9 @@ def _rows(its: Sequence[Group]) -> list[str]:
     for each in its:
         runs = list(dict.fromkeys(run.path for run, _ in each.members))
         more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
-        half = "" if each.half is None else f" ± {each.half:.1f}"
+        half = "" if each.half is None else f" ± {rounded(each.half)}"
         settings = [_cell(each.settings[key]) if key in each.settings else "" for key in keys]
-        figures = [f"{each.mean:.1f}{half}", str(len(each.scores))]
+        figures = [f"{rounded(each.mean)}{half}", str(len(each.scores))]
         lines.append(
             f"| {' | '.join([each.title, *figures, *settings, f'`{shown(runs[0])}`{more}'])} |"
         )

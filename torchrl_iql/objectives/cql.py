@@ -36,8 +36,9 @@ class CQLLoss(objectives.CQLLoss):
     Keyword Args:
         bounds: the lowest and the highest action, ``[A]`` each, between which random ones are drawn.
         **settings: those of :class:`torchrl.objectives.CQLLoss`. ``min_q_weight`` is :math:`\alpha`; with
-            ``with_lagrange`` it is multiplied by one that is learned, so that the difference in the brackets
-            comes to ``lagrange_thresh``.
+            ``with_lagrange`` it is multiplied by one that is learned, so that :math:`\alpha` times the
+            difference in the brackets comes to ``lagrange_thresh``. That and ``target_entropy`` are in the
+            units of actions: wider bounds by a factor c add :math:`A \log c` to entropy and difference.
 
     Returns:
         what TorchRL's returns; ``loss_actor_bc``, which its recipe descends instead of ``loss_actor`` in the
