@@ -382,12 +382,14 @@ def draw(table: Table, png: Path) -> None:
     size = (3.4 * len(drawn), 2.6 * len(table) + 0.3)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     panels = np.atleast_2d(figure.subplots(len(table), len(drawn), squeeze=False))
+    titles = dict.fromkeys(policy.title for each in table.values() for policy, _ in each)
+    colors = {title: f"C{i}" for i, title in enumerate(titles)}
     for row, (name, each) in zip(panels, table.items(), strict=True):
         for panel, key in zip(row, drawn, strict=True):
-            for title in dict.fromkeys(policy.title for policy, _ in each):
+            for title, color in colors.items():
                 has = [(its[key], p.score) for p, its in each if p.title == title and key in its]
                 if has:
-                    panel.scatter(*zip(*has, strict=True), s=18, label=title)
+                    panel.scatter(*zip(*has, strict=True), s=18, color=color, label=title)
             panel.set(xlabel=MEASURES[key][0], ylabel="score")
             panel.set_title(name, fontsize=8)
         if row[0].get_legend_handles_labels()[1]:
