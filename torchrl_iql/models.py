@@ -720,23 +720,24 @@ class _LocAndScale(nn.Module):
         return loc, log_std.clamp(*SAC_LOG_STD_BOUNDS).exp()
 
 
-_MADE_OF = frozenset(
-    {
-        *(
-            Torso,
-            MLP,
-            _Linear,
-            nn.ReLU,
-            nn.Dropout,
-            nn.Identity,
-            _Normalize,
-            TanhTo,
-            GaussianParameters,
-        ),
-        *(TensorDictModule, ValueOperator, Actor, ProbabilisticActor, SafeProbabilisticModule),
-        *(nn.Sequential, nn.ModuleList),
-    }
-)
+_MADE_OF = {
+    Torso,
+    MLP,
+    _Linear,
+    nn.ReLU,
+    nn.Dropout,
+    nn.Identity,
+    _Normalize,
+    TanhTo,
+    GaussianParameters,
+    TensorDictModule,
+    ValueOperator,
+    Actor,
+    ProbabilisticActor,
+    SafeProbabilisticModule,
+    nn.Sequential,
+    nn.ModuleList,
+}
 
 
 def _continuous_actor(

@@ -414,16 +414,11 @@ def _leaves(space: Space, values: Any, key: str) -> Iterator[tuple[str, np.ndarr
         case spaces.Box() | spaces.MultiBinary():
             yield key, _rows(values, space.shape, key)
         case spaces.Discrete():
-            yield (
-                key,
-                np.eye(int(space.n), dtype=np.float32)[
-                    _categories(values, space.n, space.start, key)
-                ],
-            )
+            yield key, _one_hot(values, space.n, space.start, key)
         case spaces.MultiDiscrete():
             columns = _rows(values, space.shape, key).T
             for column, n, start in zip(columns, space.nvec.flat, space.start.flat, strict=True):
-                yield key, np.eye(int(n), dtype=np.float32)[_categories(column, n, start, key)]
+                yield key, _one_hot(column, n, start, key)
         case _:
             raise TypeError(
                 f"{key}: can not flatten {space} to a vector of fixed size; give numbers in its place"
@@ -479,6 +474,10 @@ def fits(found: Sequence[int], shape: Sequence[int]) -> bool:
     """Return whether entries are of a shape, but for dimensions of 1, or its elements in a row."""
     found, shape = ([size for size in each if size != 1] for each in (found, shape))
     return found in (shape, [math.prod(shape)])
+
+
+def _one_hot(values: Any, n: Any, start: Any, key: str) -> np.ndarray:
+    return np.eye(int(n), dtype=np.float32)[_categories(values, n, start, key)]
 
 
 def _categories(values: Any, n: Any, start: Any, key: str) -> np.ndarray:

@@ -16,7 +16,7 @@ from tensordict.nn import (
     TensorDictModule,
 )
 from tensordict.utils import NestedKey
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchrl_iql.objectives import functional
 from torchrl_iql.objectives.base import (
@@ -25,14 +25,11 @@ from torchrl_iql.objectives.base import (
     ScalarOutputMode,
     check_log_prob,
     check_shape,
+    distributions_of,
     inputs_of,
 )
 
 __all__ = ["AWACLoss"]
-
-
-def _distribution_class(module: nn.Module) -> Any:
-    return getattr(module, "distribution_class", None)
 
 
 class AWACLoss(AdvantageWeightedLoss[functional.AWACOutputs]):
@@ -131,7 +128,7 @@ class AWACLoss(AdvantageWeightedLoss[functional.AWACOutputs]):
         self.register_buffer("high", high, persistent=False)
 
     def _bounds(self, bounds: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
-        if CompositeDistribution in map(_distribution_class, self.actor_network.modules()):
+        if CompositeDistribution in distributions_of(self.actor_network):
             raise ValueError(
                 "bounds are of one action, and the policy's distribution is composite: its parts keep within "
                 "theirs by themselves"

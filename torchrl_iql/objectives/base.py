@@ -624,16 +624,23 @@ def is_deterministic(actor_network: TensorDictModule) -> bool:
     Raises:
         TypeError: it has one, and no ``get_dist`` that tells it.
     """
-    distributions = [getattr(m, "distribution_class", None) for m in actor_network.modules()]
-    deterministic = any(d in (Delta, TanhDelta, TensorDictDelta) for d in distributions)
-    if deterministic or isinstance(actor_network, Actor) or hasattr(actor_network, "get_dist"):
-        return deterministic or isinstance(actor_network, Actor)
-    if kinds := [d.__name__ for d in distributions if d is not None]:
+    distributions = distributions_of(actor_network)
+    if isinstance(actor_network, Actor) or {Delta, TanhDelta, TensorDictDelta} & {*distributions}:
+        return True
+    if hasattr(actor_network, "get_dist"):
+        return False
+    if distributions:
         raise TypeError(
-            f"actor_network is a {type(actor_network).__name__} that holds a {kinds[0]} and has no get_dist: "
-            "put its modules in a ProbabilisticTensorDictSequential"
+            f"actor_network is a {type(actor_network).__name__} that holds a {distributions[0].__name__} and "
+            "has no get_dist: put its modules in a ProbabilisticTensorDictSequential"
         )
     return True
+
+
+def distributions_of(network: nn.Module) -> list[type]:
+    """Return the classes of the distributions that a network has."""
+    found = (getattr(module, "distribution_class", None) for module in network.modules())
+    return [each for each in found if each is not None]
 
 
 def check_shape(

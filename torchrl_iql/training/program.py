@@ -16,7 +16,16 @@ from torchrl_iql.spaces import written
 from torchrl_iql.training.adam import Rates, adam_all_, clip_, follow_
 from torchrl_iql.training.optimization import Optimization, network_of
 
-__all__ = ["LossProgram", "Moments", "Program", "Step", "compiled_whole", "rows", "summed"]
+__all__ = [
+    "LossProgram",
+    "Moments",
+    "Program",
+    "Step",
+    "compiled_whole",
+    "rows",
+    "summed",
+    "tensors_of",
+]
 
 Moments = dict[str, tuple[Tensor, Tensor]]
 """Adam's first and second moment of each parameter, by its name in the loss, in its shape."""
@@ -139,6 +148,11 @@ class Shared(Protocol):
         ...
 
 
+def tensors_of(loss: LossModule) -> list[Tensor]:
+    """Return the parameters and the buffers of a loss."""
+    return [*loss.parameters(), *loss.buffers()]
+
+
 def summed(scalars: Sequence[Tensor]) -> Tensor:
     """Add tensors of one shape in float64, in which the order makes no difference that float32 shows."""
     return torch.stack(list(scalars)).double().sum(0)
@@ -179,17 +193,9 @@ class LossProgram:
             loss.make_value_estimator()  # else the first step would, and change the state dict
         self._moments: Moments = {}
         self._buffers: dict[str, Tensor] = {}
-        self._held: list[tuple[int, int, bool]] = []
         self.adopt()
 
     def adopt(self) -> None:
-        held = [
-            (id(x), x.data_ptr(), x.requires_grad)
-            for x in (*self.loss.parameters(), *self.loss.buffers())
-        ]
-        if held == self._held:
-            return
-        self._held = held
         parameters = dict(self.loss.named_parameters())
         for name, parameter in parameters.items():
             if network_of(name) not in self.optimization.networks:
@@ -233,12 +239,11 @@ class LossProgram:
         return list(slow), list(fast), self.optimization.target_rate[network]
 
     def addresses(self) -> tuple:
-        tensors = (*self.loss.parameters(), *self.loss.buffers())
         modules = (*self.loss.modules(), *_networks(self.loss))
         plain = {k: v for k, v in vars(self.loss).items() if isinstance(v, (bool, int, float, str))}
         plain |= {f"key {k}": written(key) for k, key in vars(self.loss.tensor_keys).items()}
         return (
-            tuple(tensor.data_ptr() for tensor in tensors),
+            tuple(tensor.data_ptr() for tensor in tensors_of(self.loss)),
             tuple(module.training for module in modules),
             tuple(sorted(plain.items())),
         )

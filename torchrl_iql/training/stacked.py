@@ -33,7 +33,7 @@ from torchrl_iql.training.execution import STEPS_AT_ONCE
 from torchrl_iql.training.losses import MEANS, Batch, Losses, Policy
 from torchrl_iql.training.native import Layers, Learner, Networks, columns
 from torchrl_iql.training.optimization import Optimization
-from torchrl_iql.training.program import Moments, Step, compiled_whole, summed
+from torchrl_iql.training.program import Moments, Step, compiled_whole, summed, tensors_of
 
 __all__ = ["Parts", "StackedLosses", "StackedProgram", "parts_of", "unlike"]
 
@@ -102,7 +102,7 @@ class StackedProgram:
     def adopt(self) -> None:
         for r, (loss, views) in enumerate(zip(self.losses, self._views, strict=True)):
             # In the order of their names: looking those up would take longer than all the rest.
-            tensors = _tensors(loss)
+            tensors = tensors_of(loss)
             for tensor, (name, view) in zip(tensors, views.items(), strict=True):
                 if view is None or tensor.data_ptr() == view.data_ptr():
                     continue
@@ -304,15 +304,12 @@ class StackedLosses:
         """
         flat = batch if batch.ndim == 1 else batch.reshape(-1)
         changed: dict[NestedKey, Tensor] = {}
+        kept = self.dtype, torch.uint8, torch.bool  # bytes are images, and flags no numbers
         for key in ("observation", "action", ("next", "observation"), ("next", "reward")):
             column = flat.get(key, default=None)
             if column is None or (key == "action" and self.discrete):
                 continue
-            if column.dtype not in (
-                self.dtype,
-                torch.uint8,
-                torch.bool,
-            ):  # of images, and of no numbers
+            if column.dtype not in kept:
                 changed[key] = column.to(self.dtype)
         action, done = flat.get("action", default=None), flat.get(("next", "done"), default=None)
         if self.discrete and action is not None:
@@ -757,10 +754,6 @@ def _like(numbers: Tensor, tensor: Tensor) -> Tensor:
     return numbers.reshape(*numbers.shape, *(1,) * (tensor.ndim - numbers.ndim))
 
 
-def _tensors(loss: nn.Module) -> list[Tensor]:
-    return [*loss.parameters(), *loss.buffers()]
-
-
 def _names(loss: nn.Module) -> list[str]:
     return [name for name, _ in (*loss.named_parameters(), *loss.named_buffers())]
 
@@ -804,7 +797,7 @@ _Place = tuple[int | slice, list[tuple[str, str, torch.Size]], str | None]
 
 def _places(loss: IQLLoss, its: Parts) -> tuple[list[_Place], list[_Place]]:
     """Return what the stack that learns holds of a loss, and what the one that follows holds."""
-    names = dict(zip(map(id, _tensors(loss)), _names(loss), strict=True))
+    names = dict(zip(map(id, tensors_of(loss)), _names(loss), strict=True))
 
     def place(rows: int | slice, torso: Torso, log_std: Tensor | None = None) -> _Place:
         layers = [

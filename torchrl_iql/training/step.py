@@ -20,7 +20,7 @@ from torchrl_iql.training.coefficients import coefficients, learned, plain, set_
 from torchrl_iql.training.execution import Execution, Executor, RandomStream
 from torchrl_iql.training.nonfinite import Mark, OnNonfinite, Watch
 from torchrl_iql.training.optimization import Optimization, Schedule, network_of
-from torchrl_iql.training.program import LossProgram, Moments, Program
+from torchrl_iql.training.program import LossProgram, Moments, Program, tensors_of
 from torchrl_iql.training.stacked import Parts, StackedProgram, parts_of, unlike
 
 __all__ = ["FORMAT", "Own", "TrainStep"]
@@ -234,7 +234,7 @@ class TrainStep:
             (
                 loads.count,
                 _kind(loss),
-                [(x.data_ptr(), x._version, x.requires_grad) for x in _tensors(loss)],
+                [(x.data_ptr(), x._version, x.requires_grad) for x in tensors_of(loss)],
             )
             for loss, loads in zip(self.losses, self._loads, strict=True)
         ]
@@ -541,10 +541,8 @@ class TrainStep:
             self._load_totals(state.get("totals", {}), state.get("counted", 0), replica)
         if "random" not in keep and "random" in state:
             saved, stream = [random.cpu() for random in state["random"]], self._streams[replica]
-            stream.state = [
-                *saved,
-                *stream.state[len(saved) :],
-            ]  # a CPU's learner has none of a GPU
+            # A learner of a CPU has none of a GPU.
+            stream.state = [*saved, *stream.state[len(saved) :]]
 
     def replica(self, replica: int | None) -> int:
         """Return which learner is meant, of one the only one.
@@ -629,10 +627,6 @@ def _kind(loss: LossModule) -> tuple:
     """Return what of a loss, beside its tensors, decides how it is computed."""
     training = getattr(getattr(loss, "actor_network", None), "training", None)
     return plain(loss), dict(vars(loss.tensor_keys)), loss.loss_mask_key, training
-
-
-def _tensors(loss: LossModule) -> list[Tensor]:
-    return [*loss.parameters(), *loss.buffers()]
 
 
 def _all(program: Program) -> list[Tensor]:
