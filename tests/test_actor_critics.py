@@ -20,8 +20,9 @@ from torchrl.modules import Actor, IndependentNormal, ProbabilisticActor, TanhNo
 
 from torchrl_iql import AWACLoss, TrainStep, models
 from torchrl_iql.models import Architecture
-from torchrl_iql.objectives import CQLLoss
+from torchrl_iql.objectives import CQLLoss, TD3BCLoss
 from torchrl_iql_recipes.algorithms.cql import CQL
+from torchrl_iql_recipes.algorithms.td3bc import TD3BC
 from torchrl_iql_recipes.experiment.networks import Networks
 
 B, D, A, K, GAMMA = 6, 3, 2, 4, 0.9
@@ -255,26 +256,30 @@ def test_awac_needs_a_distribution() -> None:
         AWACLoss(models.deterministic_policy(D, A), models.qvalue_ensemble(D, A))  # pyright: ignore
 
 
-# --- TD3+BC, TorchRL's -------------------------------------------------------------------------------------
+# --- TD3+BC ------------------------------------------------------------------------------------------------
 
 
-def td3bc(**settings: Any) -> objectives.TD3BCLoss:
+def td3bc(make: Callable[..., Any] = TD3BCLoss, **settings: Any) -> Any:
     torch.manual_seed(3)
     actor = Actor(
         Linear(D, A), in_keys=["observation"], spec=Bounded(*BOUNDS, (A,), dtype=torch.float64)
     )
-    settings = {"bounds": BOUNDS, "delay_actor": True, "loss_function": "l2", **settings}
-    return moved_targets(objectives.TD3BCLoss(actor, qvalues(), num_qvalue_nets=2, **settings))
+    own = {} if make is TD3BCLoss else {"loss_function": "l2"}
+    return moved_targets(make(actor, qvalues(), bounds=BOUNDS, **own, **settings))
 
 
 @pytest.mark.parametrize("alpha", [2.5, 0.0])
-def test_td3bc_is_numpy(alpha: float) -> None:
-    loss, td = td3bc(alpha=alpha), batch()
+@pytest.mark.parametrize(
+    ("make", "half"), [(TD3BCLoss, (HIGH - LOW) / 2), (objectives.TD3BCLoss, np.ones(A))]
+)
+def test_td3bc_is_numpy(make: Callable[..., Any], half: np.ndarray, alpha: float) -> None:
+    """In units of half the range, and TorchRL's in those of actions."""
+    loss, td = td3bc(make, alpha=alpha), batch()
     s, a, next_s, r, terminated = parts(td)
     torch.manual_seed(5)
     out = loss(td)
     torch.manual_seed(5)
-    noise = (0.2 * torch.randn(B, A, dtype=torch.float64)).clamp(-0.5, 0.5).numpy()
+    noise = half * (0.2 * torch.randn(B, A, dtype=torch.float64)).clamp(-0.5, 0.5).numpy()
     weight, bias = layers(loss.actor_network_params)
     target_weight, target_bias = layers(loss.target_actor_network_params)
     taken = s @ weight.T + bias
@@ -284,14 +289,14 @@ def test_td3bc_is_numpy(alpha: float) -> None:
     target = r + GAMMA * ~terminated * next_q
     first = q_of(loss.qvalue_network_params, s, taken)[0]
     factor = alpha / np.abs(first).mean()
-    actor_loss = -factor * first.mean() + ((taken - a) ** 2).mean()
+    actor_loss = -factor * first.mean() + (((taken - a) / half) ** 2).mean()
     np.testing.assert_allclose(
         out["loss_qvalue"].item(), ((q - target) ** 2).sum(0).mean(), rtol=1e-6
     )
     np.testing.assert_allclose(out["loss_actor"].item(), actor_loss, rtol=1e-6)
     out["loss_actor"].backward()
     slope = layers(loss.qvalue_network_params)[0][0, 0, D:]
-    of_output = -factor * slope / B + 2 * (taken - a) / (B * A)
+    of_output = -factor * slope / B + 2 * (taken - a) / half**2 / (B * A)
     gradient = next(g.grad for k, g in loss.actor_network_params.items(True, True) if "weight" in k)
     np.testing.assert_allclose(gradient, of_output.T @ s, rtol=1e-6)
     assert all(p.grad is None for p in loss.qvalue_network_params.values(True, True))
@@ -307,6 +312,64 @@ def test_the_scale_of_q_does_not_change_td3bcs_policy() -> None:
         loss(batch())["loss_actor"].backward()
         gradients.append([p.grad for p in loss.actor_network_params.values(True, True)])
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("units", [0.05, 20.0])
+def test_td3bc_is_the_same_in_all_units_of_actions(units: float) -> None:
+    """Bounds of 0.05 with actions of 0.05 a learn what bounds of 1 learn with a."""
+    outputs = []
+    for unit in (1.0, units):
+        torch.manual_seed(0)
+        architecture = Architecture(
+            observation_size=D,
+            action_size=A,
+            action_bounds=([-unit] * A, [unit] * A),
+            policy="deterministic",
+            hidden_sizes=(8,),
+        )
+        loss = TD3BC().loss(Networks(architecture))
+        td = batch().apply(lambda x: x.float() if x.is_floating_point() else x)
+        td["action"] = unit * td["action"].clamp(-0.9, 0.9)
+        torch.manual_seed(1)
+        outputs.append(loss(td))
+    for name in ("loss_qvalue", "loss_actor", "lmbd", "bc_loss"):
+        torch.testing.assert_close(outputs[1][name], outputs[0][name], rtol=1e-4, atol=1e-5)
+
+
+def test_td3bc_reduces_masks_and_weighs() -> None:
+    each, mean = td3bc(reduction="none"), td3bc()
+    rows = torch.arange(B) % 2 == 0
+    for kept in (rows, torch.ones(B, dtype=torch.bool)):
+        td = batch()
+        torch.manual_seed(5)
+        expected = each(td[kept])  # with the lambda of what is kept
+        weights = torch.arange(1.0, B + 1, dtype=torch.float64)
+        for entries, weight in (
+            (td.clone().set(("collector", "mask"), kept), torch.ones(B)),
+            (td.clone().set(("collector", "mask"), kept).set("priority_weight", weights), weights),
+        ):
+            got, _ = mean.actor_loss(entries)
+            average = (expected["loss_actor"] * weight[kept]).sum() / weight[kept].sum()
+            torch.testing.assert_close(got, average)
+
+
+def test_what_torchrls_td3bc_does_otherwise() -> None:
+    """Weights do not reach its cloning term; fails when TorchRL has mended it."""
+    losses = {}
+    for make in (TD3BCLoss, objectives.TD3BCLoss):
+        loss = td3bc(make, alpha=0.0)
+        weighted = batch().set("priority_weight", torch.eye(B, dtype=torch.float64)[0])
+        losses[make] = [loss.actor_loss(td)[0] for td in (batch(), weighted)]
+    assert losses[objectives.TD3BCLoss][0] == losses[objectives.TD3BCLoss][1]
+    assert (losses[TD3BCLoss][0] - losses[TD3BCLoss][1]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("make", [TD3BCLoss, CQLLoss])
+@pytest.mark.parametrize("bounds", [(1.0, -1.0), (LOW, LOW), (-np.inf, np.inf)])
+def test_bounds_that_are_none_are_refused(make: Callable[..., Any], bounds: Any) -> None:
+    policy = Actor(Linear(D, A), in_keys=["observation"]) if make is TD3BCLoss else None
+    with pytest.raises(ValueError, match="bounds must be the lowest and the highest action, fin"):
+        make(policy or stochastic(TanhNormal), qvalues(), bounds=bounds)
 
 
 # --- CQL ---------------------------------------------------------------------------------------------------

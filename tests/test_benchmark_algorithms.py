@@ -66,9 +66,18 @@ def test_a_row_has_medians_and_ratios_within_rounds() -> None:
         result(speed.torchrl_name("eager"), [10.0, 20.0, 40.0]),
         result(speed.Recipe.name, [30.0, 80.0, 80.0]),
     ]
-    got = speed.row("iql", results, speed.WAYS)
+    got = speed.row("iql", results, [speed.torchrl_name(way) for way in speed.WAYS])
     assert got == "| IQL | 80 | 20 | 3.00 | - | - |"
-    assert speed.row("awac", results[1:], ["eager"]) == "| AWAC | 80 | - | - |"
+    assert speed.row("awac", results[1:], ["unifloral"]) == "| AWAC | 80 | - | - |"
+
+
+def test_a_folder_that_is_no_checkout_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        speed.main(["--unifloral", str(tmp_path)])
+    message = f"{tmp_path} must be a checkout of unifloral: no {tmp_path}/algorithms/bc.py"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -22,14 +22,14 @@ from gymnasium.spaces import Box
 from tensordict import TensorDict
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torchrl.objectives import BCLoss, SoftUpdate, TD3BCLoss
+from torchrl.objectives import BCLoss, SoftUpdate
 
 from episodes import record, write
 from online_envs import diary
 from runs import rows
 from torchrl_iql import AWACLoss, IQLLoss, OfflineDataset, TrainStep, checkpoint, load_dataset
 from torchrl_iql.models import Architecture
-from torchrl_iql.objectives import CQLLoss, DTLoss
+from torchrl_iql.objectives import CQLLoss, DTLoss, TD3BCLoss
 from torchrl_iql.online import Experience, behavior, collecting, environment, transitions
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment import build, offline, online, plots
@@ -226,8 +226,7 @@ def awac(policy: Any, qvalues: Any, values: Mapping[str, Any]) -> Any:
 
 def td3bc(policy: Any, qvalues: Any, values: Mapping[str, Any]) -> Any:
     given = {name: values[name] for name in ("alpha", "policy_noise", "noise_clip")}
-    given |= {"bounds": BOUNDS, "delay_actor": True, "loss_function": "l2"}
-    return TD3BCLoss(policy, qvalues, num_qvalue_nets=2, **given)
+    return TD3BCLoss(policy, qvalues, bounds=BOUNDS, **given)
 
 
 def cql(policy: Any, qvalues: Any, values: Mapping[str, Any]) -> Any:

@@ -1,7 +1,7 @@
-"""TD3 with behaviour cloning (Fujimoto, Gu, 2021), by TorchRL's loss.
+"""TD3 with behaviour cloning (Fujimoto, Gu, 2021).
 
 A deterministic policy goes up Q, in units of its mean magnitude, and is held back by the squared distance
-to the actions of the data.
+to the actions of the data, in units of half their range.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torchrl_iql_recipes.experiment.schema import AXIS, Count, NotNegative
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torchrl.objectives import TD3BCLoss
-
+    from torchrl_iql.objectives import TD3BCLoss
     from torchrl_iql_recipes.experiment.networks import Networks
 
 
@@ -40,28 +39,18 @@ class TD3BC(Algorithm):
     )
 
     def loss(self, networks: Networks) -> TD3BCLoss:
-        import torch
-        from torchrl.objectives import TD3BCLoss
+        from torchrl_iql.objectives import TD3BCLoss
 
         networks.require("TD3+BC", policies=("deterministic",))
-        low, high = networks.action_bounds()
         loss = TD3BCLoss(
             networks.policy(),
             networks.qvalues(2),
-            bounds=(low, high),
-            num_qvalue_nets=2,
-            loss_function="l2",
-            delay_actor=True,
+            bounds=networks.action_bounds(),
             alpha=self.alpha,
+            policy_noise=self.policy_noise,
+            noise_clip=self.noise_clip,
         )
         loss.make_value_estimator(gamma=self.discount)
-        for name in (
-            "policy_noise",
-            "noise_clip",
-        ):  # TorchRL's are numbers, the same for all dimensions
-            delattr(loss, name)
-            size = getattr(self, name) * (high - low) / 2
-            loss.register_buffer(name, torch.as_tensor(size), persistent=False)
         return loss
 
     def values(self, metrics: Mapping[str, Any]) -> dict[str, float]:

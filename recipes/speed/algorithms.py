@@ -5,8 +5,9 @@
 Settings are those of locomotion, ``task=locomotion/halfcheetah-medium``; data are random, in its sizes.
 Beside it stands TorchRL's loss, where it has one, on networks like those, in the loop of TorchRL's recipes:
 a buffer that prefetches minibatches, the loss, Adam and the targets, eagerly and by ``torch.compile`` of all
-but the buffer. Every contender has a process of its own; those of an algorithm take turns, and ratios are
-taken within a round. The exit status is 1 if an algorithm fails.
+but the buffer; and with ``--unifloral <checkout>`` that code in JAX (``unifloral.py``), where it has the
+algorithm. Every contender has a process of its own; those of an algorithm take turns, and ratios are taken
+within a round. The exit status is 1 if an algorithm fails.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -35,7 +37,7 @@ from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.experiment import build
 from torchrl_iql_recipes.experiment.networks import Networks, architecture_for
 from torchrl_iql_recipes.experiment.training import OFFLINE
-from torchrl_iql_recipes.speed import update
+from torchrl_iql_recipes.speed import unifloral, update
 from torchrl_iql_recipes.speed.timing import Contender, Result, synchronize
 from torchrl_iql_recipes.speed.update import (
     chosen,
@@ -192,15 +194,18 @@ class Torchrl:
 def torchrl_loss(its: _Parts, algorithm: str) -> LossModule:
     """Make TorchRL's loss on networks as the algorithm has them here."""
     networks = Networks(its.architecture, its.dataset.observation_statistics())
-    if algorithm in ("iql", "cql"):
-        qvalues, discount = networks.qvalues(2), its.settings.algorithm.discount  # pyright: ignore
-        if algorithm == "iql":
-            loss = objectives.IQLLoss(networks.policy(), qvalues, networks.value())  # pyright: ignore
-        else:
-            loss = objectives.CQLLoss(networks.policy(), qvalues, min_q_weight=5.0)  # pyright: ignore
-        loss.make_value_estimator(gamma=discount)
-        return loss
-    return its.settings.algorithm.loss(networks)  # TorchRL's
+    if algorithm in ("bc", "dt"):
+        return its.settings.algorithm.loss(networks)  # TorchRL's
+    policy, qvalues = networks.policy(), networks.qvalues(2)
+    loss: Any
+    if algorithm == "iql":
+        loss = objectives.IQLLoss(policy, qvalues, networks.value())  # pyright: ignore
+    elif algorithm == "cql":
+        loss = objectives.CQLLoss(policy, qvalues, min_q_weight=5.0)  # pyright: ignore
+    else:
+        loss = objectives.TD3BCLoss(policy, qvalues, bounds=networks.action_bounds())  # pyright: ignore
+    loss.make_value_estimator(gamma=its.settings.algorithm.discount)  # pyright: ignore
+    return loss
 
 
 def _buffer(its: _Parts) -> TensorDictReplayBuffer:
@@ -229,24 +234,48 @@ def torchrl_name(way: Way) -> str:
 
 
 def contenders(
-    algorithm: str, device: str, settings: Sequence[str], ways: Sequence[Way]
+    algorithm: str,
+    device: str,
+    settings: Sequence[str],
+    ways: Sequence[Way],
+    checkout: Path | None = None,
 ) -> dict[str, Callable[[], Contender]]:
-    """Return how to build each contender of an algorithm, by name."""
+    """Return how to build each contender of an algorithm, by name.
+
+    Args:
+        algorithm: its name.
+        device: of its networks.
+        settings: further ones of the recipe.
+        ways: of TorchRL's loss.
+        checkout: of unifloral.
+    """
     builders: dict[str, Callable[[], Contender]] = {}
     if algorithm in LOSSES:
         builders = {
             torchrl_name(way): partial(Torchrl, algorithm, device, settings, way) for way in ways
         }
+    if checkout is not None and algorithm in unifloral.FILES:
+        builders[unifloral.NAME] = partial(_unifloral, algorithm, device, checkout)
     return {**builders, Recipe.name: partial(Recipe, algorithm, device, settings)}
 
 
-def row(algorithm: str, results: Sequence[Result], ways: Sequence[Way]) -> str:
-    """Write the line of an algorithm: medians, ratios being taken within a round."""
+def _unifloral(algorithm: str, device: str, checkout: Path) -> Contender:
+    return unifloral.Unifloral(algorithm, checkout, random_data().transitions, device)
+
+
+def row(algorithm: str, results: Sequence[Result], others: Sequence[str]) -> str:
+    """Write the line of an algorithm: medians, ratios being taken within a round.
+
+    Args:
+        algorithm: its name.
+        results: of its contenders.
+        others: the names of those that are not ours, a pair of columns for each.
+    """
     rates = {result.name: np.array(result.rates) for result in results}
     own = rates.get(Recipe.name)
     cells = [algorithms()[algorithm].title, "-" if own is None else f"{np.median(own):,.0f}"]
-    for way in ways:
-        theirs = rates.get(torchrl_name(way))
+    for name in others:
+        theirs = rates.get(name)
         cells += [
             "-" if theirs is None else f"{np.median(theirs):,.0f}",
             "-" if theirs is None or own is None else f"{np.median(own / theirs):.2f}",
@@ -261,27 +290,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         the exit status: 1 if an algorithm failed.
     """
     options = parse(_parser(), QUICK, arguments)
+    checkout = options.unifloral
+    others = [torchrl_name(way) for way in options.ways] + ([unifloral.NAME] if checkout else [])
     setting = partial(configure, options.threads, options.precision)
     setting()
     columns = ["algorithm", "recipe, updates/s"]
-    columns += [each for way in options.ways for each in (torchrl_name(way), "times")]
+    columns += [each for name in others for each in (name, "times")]
     print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}", flush=True)
     results: dict[str, list[Result]] = {}
     failed = []
     for algorithm in algorithms():
         if not chosen(algorithm, options.only):
             continue
-        builders = contenders(algorithm, options.device, options.settings, options.ways)
+        builders = contenders(algorithm, options.device, options.settings, options.ways, checkout)
         results[algorithm] = race(builders, options, setting)
         measured = {result.name for result in results[algorithm]}
         failed += [] if Recipe.name in measured else [algorithm]
-        print(row(algorithm, results[algorithm], options.ways), flush=True)
+        print(row(algorithm, results[algorithm], others), flush=True)
     return conclude(options, failed, {"algorithms": results}, settings=options.settings)
 
 
 def _parser() -> argparse.ArgumentParser:
     described = measuring(__doc__)
     described.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS, help="of TorchRL's")
+    described.add_argument(
+        "--unifloral", type=unifloral.checkout, help="a checkout of that repository"
+    )
     described.add_argument(
         "--settings", nargs="*", default=(), help="further ones of recipes/offline.py"
     )

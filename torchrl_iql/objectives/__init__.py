@@ -5,5 +5,14 @@ from torchrl_iql.objectives.cql import CQLLoss
 from torchrl_iql.objectives.dt import DTLoss
 from torchrl_iql.objectives.fqe import FQELoss
 from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss
+from torchrl_iql.objectives.td3_bc import TD3BCLoss
 
-__all__ = ["AWACLoss", "CQLLoss", "DTLoss", "DiscreteIQLLoss", "FQELoss", "IQLLoss"]
+__all__ = [
+    "AWACLoss",
+    "CQLLoss",
+    "DTLoss",
+    "DiscreteIQLLoss",
+    "FQELoss",
+    "IQLLoss",
+    "TD3BCLoss",
+]

@@ -23,6 +23,7 @@ from torchrl_iql.objectives.base import (
     AdvantageWeightedLoss,
     Reduction,
     ScalarOutputMode,
+    action_bounds,
     check_log_prob,
     check_shape,
     distributions_of,
@@ -133,9 +134,7 @@ class AWACLoss(AdvantageWeightedLoss[functional.AWACOutputs]):
                 "bounds are of one action, and the policy's distribution is composite: its parts keep within "
                 "theirs by themselves"
             )
-        low, high = (torch.as_tensor(each).detach().clone() for each in bounds)
-        if not bool((low < high).all()):
-            raise ValueError(f"bounds must be the lowest and the highest action, got {bounds!r}")
+        low, high = action_bounds(bounds)
         return low.to(self._default_device), high.to(self._default_device)
 
     # --- The algorithm -----------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args
@@ -585,6 +586,27 @@ def _check_choice(name: str, value: object, allowed: tuple) -> None:
 def check_number(name: str, value: float, within: bool, interval: str) -> None:
     if not within:  # NaN is within nothing
         raise ValueError(f"{name} must be in {interval}, got {value!r}")
+
+
+@contextmanager
+def unannotated() -> Iterator[None]:
+    """Silence TorchRL's warning that a subclass of one of its losses does not repeat the annotations."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The name .* wasn't part of the annotations")
+        yield
+
+
+def action_bounds(bounds: tuple[Any, Any], *, finite: bool = False) -> tuple[Tensor, Tensor]:
+    """Return copies of the lowest and the highest action as tensors.
+
+    Raises:
+        ValueError: they are not, or not finite where they have to be.
+    """
+    low, high = (torch.as_tensor(each).detach().clone() for each in bounds)
+    if not bool((low < high).all()) or (finite and not bool((high - low).isfinite().all())):
+        expected = "the lowest and the highest action" + (", finite" if finite else "")
+        raise ValueError(f"bounds must be {expected}, got {bounds!r}")
+    return low, high
 
 
 def _check_network(name: str, network: object) -> None:

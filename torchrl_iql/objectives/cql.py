@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from torch import Tensor
 from torchrl import objectives
 
+from torchrl_iql.objectives.base import action_bounds, unannotated
 from torchrl_iql.objectives.functional import conservative_gap
 
 __all__ = ["CQLLoss"]
@@ -44,6 +44,9 @@ class CQLLoss(objectives.CQLLoss):
         what TorchRL's returns; ``loss_actor_bc``, which its recipe descends instead of ``loss_actor`` in the
         first steps, is among it.
 
+    Raises:
+        ValueError: ``bounds`` are not the lowest and the highest action, or not finite.
+
     Differences from :class:`torchrl.objectives.CQLLoss` of TorchRL 0.14.1:
         - The log-sum-exp of a state goes over all its 3 ``num_random`` actions. TorchRL's goes over three of
           them at a time, and subtracts the values of the data's actions of all other states from each.
@@ -68,13 +71,12 @@ class CQLLoss(objectives.CQLLoss):
         loss_function: str = "l2",
         **settings: Any,
     ) -> None:
-        with warnings.catch_warnings():  # of annotations that the class lacks, TorchRL's to mend
-            warnings.filterwarnings("ignore", "The name .* wasn't part of the annotations")
+        low, high = action_bounds(bounds, finite=True)
+        with unannotated():
             super().__init__(actor_network, qvalue_network, loss_function=loss_function, **settings)
         device = next(self.parameters()).device
-        for name, bound in zip(("low", "high"), bounds, strict=True):
-            value = torch.as_tensor(bound, dtype=torch.float32, device=device)
-            self.register_buffer(name, value, persistent=False)
+        for name, bound in {"low": low, "high": high}.items():
+            self.register_buffer(name, bound.to(device, torch.float32), persistent=False)
 
     def cql_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
         """Compute the penalty, after :meth:`q_loss`; it leaves the difference of each network in the batch.

@@ -13,7 +13,15 @@ from torch.nn import Module
 from torchrl import objectives
 from torchrl.objectives.common import LossModule
 
-from torchrl_iql.objectives import AWACLoss, CQLLoss, DiscreteIQLLoss, DTLoss, FQELoss, IQLLoss
+from torchrl_iql.objectives import (
+    AWACLoss,
+    CQLLoss,
+    DiscreteIQLLoss,
+    DTLoss,
+    FQELoss,
+    IQLLoss,
+    TD3BCLoss,
+)
 from torchrl_iql.training.adam import BETAS, EPSILON, Rates
 
 __all__ = ["Optimization", "Schedule", "cosine_decay", "network_of", "target_networks", "warm_up"]
@@ -34,6 +42,7 @@ DESCENDED: dict[type, tuple[str, ...]] = {
     objectives.DQNLoss: ("loss",),
     objectives.SACLoss: ("loss_actor", "loss_qvalue", "loss_alpha"),
     objectives.TD3BCLoss: ("loss_actor", "loss_qvalue"),
+    TD3BCLoss: ("loss_actor", "loss_qvalue"),
     # Not loss_actor_bc, by which its recipe replaces loss_actor in the first steps.
     objectives.CQLLoss: ("loss_actor", "loss_qvalue", "loss_cql", "loss_alpha"),
     CQLLoss: ("loss_actor", "loss_qvalue", "loss_cql", "loss_alpha"),
