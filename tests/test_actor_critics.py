@@ -450,6 +450,7 @@ def test_the_rest_of_cql_is_numpy() -> None:
     np.testing.assert_allclose(
         out["loss_qvalue"].item(), ((q - target) ** 2).sum(0).mean(), rtol=1e-6
     )
+    np.testing.assert_allclose(out["qvalue"].item(), q.mean(), rtol=1e-6)
     torch.manual_seed(5)
     actor_loss, metadata = loss.actor_loss(td)
     torch.manual_seed(5)

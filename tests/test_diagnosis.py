@@ -73,7 +73,7 @@ def found(
     learned = build.learned_from(settings, learned)
     architecture = architecture_for(settings.networks, learned)
     step = build.step_for([learner], architecture, learned, settings.compute, steps)
-    minibatches, rows = learned.minibatches(64), []
+    minibatches, rows = build.over_steps(settings, learned).minibatches(64), []
     look = None if rest is None else HeldOut(settings, rest)
     for _ in range(20):
         step.run(minibatches, steps // 20)
@@ -170,6 +170,8 @@ def test_pieces_of_episodes_are_not_compared() -> None:
 def test_rewards_that_are_all_the_same() -> None:
     got = found(made(lambda s, a, rng: np.full(N, -1.0)), "discount=0.5")["rewards"]
     assert got.startswith("every reward is -1: ")
+    several = found(made(lambda s, a, rng: np.full(N, -1.0)), "discount=0.5", "n_steps=3", steps=20)
+    assert several["rewards"] == got
 
 
 def test_rewards_that_are_never_reached() -> None:
@@ -191,6 +193,8 @@ def test_values_that_are_not_converged() -> None:
     got = found(always, *its, "discount=0.99", "learning_rate=3e-4")["values"]
     assert "the mean of |Q| went from " in got
     assert "values" not in found(always, *its, "discount=0.5", steps=600)
+    its = ("algorithm=cql", "alpha=0", "discount=0.99", "learning_rate=3e-4")
+    assert "the mean of Q went from " in found(always, *its)["values"]
 
 
 def test_weights_of_which_few_count() -> None:

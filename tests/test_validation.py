@@ -124,6 +124,18 @@ def test_a_return_is_known_where_an_episode_ends_or_the_end_is_far() -> None:
     assert len(none.q) == 0
 
 
+def test_over_several_steps_the_loss_is_of_their_sums_and_the_returns_of_single_ones() -> None:
+    dataset, loss = walks(), iql()
+    got = Validator(dataset, GAMMA, n_steps=3)(loss).metrics
+    summed = Validator(dataset.n_step(3, GAMMA), GAMMA)(loss).metrics
+    single = Validator(dataset, GAMMA)(loss).metrics
+    assert got["loss_qvalue"] == summed["loss_qvalue"] != single["loss_qvalue"]
+    assert got["q_bias"] == single["q_bias"]
+    assert got.keys() == single.keys()
+    with pytest.raises(ValueError, match="n_steps=3 needs the discount of the loss, got None"):
+        Validator(dataset, n_steps=3)
+
+
 @EVERY
 def test_of_every_algorithm_there_is_what_it_has(name: str, maze_id: str) -> None:
     settings = config(name, maze_id)

@@ -81,9 +81,10 @@ class Validator:
         discount: of the loss; None if it has none.
         seed: of random numbers that a loss draws, the same every time.
         rows: how many transitions, at most, evenly over the data.
+        n_steps: over which the loss sees them, :meth:`~torchrl_iql.OfflineDataset.n_step`, with ``discount``.
 
     Raises:
-        ValueError: there are no transitions.
+        ValueError: there are no transitions, or there is no discount for several steps.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Validator:
         discount: float | None = None,
         seed: int = 0,
         rows: int = ROWS,
+        n_steps: int = 1,
     ) -> None:
         n = len(dataset.transitions)
         if not n:
@@ -107,7 +109,12 @@ class Validator:
                 source, indices = minibatches(0)
                 self._batches = [source[rows] for rows in indices[: max(1, rows // BATCH), 0]]
             return
-        self._batches = [self._transitions[rows] for rows in self._rows.split(BATCH)]  # pyright: ignore
+        read = self._transitions
+        if n_steps > 1:
+            if discount is None:
+                raise ValueError(f"n_steps={n_steps} needs the discount of the loss, got None")
+            read = dataset.n_step(n_steps, discount).transitions
+        self._batches = [read[rows] for rows in self._rows.split(BATCH)]  # pyright: ignore
         actions = self._transitions["action"][self._rows].double()  # of choices not looked at
         variance = actions.reshape(len(actions), -1).var(dim=0, correction=0)
         self._variance = torch.where(variance > 0, variance, torch.ones_like(variance))

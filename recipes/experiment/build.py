@@ -50,6 +50,7 @@ __all__ = [
     "evaluator_for",
     "exact_products",
     "learned_from",
+    "over_steps",
     "set_up",
     "step_for",
 ]
@@ -195,15 +196,20 @@ def _in_maze(
 
 
 def learned_from(settings: Settings, dataset: OfflineDataset) -> OfflineDataset:
-    """Return what the algorithm learns from of a data set, over as many steps as the settings say."""
+    """Return what the algorithm learns from of a data set."""
     # All learners share the data: what differs between them can not be asked for there.
     algorithm = settings.algorithm.model_copy(update=dict.fromkeys(settings.varied()))
     learned = algorithm.data(dataset)
     if learned is not dataset:
         print(f"{algorithm.title} learns from {len(learned.transitions)} transitions of them")
-    if settings.data.n_steps > 1:
-        learned = learned.n_step(settings.data.n_steps, settings.algorithm.discount)  # pyright: ignore
     return learned
+
+
+def over_steps(settings: Settings, learned: OfflineDataset) -> OfflineDataset:
+    """Return what is learned from over as many steps as the settings say."""
+    if settings.data.n_steps == 1:
+        return learned
+    return learned.n_step(settings.data.n_steps, settings.algorithm.discount)  # pyright: ignore
 
 
 def environment(env: dict | str | None) -> EnvSpec | None:

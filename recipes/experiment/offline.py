@@ -63,7 +63,7 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
         architecture = architecture_of(known, learned, settings.networks)
     with (
         build.evaluations_for(settings, dataset, architecture) as evaluations,
-        learned.minibatches(
+        build.over_steps(settings, learned).minibatches(
             settings.training.batch_size,
             seeds=[learner.seed for learner in settings.learners],
             device=settings.compute.device,

@@ -48,7 +48,10 @@ class HeldOut:
 
     def __init__(self, settings: Settings, dataset: OfflineDataset) -> None:
         discounts = [getattr(each.algorithm, "discount", None) for each in settings.learners]
-        looks = {discount: Validator(dataset, discount) for discount in dict.fromkeys(discounts)}
+        looks = {
+            discount: Validator(dataset, discount, n_steps=settings.data.n_steps)
+            for discount in dict.fromkeys(discounts)
+        }
         self._settings = settings
         self._looks = [looks[discount] for discount in discounts]
         self.latest: list[Validation | None] = [None] * len(discounts)

@@ -79,7 +79,8 @@ class _Parts:
         asked = [f"task={TASK}", f"algorithm={algorithm}", f"compute.device={device}", *settings]
         self.settings = OFFLINE.settings(asked)
         build.set_up(self.settings.compute)
-        self.dataset = build.learned_from(self.settings, random_data())
+        learned = build.learned_from(self.settings, random_data())
+        self.dataset = build.over_steps(self.settings, learned)
 
     @cached_property
     def architecture(self) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor
 from torchrl import objectives
 
@@ -41,8 +41,8 @@ class CQLLoss(objectives.CQLLoss):
             units of actions: wider bounds by a factor c add :math:`A \log c` to entropy and difference.
 
     Returns:
-        what TorchRL's returns; ``loss_actor_bc``, which its recipe descends instead of ``loss_actor`` in the
-        first steps, is among it.
+        what TorchRL's returns, ``loss_actor_bc`` among it, which its recipe descends in the first steps
+        instead of ``loss_actor``; and ``qvalue``, the mean of Q(s, a).
 
     Raises:
         ValueError: ``bounds`` are not the lowest and the highest action, or not finite.
@@ -77,6 +77,14 @@ class CQLLoss(objectives.CQLLoss):
         device = next(self.parameters()).device
         for name, bound in {"low": low, "high": high}.items():
             self.register_buffer(name, bound.to(device, torch.float32), persistent=False)
+
+    @dispatch()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Compute all losses."""
+        losses = super().forward(tensordict)
+        keys = self.tensor_keys
+        q = (tensordict.get(keys.pred_q1) + tensordict.get(keys.pred_q2)).detach().squeeze(-1) / 2
+        return losses.set("qvalue", self._reduce_loss(q, tensordict=tensordict, reduction="mean"))
 
     def cql_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
         """Compute the penalty, after :meth:`q_loss`; it leaves the difference of each network in the batch.
