@@ -487,6 +487,38 @@ def test_cql_is_the_same_in_all_units_of_actions(gap: float | None) -> None:
         torch.testing.assert_close(outputs[1][name], outputs[0][name], rtol=1e-4, atol=1e-4)
 
 
+def test_cql_has_its_mean_of_q_in_every_form() -> None:
+    td = batch()
+    losses = {}
+    for reduction in ("mean", "sum", "none"):
+        torch.manual_seed(5)
+        losses[reduction] = cql(reduction=reduction)(td.clone())["qvalue"]
+    assert losses["none"].shape == (B,)
+    torch.testing.assert_close(losses["none"].mean(), losses["mean"])
+    assert losses["sum"] == losses["mean"]
+    loss = cql()
+    assert loss.out_keys.count("qvalue") == 1
+    torch.manual_seed(5)
+    by_names = loss(**{"_".join(k) if isinstance(k, tuple) else k: td[k] for k in loss.in_keys})
+    assert by_names[loss.out_keys.index("qvalue")] == losses["mean"]
+
+
+def test_cql_takes_its_target_entropy_from_the_bounds() -> None:
+    its = {"hidden_sizes": (8,)}
+    networks = models.heteroscedastic_policy(D, A, **its), models.qvalue_ensemble(D, A, **its)
+    assert CQLLoss(*networks, bounds=(LOW, HIGH)).target_entropy == -A
+    assert CQLLoss(*networks, bounds=(LOW, HIGH), target_entropy=-7.0).target_entropy == -7
+
+
+def test_bounds_are_of_the_type_of_the_networks() -> None:
+    its = {"hidden_sizes": (8,)}
+    networks = models.deterministic_policy(D, A, **its), models.qvalue_ensemble(D, A, **its)
+    loss = TD3BCLoss(*networks, bounds=(LOW, HIGH))  # float64, as of some environments
+    loss.make_value_estimator(gamma=GAMMA)
+    td = batch().apply(lambda x: x.float() if x.is_floating_point() else x)
+    assert loss(td)["loss_actor"].dtype == loss(td)["loss_qvalue"].dtype == torch.float32
+
+
 def test_who_moves_what_in_cql() -> None:
     loss, td = cql(with_lagrange=True, lagrange_thresh=1.0, min_q_weight=2.0), batch()
     with torch.no_grad():

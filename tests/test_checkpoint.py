@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from iql_losses import built
 from test_training import transitions
@@ -181,6 +182,34 @@ def test_networks_that_could_not_be_loaded_are_not_saved(tmp_path: Path) -> None
         ):
             checkpoint.save(tmp_path / "own.ckpt", step, ARCHITECTURE)
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("network", [0, 1, 2])
+@pytest.mark.parametrize("change", ["another layer", "a hook"])
+def test_networks_that_would_compute_something_else_are_not_saved(
+    network: int, change: str, tmp_path: Path
+) -> None:
+    """Tensors of the same names and shapes, that are loaded into networks of another function."""
+    networks = built(ARCHITECTURE, STATISTICS)
+    its = networks[network]
+    modules = nn.ModuleList(its if isinstance(its, list) else [its]).modules()
+    parents = [m for m in modules if any(isinstance(c, nn.ReLU) for c in m.children())]
+    if change == "a hook":
+        parents[0].register_forward_hook(lambda *_: None)
+    for parent in parents if change == "another layer" else ():
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.ReLU):
+                setattr(parent, name, nn.Tanh())
+    step = TrainStep(IQLLoss(*networks))
+    with pytest.raises(ValueError, match=r"would be loaded as another: it has a? ?(Tanh|hook)"):
+        checkpoint.save(tmp_path / "own.ckpt", step, ARCHITECTURE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_metadata_that_the_checkpoint_has_itself_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"metadata has \['steps'\]"):
+        checkpoint.save(tmp_path / "own.ckpt", learner(), ARCHITECTURE, steps=5)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["squashed", "heteroscedastic"])

@@ -232,6 +232,22 @@ def test_bounds_are_those_of_all_that_can_happen(seed: int) -> None:
     assert found == pytest.approx(tuple(plans), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("rewards", "discount", "message"),
+    [
+        ([1.0, float("nan")], GAMMA, "expected finite rewards, got 2"),
+        ([], GAMMA, "expected finite rewards, got 0"),
+        ([1.0, 2.0], 1.0, r"discount must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_bounds_of_returns_need_finite_rewards_and_a_discount(
+    rewards: list[float], discount: float, message: str
+) -> None:
+    ended = torch.zeros(len(rewards), dtype=torch.bool)
+    with pytest.raises(ValueError, match=message):
+        return_bounds(torch.tensor(rewards), ended, discount)
+
+
 # --- The loss ------------------------------------------------------------------------------------------
 
 

@@ -143,6 +143,9 @@ def test_a_density_is_that_of_the_data() -> None:
     its = models.gaussian_policy(2, 1, hidden_sizes=(4,))
     found = importance_sampling(its, data, log_prob="log_prob", discount=GAMMA)
     assert 5 < found.effective_episodes < 30 and np.isfinite(found.stderr)
+    for discount in (2.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"discount must be from 0 to 1, got {discount}"):
+            importance_sampling(its, data, log_prob="log_prob", discount=discount)
     with pytest.raises(ValueError, match="the policy is deterministic"):
         importance_sampling(models.deterministic_policy(2, 1), data, log_prob="log_prob")
 

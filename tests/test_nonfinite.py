@@ -126,6 +126,18 @@ def test_the_first_such_step_is_named_and_can_be_taken_again(
     assert torch.equal(kept["batch"]["action"], td["action"][kept["rows"]])
 
 
+@pytest.mark.parametrize("calls", [(30, 170), (30, 50, 120), (130, 130), (1,) * 101])
+def test_there_are_at_most_100_steps_between_two_looks(
+    calls: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, looks = TrainStep(iql_loss()), [0]
+    look = step._watch.look
+    monkeypatch.setattr(step._watch, "look", lambda: (looks.append(step.steps), look())[1])
+    for steps in calls:
+        step.run(Minibatches(transitions(batch=(ROWS,)), BATCH, seeds=[0]), steps)
+    assert max(np.diff([*looks, step.steps])) <= 100
+
+
 def test_a_state_that_is_not_finite_is_not_saved() -> None:
     step = TrainStep(made())
     minibatches = Minibatches(poisoned("observation", NAN), ROWS, seeds=[3])

@@ -964,6 +964,27 @@ def test_of_several_learners_it_is_said_whose_state_is_meant() -> None:
     assert equal(together.losses[1], alone.losses[0])
 
 
+def test_learners_go_on_from_the_same_step() -> None:
+    """Else the corrections of Adam and the schedules of some would be those of others."""
+    alone, together = TrainStep(make_loss(0)), TrainStep([make_loss(1), make_loss(2)])
+    alone.run(Minibatches(transitions(50), 8, seeds=[0]), 3)
+    minibatches = Minibatches(transitions(50), 8, seeds=[0, 1])
+    together.load_state_dict(alone.state_dict(), 1)
+    with pytest.raises(ValueError, match=r"the learners have taken \[0, 3\] steps: load states of"):
+        together.run(minibatches, 1)
+    together.load_state_dict(alone.state_dict(), 0)
+    together.run(minibatches, 1)
+    assert together.steps == 4
+
+
+def test_a_coefficient_of_another_shape_is_refused() -> None:
+    alone = TrainStep(make_loss(0))
+    state = alone.state_dict()
+    state["coefficients"] = {**state["coefficients"], "expectile": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"expectile has shape \(3,\), expected that of .*, \(\)"):
+        alone.load_state_dict(state)
+
+
 def test_a_cuda_graph_needs_cuda() -> None:
     with pytest.raises(ValueError, match="needs a CUDA device, the losses are on cpu"):
         TrainStep(make_loss(), execution="cudagraph")

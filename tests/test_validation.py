@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.stats import spearmanr
 
 from test_algorithms import EVERY, config
 from torchrl_iql import IQLLoss, OfflineDataset, load_dataset, models
+from torchrl_iql.objectives import FQELoss
 from torchrl_iql.validation import Validator
 from torchrl_iql_recipes.experiment import build
 from torchrl_iql_recipes.experiment.networks import Networks, architecture_for
@@ -132,8 +134,21 @@ def test_over_several_steps_the_loss_is_of_their_sums_and_the_returns_of_single_
     assert got["loss_qvalue"] == summed["loss_qvalue"] != single["loss_qvalue"]
     assert got["q_bias"] == single["q_bias"]
     assert got.keys() == single.keys()
-    with pytest.raises(ValueError, match="n_steps=3 needs the discount of the loss, got None"):
-        Validator(dataset, n_steps=3)
+    for given in ({"n_steps": 3}, {"n_steps": 0, "discount": GAMMA}):
+        with pytest.raises(ValueError, match=f"n_steps={given['n_steps']} must be at least 1"):
+            Validator(dataset, **given)  # pyright: ignore
+    with pytest.raises(ValueError, match="discount must be from 0 to 1"):
+        Validator(dataset, 2.0)
+
+
+def test_a_loss_without_a_policy_is_looked_at() -> None:
+    dataset = walks()
+    transitions = dataset.transitions.copy()
+    transitions["next"] = transitions["next"].copy().set("action", transitions["action"])
+    loss = FQELoss(models.qvalue_ensemble(3, 2, num=2, hidden_sizes=(8,)), discount=GAMMA)
+    metrics = Validator(replace(dataset, transitions=transitions), GAMMA)(loss).metrics
+    assert {"loss_qvalue", "td_error", "q_bias"} <= metrics.keys()
+    assert not {"action_error", "initial_value"} & metrics.keys()
 
 
 @EVERY

@@ -41,7 +41,7 @@ from torchrl.objectives.common import LossModule
 
 from torchrl_iql.acting import Acting
 from torchrl_iql.environments import written_spec
-from torchrl_iql.models import Architecture
+from torchrl_iql.models import Architecture, unlike
 from torchrl_iql.training import TrainStep
 from torchrl_iql.training.step import FORMAT, Own
 
@@ -94,10 +94,12 @@ def save(
 
     Raises:
         OSError: if it could not be written; an older one is still there.
-        IndexError, ValueError: a network is not of the architecture; there is no such loss, or several and it
-            is not said which.
+        IndexError, ValueError: a network is not of the architecture; an entry of the metadata has a name that
+            is taken; there is no such loss, or several and it is not said which.
     """
     replica = learner.replica(replica)
+    if taken := metadata.keys() & {"format", "steps", "architecture"}:
+        raise ValueError(f"metadata has {sorted(taken)}, which the checkpoint says itself")
     _check_networks(learner.losses[replica], architecture)
     # Copied, since the parameters are parts of tensors that hold all networks of all replicas.
     policy = deepcopy(learner.losses[replica].get_stateful_net("actor_network"))
@@ -128,12 +130,15 @@ def _check_networks(loss: LossModule, architecture: Architecture) -> None:
     with torch.random.fork_rng(devices=[]):
         made = architecture.policy_network()
         _check_shapes("the policy", policy.state_dict(), made, architecture)
+        _check_kinds("the policy", policy, made)
         for what, name, make in (
             ("a Q network", "qvalue_network_params", architecture.qvalue_network),
             ("V", "value_network_params", architecture.value_network),
         ):
             if found := state.parameters(name):
-                _check_shapes(what, found, make(), architecture)
+                _check_shapes(what, found, expected := make(), architecture)
+                network = loss.get_stateful_net(name.removesuffix("_params"))
+                _check_kinds(what, network, expected)
     for its, known in zip(_distributions(policy), _distributions(made), strict=False):
         if not _same_values(its, known):
             raise ValueError(
@@ -154,6 +159,14 @@ def _check_shapes(
                 f"{what} is not of the architecture, and could not be loaded: {key} is {its}, "
                 f"expected {known} of {architecture}"
             )
+
+
+def _check_kinds(what: str, network: nn.Module, made: nn.Module) -> None:
+    """Compare the modules of two networks whose tensors have the same names and shapes."""
+    if other := unlike(network, made):
+        raise ValueError(
+            f"{what} is not of the architecture, and would be loaded as another: {other}"
+        )
 
 
 def _distributions(network: nn.Module) -> list[dict[str, Any]]:

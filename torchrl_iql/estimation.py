@@ -23,7 +23,7 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_iql.data import OfflineDataset
-from torchrl_iql.data.rewards import UNCHANGED
+from torchrl_iql.data.rewards import UNCHANGED, check_discount
 from torchrl_iql.models import Architecture, SeeingTorso, Torso
 from torchrl_iql.objectives import FQELoss
 from torchrl_iql.objectives.base import is_deterministic
@@ -116,7 +116,7 @@ class FittedQ:
 
     @property
     def drift(self) -> float:
-        """How far the estimate moved in the last fifth of the steps."""
+        """How far the estimate moved in the last fifth of the steps; NaN of one or two steps."""
         tenth = _tenth(self.history)
         before = self.history[-3 * tenth : -2 * tenth].mean()
         return (self.members.mean() - before).item()
@@ -152,7 +152,8 @@ def fitted_q(
     """Evaluate a policy by Q networks that are fitted to it, :class:`~torchrl_iql.objectives.FQELoss`.
 
     The policy is what is deployed: without exploration, the mean or the most probable action. Each network
-    has its own initialisation and its own draw of as many episodes as there are, with replacement. They see
+    has its own initialisation and, of more than one, its own draw of as many episodes as there are, with
+    replacement. They see
     rewards in units of the returns of the data, begin at the mean of these, and their targets are kept within
     :func:`~torchrl_iql.objectives.functional.return_bounds`. Where an episode is cut, its value goes on;
     where it is terminated, it does not.
@@ -291,9 +292,10 @@ def importance_sampling(
         seed: of the bootstrap.
 
     Raises:
-        ValueError: there is no such column, or it is not finite; the policy is deterministic; or fewer than 5
-            episodes are effective.
+        ValueError: the discount is out of range; there is no such column, or it is not finite; the policy is
+            deterministic; or fewer than 5 episodes are effective.
     """
+    check_discount(discount)
     dataset = recorded_rewards(dataset)
     transitions = dataset.transitions
     behaviour = transitions.get(log_prob, None)

@@ -96,12 +96,15 @@ def export_policy(
         OSError: there is no such checkpoint, or no folder for the file.
         ImportError: what ONNX needs is not installed.
         ValueError: the suffix is another, the checkpoint is none, or its policy is no function of the
-            observation, as a Decision Transformer.
+            observation, as a Decision Transformer, or for ``.npz`` one that sees images; ``observations`` is
+            below 1.
         RuntimeError: the file would not do what the policy does. It is not written.
     """
     output = Path(output)
     if output.suffix not in SUFFIXES:
         raise ValueError(f"{output}: expected a file that ends in {' or '.join(SUFFIXES)}")
+    if observations < 1:
+        raise ValueError(f"observations must be at least 1, got {observations!r}")
     if output.suffix == ".onnx":
         _require_onnx()
     if not output.parent.is_dir():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal, get_args
 
 import torch
@@ -455,6 +456,18 @@ def unlike_made(network: nn.Module) -> str | None:
             return f"has a hook of its {kind.__name__}"
         if isinstance(module, Torso) and not module.has_plain_layers:
             return "has other layers in its Torso"
+    return None
+
+
+def unlike(network: nn.Module, made: nn.Module) -> str | None:
+    """Say what of a network is not as in another one that was made the same way; None if nothing is."""
+    pairs = zip_longest(network.named_modules(), made.named_modules(), fillvalue=("", None))
+    for (name, its), (place, known) in pairs:
+        kinds = ["nothing" if x is None else type(x).__name__ for x in (its, known)]
+        if type(its) is not type(known):
+            return f"it has {kinds[0]} at {name or place}, expected {kinds[1]}"
+        if any(getattr(its, hooks) for hooks in _HOOKS):
+            return f"it has a hook of its {kinds[0]} at {name}"
     return None
 
 

@@ -21,6 +21,7 @@ from torchrl.objectives.common import LossModule
 
 from torchrl_iql.data import OfflineDataset
 from torchrl_iql.data.bins import share_at_bounds
+from torchrl_iql.data.rewards import check_discount
 from torchrl_iql.objectives import functional
 from torchrl_iql.objectives.base import AdvantageWeightedLoss, is_deterministic
 
@@ -48,7 +49,8 @@ class Validation:
     Attributes:
         metrics: by name, means over the transitions: every scalar of the loss; and, of what there is,
 
-            - ``td_error``: root mean square, of the network that is furthest off;
+            - ``td_error``: root mean square, of the network that is furthest off (of
+              :class:`~torchrl_iql.objectives.FQELoss` the mean square, as the loss says it);
             - ``action_error``: of the policy's mean action, each dimension in units of its standard
               deviation in the data, root mean square over transitions and dimensions; or for discrete
               actions the share that are others;
@@ -64,7 +66,7 @@ class Validation:
               transitions;
             - ``advantage_10``, ``_50``, ``_90``: its quantiles, in percent;
             - ``effective_sample_size``: of the weights w, (sum w)^2 / (n sum w^2), a share.
-        q: Q(s, a), mean of the networks, ``[n]``, where the return is known.
+        q: Q(s, a), mean of the networks, ``[n]``, where the return is known, if it is of at least 30.
         returns: the discounted return that followed, ``[n]``.
     """
 
@@ -80,11 +82,13 @@ class Validator:
         dataset: what a loss is tried on; of one with a ``window``, only the loss is.
         discount: of the loss; None if it has none.
         seed: of random numbers that a loss draws, the same every time.
-        rows: how many transitions, at most, evenly over the data.
+        rows: how many transitions, at most, evenly over the data; with a ``window``, about as many windows as
+            a tenth of that.
         n_steps: over which the loss sees them, :meth:`~torchrl_iql.OfflineDataset.n_step`, with ``discount``.
 
     Raises:
-        ValueError: there are no transitions, or there is no discount for several steps.
+        ValueError: there are no transitions; ``n_steps`` is below 1, or above it without a discount or of
+            windows; or the discount is out of range.
     """
 
     def __init__(
@@ -95,6 +99,11 @@ class Validator:
         rows: int = ROWS,
         n_steps: int = 1,
     ) -> None:
+        if n_steps < 1 or (n_steps > 1 and (discount is None or dataset.window is not None)):
+            raise ValueError(
+                f"n_steps={n_steps} must be at least 1, and above it needs the discount of the loss, got "
+                f"{discount!r}, and single transitions"
+            )
         n = len(dataset.transitions)
         if not n:
             raise ValueError(f"{dataset.name}: there are no transitions to look at")
@@ -111,9 +120,7 @@ class Validator:
             return
         read = self._transitions
         if n_steps > 1:
-            if discount is None:
-                raise ValueError(f"n_steps={n_steps} needs the discount of the loss, got None")
-            read = dataset.n_step(n_steps, discount).transitions
+            read = dataset.n_step(n_steps, discount).transitions  # pyright: ignore
         self._batches = [read[rows] for rows in self._rows.split(BATCH)]  # pyright: ignore
         actions = self._transitions["action"][self._rows].double()  # of choices not looked at
         variance = actions.reshape(len(actions), -1).var(dim=0, correction=0)
@@ -185,7 +192,7 @@ class Validator:
             return found
         if (q := _q(loss, batch)) is not None:
             found["q"] = q.mean(0)
-        return found | self._of_policy(loss, batch)
+        return found | self._of_policy(loss, batch) if _has_policy(loss) else found
 
     def _of_policy(self, loss: LossModule, batch: TensorDictBase) -> dict[str, Tensor]:
         policy, action = loss.get_stateful_net("actor_network"), batch["action"]
@@ -211,12 +218,18 @@ class Validator:
         if "value_network_params" in loss._modules:
             value = loss.get_stateful_net("value_network")
             return value(initial.select(*value.in_keys))["state_value"].mean().item()
+        if not _has_policy(loss):
+            return None
         policy = loss.get_stateful_net("actor_network")
         with set_exploration_type(ExplorationType.DETERMINISTIC):
             read = policy(initial.select(*policy.in_keys))
         initial["action"] = read["action"]
         q = _q(loss, initial)
         return None if q is None else functional.min_q(q).mean().item()
+
+
+def _has_policy(loss: LossModule) -> bool:
+    return "actor_network_params" in loss._modules
 
 
 def _q(loss: LossModule, batch: TensorDictBase) -> Tensor | None:
@@ -236,6 +249,7 @@ def _q(loss: LossModule, batch: TensorDictBase) -> Tensor | None:
 
 def return_is_known(dataset: OfflineDataset, discount: float) -> Tensor:
     """Return whether all of the return that followed is known, but for a little of it, ``[n]``."""
+    check_discount(discount)
     lengths = dataset.episode_lengths
     ends = lengths.cumsum(0)
     terminated = dataset.transitions["next", "terminated"][ends - 1, 0]

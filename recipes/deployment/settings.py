@@ -94,7 +94,7 @@ class Estimation(Part):
     )
     fit_on: Literal["all", "learned", "held_out"] = Field(
         "all",
-        description="all episodes, those that validation= held out, or the others",
+        description="all episodes, those learned from, or those that validation= held out",
     )
     discount: Fraction | None = Field(
         None, description="of rewards, per step; null: that of the runs, or 0.99 if they have none"

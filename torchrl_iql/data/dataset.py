@@ -40,6 +40,7 @@ from torchrl_iql.data.rewards import (
     UNCHANGED,
     RewardRule,
     RewardTransform,
+    check_discount,
 )
 from torchrl_iql.data.tensordicts import transition_arrays
 from torchrl_iql.environments import (
@@ -114,7 +115,7 @@ class OfflineDataset:
         observation_space: space of the source, not flattened, of dictionaries with sorted keys.
         action_space: space of the source.
         env_spec: the environment to evaluate in, if known.
-        reference_scores: the returns that score 0 and 1 when normalized, if known.
+        reference_scores: the returns that score 0 and 100 when normalized, if known.
         reward_rule: how rewards were changed, see :mod:`torchrl_iql.data.rewards`.
         reward_transform: the same in numbers, for rewards that are collected later.
         episode_rule: where episodes end: ``"as_stored"`` or ``"until_success"``.
@@ -163,7 +164,7 @@ class OfflineDataset:
             observation_space: space of one observation.
             action_space: space of one action, ``Box`` or ``Discrete``.
             env_spec: the environment to evaluate in, or its id.
-            reference_scores: the returns that score 0 and 1 when normalized.
+            reference_scores: the returns that score 0 and 100 when normalized.
             reward_rule: ``"none"``, ``"minus_one"``, ``"return_range"`` or ``"unit_rms"``, see
                 :mod:`torchrl_iql.data.rewards`.
             episode_rule: ``"as_stored"``, or ``"until_success"`` to terminate each episode at its
@@ -380,7 +381,7 @@ class OfflineDataset:
                 that of the environment, else, for floats, ``(-1, 1)``.
             env_spec: the environment to evaluate in, or its id. Without ``timeouts``,
                 ``next_observations`` and ``episode_ids``, its time limit ends episodes.
-            reference_scores: the returns that score 0 and 1 when normalized.
+            reference_scores: the returns that score 0 and 100 when normalized.
             reward_rule: as in :meth:`from_episodes`.
             episode_rule: as in :meth:`from_episodes`.
             observation_keys: as in :meth:`from_episodes`.
@@ -489,7 +490,7 @@ class OfflineDataset:
             observation_space: as in :meth:`from_arrays`. For ``Discrete``, categories or one-hot.
             action_space: as in :meth:`from_arrays`. For ``Discrete``, categories or one-hot.
             env_spec: the environment to evaluate in, or its id.
-            reference_scores: the returns that score 0 and 1 when normalized.
+            reference_scores: the returns that score 0 and 100 when normalized.
             reward_rule: as in :meth:`from_episodes`.
             episode_rule: as in :meth:`from_episodes`.
             observation_keys: the entries that are observed, here and under ``"next"``, instead of
@@ -569,8 +570,7 @@ class OfflineDataset:
         Raises:
             ValueError: if ``discount`` is out of range.
         """
-        if not 0 <= discount <= 1:
-            raise ValueError(f"discount must be from 0 to 1, got {discount!r}")
+        check_discount(discount)
         if "steps_to_next_obs" in self.transitions.keys():
             raise ValueError("the rewards are sums over several steps: call this before n_step")
         lengths = self.episode_lengths
@@ -692,8 +692,7 @@ class OfflineDataset:
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n!r}")
-        if not 0 <= discount <= 1:
-            raise ValueError(f"discount must be from 0 to 1, got {discount!r}")
+        check_discount(discount)
         if "steps_to_next_obs" in self.transitions.keys():
             raise ValueError("the rewards are sums over several steps already")
         lengths = self.episode_lengths

@@ -93,7 +93,7 @@ def load(
         columns: infos, of D4RL's files also arrays, of logs columns, that become further columns of the
             transitions, see :meth:`OfflineDataset.from_episodes`.
         download: whether to download what is not there locally: a Minari id, one of D4RL's
-            locomotion files of version 2, or the file of a single task of OGBench.
+            files of AntMaze or, of version 2, of locomotion, or the file of a single task of OGBench.
         cache: whether to use that folder. A folder that can not be written to is a warning.
 
     Raises:

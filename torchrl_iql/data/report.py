@@ -13,7 +13,7 @@ from gymnasium.spaces import Discrete
 from torch import Tensor
 
 from torchrl_iql.data.episodes import EpisodeRule
-from torchrl_iql.data.rewards import RewardRule
+from torchrl_iql.data.rewards import RewardRule, RewardTransform
 from torchrl_iql.environments import reference_scores_of
 from torchrl_iql.spaces import named_leaves
 
@@ -38,8 +38,7 @@ class Report:
         returns: lowest, mean and highest sum of raw rewards of an episode.
         normalized: the mean return as a score, 0 and 100 at the reference scores, if episodes are as
             stored and these are known: those of the data set, else D4RL's of the environment.
-        success_rate: share of episodes with a reward of 1, if raw rewards are 0 and 1. It is None
-            after the reward rule ``"return_range"``, and if all rewards are 1.
+        success_rate: share of episodes with a reward of 1, if raw rewards are 0 and 1; None if all are 1.
         rewards: lowest, mean and highest reward of a transition, after the reward rule.
         terminations: episodes that terminate.
         time_outs: episodes that are truncated, so that values bootstrap from their last observation.
@@ -122,6 +121,8 @@ class Described(Protocol):
     @property
     def reward_rule(self) -> RewardRule: ...
     @property
+    def reward_transform(self) -> RewardTransform: ...
+    @property
     def episode_rule(self) -> EpisodeRule: ...
 
 
@@ -142,11 +143,11 @@ def report(dataset: Described) -> Report:
         normalized = 100 * (returns.mean().item() - random) / (expert - random)
     rewards = following["reward"]
     success_rate = None
-    if dataset.reward_rule != "return_range":
-        zero = -1 if dataset.reward_rule == "minus_one" else 0
-        is_zero = rewards == zero
-        if is_zero.any() and (is_zero | (rewards == zero + 1)).all():
-            success_rate = (returns > 0).double().mean().item()
+    transform = dataset.reward_transform
+    raw = (rewards.double() - transform.shift) / transform.scale
+    is_zero = raw.abs() < 1e-5  # what float32 leaves of it
+    if is_zero.any() and (is_zero | ((raw - 1).abs() < 1e-5)).all():
+        success_rate = (returns > 0).double().mean().item()
     lowest, highest = transitions["observation"].aminmax(dim=0)
     terminated = following["terminated"]
     actions, space = transitions["action"], dataset.action_space

@@ -21,6 +21,7 @@ __all__ = [
     "UNCHANGED",
     "RewardRule",
     "RewardTransform",
+    "check_discount",
     "minus_one",
     "none",
     "return_range",
@@ -57,6 +58,16 @@ class RewardTransform:
 
 
 UNCHANGED = RewardTransform()
+
+
+def check_discount(discount: float) -> None:
+    """Refuse a number that no return is discounted by.
+
+    Raises:
+        ValueError: it is not from 0 to 1.
+    """
+    if not 0 <= discount <= 1:
+        raise ValueError(f"discount must be from 0 to 1, got {discount!r}")
 
 
 def none(episode_returns: Tensor, rewards: Tensor) -> RewardTransform:

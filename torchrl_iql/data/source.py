@@ -25,7 +25,7 @@ class Source:
         observation_space: space of one observation.
         action_space: space of one action.
         env_spec: the environment to evaluate in, if the data set names one.
-        reference_scores: the returns that score 0 and 1 when normalized, if it names them.
+        reference_scores: the returns that score 0 and 100 when normalized, if it names them.
         made_with: what else determines the episodes, as JSON can write it: of D4RL's files that do
             not tell, the steps after which an episode ends; of OGBench's, the task that is paid for.
         episodes: reads the episodes, with these infos; a reader may leave out the values of others.

@@ -37,8 +37,9 @@ class CQLLoss(objectives.CQLLoss):
         bounds: the lowest and the highest action, ``[A]`` each, between which random ones are drawn.
         **settings: those of :class:`torchrl.objectives.CQLLoss`. ``min_q_weight`` is :math:`\alpha`; with
             ``with_lagrange`` it is multiplied by one that is learned, so that :math:`\alpha` times the
-            difference in the brackets comes to ``lagrange_thresh``. That and ``target_entropy`` are in the
-            units of actions: wider bounds by a factor c add :math:`A \log c` to entropy and difference.
+            difference in the brackets comes to ``lagrange_thresh``. That and ``target_entropy``, -A by
+            default, are in the units of actions: wider bounds by a factor c add :math:`A \log c` to entropy
+            and difference.
 
     Returns:
         what TorchRL's returns, ``loss_actor_bc`` among it, which its recipe descends in the first steps
@@ -72,6 +73,8 @@ class CQLLoss(objectives.CQLLoss):
         **settings: Any,
     ) -> None:
         low, high = action_bounds(bounds, finite=True)
+        if low.ndim and settings.get("target_entropy", "auto") == "auto":
+            settings["target_entropy"] = -float(low.numel())  # else a policy has to have a spec
         with unannotated():
             super().__init__(actor_network, qvalue_network, loss_function=loss_function, **settings)
         device = next(self.parameters()).device
@@ -84,10 +87,26 @@ class CQLLoss(objectives.CQLLoss):
         losses = super().forward(tensordict)
         keys = self.tensor_keys
         q = (tensordict.get(keys.pred_q1) + tensordict.get(keys.pred_q2)).detach().squeeze(-1) / 2
-        return losses.set("qvalue", self._reduce_loss(q, tensordict=tensordict, reduction="mean"))
+        reduction = "none" if self.reduction == "none" else "mean"
+        return losses.set(
+            "qvalue", self._reduce_loss(q, tensordict=tensordict, reduction=reduction)
+        )
+
+    @property
+    def out_keys(self) -> list:
+        """TorchRL's, and ``"qvalue"``."""
+        if self._out_keys is None:
+            self._out_keys = [*super().out_keys, "qvalue"]
+        return self._out_keys
+
+    @out_keys.setter
+    def out_keys(self, values: list) -> None:
+        self._out_keys = values
 
     def cql_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
-        """Compute the penalty, after :meth:`q_loss`; it leaves the difference of each network in the batch.
+        r"""Compute the penalty, after :meth:`q_loss`.
+
+        It leaves :math:`\alpha` times the difference of each network in the batch.
 
         Returns:
             the loss, and an empty dictionary.

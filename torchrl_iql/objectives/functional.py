@@ -5,7 +5,7 @@
 evaluation. Tensors in, tensors out, one value per transition: ``[*B]`` is any batch shape and ``[N, *B]``
 adds the N networks of the Q ensemble. Nothing here reduces over the batch, knows of keys or networks, or
 synchronises with the device, so the functions can be compiled, captured, and batched over independent
-learners.
+learners; but for :func:`return_bounds`, which is of the rewards of all data.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ def conservative_gap(
         temperature: of the exponential.
 
     Returns:
-        ``[N, *B]``; log K above an estimate of the integral, a constant.
+        ``[N, *B]``; at temperature 1 log K, a constant, above an estimate of the integral. At others the
+        density is divided by the temperature, too, as in the official code.
     """
     scaled = (q - log_density.detach()) / temperature
     return temperature * scaled.logsumexp(dim=1) - data_q
@@ -306,7 +307,14 @@ def return_bounds(reward: Tensor, terminated: Tensor, discount: float) -> tuple[
         reward: ``[n]``, of single steps.
         terminated: bool, ``[n]``.
         discount: :math:`\gamma` in [0, 1).
+
+    Raises:
+        ValueError: there are no rewards, one is not finite, or the discount is out of range.
     """
+    if not 0 <= discount < 1:
+        raise ValueError(f"discount must be in [0, 1), got {discount!r}")
+    if not len(reward) or not bool(reward.isfinite().all()):
+        raise ValueError(f"expected finite rewards, got {len(reward)}, not all of them finite")
     low, high = [], []
     for rewards, factor in ((reward[terminated], 1.0), (reward[~terminated], 1 / (1 - discount))):
         if len(rewards):

@@ -83,9 +83,10 @@ class IQLLoss(AdvantageWeightedLoss[iql.Outputs]):
     ``("next", "terminated")`` (bool ``[*B, 1]``; without it, ``("next", "done")``, which TD(1) and
     TD(lambda) read anyway), the ``in_keys`` of V under ``"next"``, and where present
     ``steps_to_next_obs`` (n-step transitions), ``priority_weight`` (importance weights) and TorchRL's
-    masks. :meth:`set_keys` renames them. Inputs that a network can do without may be absent, as the
-    states of :class:`~torchrl.modules.LSTMModule` and :class:`~torchrl.modules.GRUModule`, whose
-    sequences are the last batch dimension and begin where ``is_init``.
+    masks. :meth:`set_keys` renames these, but for ``steps_to_next_obs``, and ``loss_mask_key`` the masks.
+    Inputs that a network can do without may be absent, as the states of
+    :class:`~torchrl.modules.LSTMModule` and :class:`~torchrl.modules.GRUModule`, whose sequences are the
+    last batch dimension and begin where ``is_init``.
 
     Returns:
         a TensorDict of scalars: ``loss_actor``, ``loss_qvalue``, ``loss_value``, ``entropy`` (minus the
@@ -97,7 +98,8 @@ class IQLLoss(AdvantageWeightedLoss[iql.Outputs]):
     Raises:
         ValueError, TypeError: an argument is out of range, at construction.
         KeyError, ValueError: an entry of the batch is missing or has the wrong shape or type.
-        RuntimeError: the Q networks can not be evaluated by :func:`torch.vmap`.
+        RuntimeError: the Q networks can not be evaluated by :func:`torch.vmap`, or an input has another width
+            or type than a network's weights.
 
     Differences from :class:`torchrl.objectives.IQLLoss`:
         - The defaults are the paper's: ``loss_function="l2"`` (TorchRL ``"smooth_l1"``),

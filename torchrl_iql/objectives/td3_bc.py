@@ -66,6 +66,8 @@ class TD3BCLoss(objectives.TD3BCLoss):
         **settings: Any,
     ) -> None:
         low, high = action_bounds(bounds, finite=True)
+        dtype = next(actor_network.parameters()).dtype
+        low, high = low.to(dtype), high.to(dtype)
         with unannotated():
             super().__init__(
                 actor_network,

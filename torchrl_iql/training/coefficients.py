@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from tensordict import TensorDictParams
 from torch import Tensor, nn
 from torchrl.objectives import ValueEstimators
@@ -55,7 +56,7 @@ def set_coefficients(loss: LossModule, values: Mapping[str, Any]) -> None:
     """Set coefficients of a loss in place; those that are not named stay as they are.
 
     Raises:
-        ValueError: the loss has none of that name.
+        ValueError: the loss has none of that name, or of another shape.
     """
     kind = values.get("value_type")
     if kind is not None and kind != plain(loss).get("value_type"):
@@ -69,10 +70,16 @@ def set_coefficients(loss: LossModule, values: Mapping[str, Any]) -> None:
         for name in {*vars(module), *module._buffers} - {"value_type"}:
             if prefix + name not in values:
                 continue
-            if name in module._buffers:
-                module._buffers[name].copy_(values[prefix + name])  # pyright: ignore
-            else:
-                setattr(module, name, values[prefix + name])
+            value, buffer = values[prefix + name], module._buffers.get(name)
+            if buffer is None:
+                setattr(module, name, value)
+                continue
+            if (its := torch.as_tensor(value)).shape != buffer.shape:
+                raise ValueError(
+                    f"the state's {prefix + name} has shape {tuple(its.shape)}, expected that of this "
+                    f'{type(loss).__name__}, {tuple(buffer.shape)}: load with keep=("settings",)'
+                )
+            buffer.copy_(its)
 
 
 def _owners(loss: LossModule) -> Iterator[tuple[str, nn.Module]]:

@@ -98,6 +98,11 @@ class Watch:
         self._mark: Mark | None = None
         self._taken: list[tuple[Minibatches | TensorDictBase, int]] = []
 
+    @property
+    def left(self) -> int:
+        """The number of steps until it is time to look."""
+        return STEPS if self._mark is None else self._mark.steps + self._most - self._step.steps
+
     def take(self, source: Minibatches | TensorDictBase, steps: int) -> list[TensorDictBase]:
         """Take steps, at most to the end of a block, and look if it is time.
 

@@ -161,6 +161,7 @@ class TrainStep:
             for loss, rate in zip(self.losses, rates, strict=True)
         ]
         self.steps = 0
+        self._loaded: dict[int, int] = {}  # steps of learners, of states since the last step
         self.on_nonfinite: OnNonfinite = on_nonfinite
         self.skipped = [0] * learners
         self._totals: dict[str, Tensor] = {}  # of the scalars, [R], since the last means
@@ -227,6 +228,16 @@ class TrainStep:
         for program, _ in self._programs:
             program.adopt()
         self._held = self._present()
+
+    def _begin(self) -> None:
+        """Be ready for a step."""
+        if len(set(self._loaded.values())) > 1:
+            raise ValueError(
+                f"the learners have taken {list(self._loaded.values())} steps: load states of as many into "
+                "all of them"
+            )
+        self._loaded = {}
+        self._adopt()
 
     def _present(self) -> list:
         """Return by what it is told whether somebody has changed a loss."""
@@ -301,7 +312,7 @@ class TrainStep:
         if learners > 1 and (batch.ndim < 2 or len(batch) != learners):
             shape = tuple(batch.shape)
             raise ValueError(f"the batch has shape {shape}, expected [{learners}, B]")
-        self._adopt()
+        self._begin()
         results = self._watch.take(batch, 1)
         priorities = [its["priority"] for its in results if "priority" in its.keys()]
         if priorities and not batch.is_locked:
@@ -334,10 +345,10 @@ class TrainStep:
             )
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps!r}")
-        self._adopt()
+        self._begin()
         end, results = self.steps + steps, []
         while self.steps < end:
-            remaining = min(end - self.steps, BLOCK - self.steps % BLOCK)
+            remaining = min(end - self.steps, BLOCK - self.steps % BLOCK, self._watch.left)
             results = self._watch.take(minibatches, remaining)
         return self._joined(results)
 
@@ -347,7 +358,7 @@ class TrainStep:
         What it counts is saved and restored with the rest, and steps that are skipped are not in it.
 
         Returns:
-            by name, as :meth:`run`, in float32; NaN for a learner without a step.
+            by name, as :meth:`run`, in float32; NaN for a learner without a step; empty if there was none.
 
         Raises:
             NonFiniteError: as :meth:`check_finite`.
@@ -486,7 +497,7 @@ class TrainStep:
     def load_state_dict(
         self, state: Mapping[str, Any], replica: int | None = None, *, keep: Collection[Own] = ()
     ) -> None:
-        """Continue where :meth:`state_dict` was taken; the others must have taken as many steps.
+        """Continue where :meth:`state_dict` was taken; before the next step, the others must, too.
 
         Args:
             state: of one learner.
@@ -536,7 +547,8 @@ class TrainStep:
         program.clear_padding(replica - rows.start)
         if "optimizer" not in keep:
             self._load_moments(state, replica)
-            self.steps = state["steps"]
+            self._loaded = {**dict.fromkeys(range(len(self.losses)), self.steps), **self._loaded}
+            self.steps = self._loaded[replica] = state["steps"]
             self.skipped[replica] = state.get("skipped", 0)
             self._load_totals(state.get("totals", {}), state.get("counted", 0), replica)
         if "random" not in keep and "random" in state:
