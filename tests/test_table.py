@@ -301,7 +301,9 @@ def test_a_run_that_fails_is_named(tmp_path: Path, maze_id: str) -> None:
     assert "expected one or several different integers" in log.read_text()
 
 
-@pytest.mark.parametrize("name", ["table", "suite", "finetuning"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("table", marks=pytest.mark.slow), "suite", "finetuning"]
+)
 def test_our_plans_can_be_run(name: str, tmp_path: Path) -> None:
     plan = Plan.load(Path(table.__file__).with_name(f"{name}.yaml"), tmp_path)
     assert all(cell.settings.training.steps == cell.steps for cell in plan.cells)

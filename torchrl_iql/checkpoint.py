@@ -40,6 +40,7 @@ from torchrl.checkpoint import (
 from torchrl.objectives.common import LossModule
 
 from torchrl_iql.acting import Acting
+from torchrl_iql.decision_transformer import ReturnConditioned
 from torchrl_iql.environments import written_spec
 from torchrl_iql.models import Architecture, unlike
 from torchrl_iql.training import TrainStep
@@ -130,7 +131,8 @@ def _check_networks(loss: LossModule, architecture: Architecture) -> None:
     with torch.random.fork_rng(devices=[]):
         made = architecture.policy_network()
         _check_shapes("the policy", policy.state_dict(), made, architecture)
-        _check_kinds("the policy", policy, made)
+        on_windows = isinstance(made, ReturnConditioned)  # as it is trained
+        _check_kinds("the policy", policy, made.on_windows() if on_windows else made)
         for what, name, make in (
             ("a Q network", "qvalue_network_params", architecture.qvalue_network),
             ("V", "value_network_params", architecture.value_network),

@@ -160,7 +160,6 @@ class Networks:
         self._backward(self._latest, self._rates, torch.get_num_threads())
 
 
-@cache
 def columns(dtype: torch.dtype) -> int:
     """Return what all widths are multiples of, at most 32: the numbers in two of its vectors."""
     return function("columns", dtype)()
