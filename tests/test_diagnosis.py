@@ -144,6 +144,10 @@ def test_nothing_is_advised_that_is_done() -> None:
     said = found(made(of_the_action), *its, returns=[(140, 1), (80, 2)])
     assert said.keys() == {"poor", "fallen"}
     assert not any("normalize_observation" in note for note in said.values())
+    assert "a smaller temperature and more steps are the first things to try" in said["poor"]
+    its = "algorithm=bc", "normalize_observation=true"
+    said = found(made(of_the_action), *its, returns=[(140, 1), (80, 2)])
+    assert said["poor"].endswith("more steps are the first thing to try")
 
 
 def test_episodes_longer_than_the_environments_are_not_compared() -> None:

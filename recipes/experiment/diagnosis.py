@@ -176,9 +176,12 @@ def _of_scores(
 
 
 def _first_things(settings: Settings) -> str:
-    if settings.networks.normalize_observation:
+    its = [] if settings.networks.normalize_observation else ["normalize_observation=true"]
+    if hasattr(settings.algorithm, "temperature"):
+        its.append("a smaller temperature")
+    if not its:
         return "more steps are the first thing to try"
-    return "normalize_observation=true and more steps are the first things to try"
+    return f"{', '.join(its)} and more steps are the first things to try"
 
 
 def _has(row: Mapping[str, Any], name: str) -> bool:
