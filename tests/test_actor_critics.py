@@ -314,24 +314,27 @@ def test_the_scale_of_q_does_not_change_td3bcs_policy() -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def in_units(unit: float, algorithm: Any, policy: Any) -> TensorDict:
+    """Return the losses of an algorithm whose actions are a number of units, with bounds of one."""
+    torch.manual_seed(0)
+    architecture = Architecture(
+        observation_size=D,
+        action_size=A,
+        action_bounds=([-unit] * A, [unit] * A),
+        policy=policy,
+        hidden_sizes=(8,),
+    )
+    loss = algorithm.loss(Networks(architecture))
+    td = batch().apply(lambda x: x.float() if x.is_floating_point() else x)
+    td["action"] = unit * td["action"].clamp(-0.9, 0.9)
+    torch.manual_seed(1)
+    return loss(td)
+
+
 @pytest.mark.parametrize("units", [0.05, 20.0])
 def test_td3bc_is_the_same_in_all_units_of_actions(units: float) -> None:
     """Bounds of 0.05 with actions of 0.05 a learn what bounds of 1 learn with a."""
-    outputs = []
-    for unit in (1.0, units):
-        torch.manual_seed(0)
-        architecture = Architecture(
-            observation_size=D,
-            action_size=A,
-            action_bounds=([-unit] * A, [unit] * A),
-            policy="deterministic",
-            hidden_sizes=(8,),
-        )
-        loss = TD3BC().loss(Networks(architecture))
-        td = batch().apply(lambda x: x.float() if x.is_floating_point() else x)
-        td["action"] = unit * td["action"].clamp(-0.9, 0.9)
-        torch.manual_seed(1)
-        outputs.append(loss(td))
+    outputs = [in_units(unit, TD3BC(), "deterministic") for unit in (1.0, units)]
     for name in ("loss_qvalue", "loss_actor", "lmbd", "bc_loss"):
         torch.testing.assert_close(outputs[1][name], outputs[0][name], rtol=1e-4, atol=1e-5)
 
@@ -467,21 +470,7 @@ def test_the_rest_of_cql_is_numpy() -> None:
 @pytest.mark.parametrize("gap", [None, 5.0])
 def test_cql_is_the_same_in_all_units_of_actions(gap: float | None) -> None:
     """Bounds of 0.05 with actions of 0.05 a learn what bounds of 1 learn with a."""
-    outputs = []
-    for unit in (1.0, 0.05):
-        torch.manual_seed(0)
-        architecture = Architecture(
-            observation_size=D,
-            action_size=A,
-            action_bounds=([-unit] * A, [unit] * A),
-            policy="heteroscedastic",
-            hidden_sizes=(8,),
-        )
-        loss = CQL(gap=gap).loss(Networks(architecture))
-        td = batch().apply(lambda x: x.float() if x.is_floating_point() else x)
-        td["action"] = unit * td["action"].clamp(-0.9, 0.9)
-        torch.manual_seed(1)
-        outputs.append(loss(td))
+    outputs = [in_units(unit, CQL(gap=gap), "heteroscedastic") for unit in (1.0, 0.05)]
     compared = ["loss_cql", "loss_alpha_prime"] if gap else []  # without it, a constant apart
     for name in ("loss_qvalue", "loss_alpha", *compared):
         torch.testing.assert_close(outputs[1][name], outputs[0][name], rtol=1e-4, atol=1e-4)

@@ -139,8 +139,7 @@ def _check_networks(loss: LossModule, architecture: Architecture) -> None:
         ):
             if found := state.parameters(name):
                 _check_shapes(what, found, expected := make(), architecture)
-                network = loss.get_stateful_net(name.removesuffix("_params"))
-                _check_kinds(what, network, expected)
+                _check_kinds(what, getattr(loss, name.removesuffix("_params")), expected)
     for its, known in zip(_distributions(policy), _distributions(made), strict=False):
         if not _same_values(its, known):
             raise ValueError(

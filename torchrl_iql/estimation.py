@@ -371,8 +371,8 @@ def recorded_rewards(dataset: OfflineDataset) -> OfflineDataset:
         raise ValueError(f"{dataset.name}: there are no transitions")
     if dataset.reward_transform == UNCHANGED:
         return dataset
-    transform, transitions = dataset.reward_transform, dataset.transitions.copy()
-    rewards = (transitions["next", "reward"].double() - transform.shift) / transform.scale
+    transitions = dataset.transitions.copy()
+    rewards = dataset.reward_transform.undone(transitions["next", "reward"])
     transitions["next"] = transitions["next"].copy().set("reward", rewards.float())
     return replace(dataset, transitions=transitions, reward_rule="none", reward_transform=UNCHANGED)
 

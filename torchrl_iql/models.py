@@ -452,7 +452,7 @@ def unlike_made(network: nn.Module) -> str | None:
         kind = type(module)
         if kind not in _MADE_OF:
             return f"has a {kind.__name__}"
-        if any(getattr(module, hooks) for hooks in _HOOKS):
+        if _has_hook(module):
             return f"has a hook of its {kind.__name__}"
         if isinstance(module, Torso) and not module.has_plain_layers:
             return "has other layers in its Torso"
@@ -466,12 +466,16 @@ def unlike(network: nn.Module, made: nn.Module) -> str | None:
         kinds = ["nothing" if x is None else type(x).__name__ for x in (its, known)]
         if type(its) is not type(known):
             return f"it has {kinds[0]} at {name or place}, expected {kinds[1]}"
-        if any(getattr(its, hooks) for hooks in _HOOKS):
+        if its is not None and _has_hook(its):
             return f"it has a hook of its {kinds[0]} at {name}"
     return None
 
 
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
+def _has_hook(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 class _Linear(nn.Linear):

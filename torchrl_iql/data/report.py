@@ -143,8 +143,7 @@ def report(dataset: Described) -> Report:
         normalized = 100 * (returns.mean().item() - random) / (expert - random)
     rewards = following["reward"]
     success_rate = None
-    transform = dataset.reward_transform
-    raw = (rewards.double() - transform.shift) / transform.scale
+    raw = dataset.reward_transform.undone(rewards)
     is_zero = raw.abs() < 1e-5  # what float32 leaves of it
     if is_zero.any() and (is_zero | ((raw - 1).abs() < 1e-5)).all():
         success_rate = (returns > 0).double().mean().item()

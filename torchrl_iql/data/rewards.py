@@ -48,6 +48,10 @@ class RewardTransform:
     def __call__(self, rewards: Tensor) -> Tensor:
         return rewards * self.scale + self.shift
 
+    def undone(self, rewards: Tensor) -> Tensor:
+        """Return the rewards as they were recorded, float64."""
+        return (rewards.double() - self.shift) / self.scale
+
     def __str__(self) -> str:
         scaled = "r" if self.scale == 1 else f"{self.scale:.4g} r"
         return (
