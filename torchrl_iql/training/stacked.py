@@ -10,7 +10,7 @@ what its gradients are by the outputs, autograd says; from there they go back th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy, deepcopy
+from copy import copy
 from itertools import pairwise
 from typing import Any
 
@@ -766,7 +766,7 @@ class Parts:
     """The modules that hold the tensors of one loss."""
 
     def __init__(self, loss: IQLLoss) -> None:
-        policy = loss.get_stateful_net("actor_network")
+        policy: Any = _with(loss.actor_network, loss.actor_network_params)
         self.policy, self.head = _torso_and_head(policy)
         self.log_std = self.head.log_std if isinstance(self.head, GaussianParameters) else None
         self.distribution: tuple[list[str], Callable[..., Distribution], dict[str, Any]] | None = (
@@ -776,19 +776,32 @@ class Parts:
             last: Any = policy[-1]
             kind, settings = last.distribution_class, dict(last.distribution_kwargs)
             self.distribution = (list(last.dist_keys), kind, settings)
-        self.value: Torso = loss.get_stateful_net("value_network").module
-        self.qvalue: Torso = loss.get_stateful_net("qvalue_network").module
+        self.value: Torso = _with(loss.value_network, loss.value_network_params).module
+        self.qvalue: Torso = _with(loss.qvalue_network, loss.qvalue_network_params).module
         self.loss = loss
 
     @property
     def target_qvalue(self) -> Torso:
-        target: Any = deepcopy(self.loss.qvalue_network)
-        self.loss.target_qvalue_network_params.to_module(target, preserve_module_state=False)
-        return target.module
+        return _with(self.loss.qvalue_network, self.loss.target_qvalue_network_params).module
 
     @property
     def torsos(self) -> tuple[Torso, Torso, Torso]:
         return self.policy, self.value, self.qvalue
+
+
+def _with(network: nn.Module, params: Any) -> Any:
+    """Return a network with its tensors, as ``get_stateful_net``, but without its deep copy, which takes long."""
+    its = _shell(network)
+    params.to_module(its, preserve_module_state=False)
+    return its
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    """Copy modules, but nothing that they hold."""
+    its = copy(module)
+    its._parameters, its._buffers = dict(module._parameters), dict(module._buffers)
+    its._modules = {name: child and _shell(child) for name, child in module._modules.items()}
+    return its
 
 
 _Place = tuple[int | slice, list[tuple[str, str, torch.Size]], str | None]
