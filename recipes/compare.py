@@ -22,7 +22,12 @@ from torchrl_iql_recipes.experiment.schema import SettingsError
 PLAN = Path(__file__).parent / "comparison" / "table.yaml"
 
 
-def main() -> None:
+def main(default: Path | None = None) -> None:
+    """Do what the command line says.
+
+    Args:
+        default: the plan that is done where nothing is given; None: then that is refused.
+    """
     parser = Parser(__doc__, "compare")
     parser.add_argument(
         "given",
@@ -47,6 +52,11 @@ def main() -> None:
     if args.given and not args.launcher and of_plan:
         parser.error(
             f"{args.given[0]} beside --{' and --'.join(of_plan)}: give folders of runs, or a plan's options"
+        )
+    if not (args.given or args.launcher or of_plan or default):
+        parser.error(
+            "nothing to compare: give folders of runs, or --plan or --jobs for the runs of a plan, which may "
+            "take days"
         )
     args.plan, args.jobs = args.plan or PLAN, 2 if args.jobs is None else args.jobs
     with errors_in_one_line(label("compare"), debug=args.debug):

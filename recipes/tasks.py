@@ -99,7 +99,7 @@ def data(dataset: str | None) -> tuple[str, str]:
     if dataset is None:
         return "your own: dataset=...", ""
     made = dataset.startswith("mini/")
-    return dataset, "here" if is_stored(dataset) else "made here" if made else "downloaded"
+    return dataset, "here" if is_stored(dataset) else "to be made" if made else "to be downloaded"
 
 
 def takes(values: Mapping[str, Any], known: Sequence[Pace]) -> str:

@@ -104,6 +104,7 @@ def test_the_help_of_a_command_needs_no_pytorch(name: str, tmp_path: Path) -> No
         ("evaluate", "torchrl-iql evaluate: give checkpoint=<file>"),
         ("export checkpoint=a output=b.txt", "output=b.txt: expected a file that ends in .pt2 or"),
         ("compare nowhere", "torchrl-iql compare: nowhere is not there"),
+        ("compare", "torchrl-iql compare: nothing to compare: give folders of runs, or --plan"),
         ("compare .", "torchrl-iql compare: . holds no run: expected config.yaml"),
         ("compare --job 1", "torchrl-iql compare: unrecognized arguments: --job"),
         ("inspect", "torchrl-iql inspect: the following arguments are required: source; see"),
@@ -278,7 +279,7 @@ def test_tasks_say_what_is_here_and_what_the_last_run_took(
     assert own == f"mini/hopper-medium mini/hopper/medium-v0 here {hundred}"
     about = hundred.replace("1.7 h", "about 1.7 h")
     assert d4rl == f"locomotion/hopper-medium hopper_medium-v2.hdf5 here {about}"
-    assert other == f"mini/walker2d-medium mini/walker2d/medium-v0 made here {about}"
+    assert other == f"mini/walker2d-medium mini/walker2d/medium-v0 to be made {about}"
     assert two.endswith("20,000 steps")  # two learners: nothing is known of them
 
 
@@ -401,7 +402,7 @@ def test_runs_that_were_not_evaluated_are_said_to_be_left_out(tmp_path: Path) ->
     write_run(tmp_path / "b", None, "expectile=0.8")
     lines = text.table([tmp_path])
     assert lines[4].startswith("| IQL | 1.0 | 1 | ")
-    assert "1 learner is not finished, or not evaluated" in lines[-1]
+    assert "1 learner is not finished, or not evaluated, in " in lines[-1]
     (tmp_path / "a/scores.json").write_text("{")
     with pytest.raises(gather.NoRunError, match="none of these runs is finished and evaluated"):
         text.table([tmp_path])

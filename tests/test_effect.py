@@ -520,8 +520,10 @@ def test_of_a_run_that_goes_on(algorithm: str, finished: dict[str, Path]) -> Non
             OFFLINE.resumed(folder, given(change))
         theirs = {name: stored.values[name] for name in sorted(change)}
         asked = given({name: change[name] for name in sorted(change)})
-        anew = f"checkpoint={folder}/last.ckpt {' '.join(asked)} begins a new one from it"
-        remedy = "begin a new run, in another folder" if change is fixed else anew
+        remedy = "begin a new run, of another name="
+        if change is not fixed:
+            from_it = f"checkpoint={folder}/last.ckpt {' '.join(asked)}"
+            remedy += f"; {from_it} begins it with the networks of this one"
         run_with = f"{folder} holds a run with {', '.join(given(theirs))}, not {', '.join(asked)}"
         assert str(error.value) == f"{run_with}: {remedy}"
     assert (folder / "config.yaml").read_text() == file

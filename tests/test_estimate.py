@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,12 @@ def test_weights_are_beside_it_where_the_behaviour_is_known(
     assert told in capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(SettingsError, match="no_such"):
         judge(runs["others"], dataset=str(file), layout=layout, log_prob="no_such", discount=0.9)
+    run = tmp_path / "run"
+    given = [f"dataset={file}", f"layout={layout}".replace("'", ""), "env=PointMaze_UMaze-v3"]
+    offline.run(OFFLINE.settings(["algorithm=bc", *given, *TINY, "eval_episodes=0"]), run)
+    newer = str(shutil.copy(file, tmp_path / "newer.csv"))
+    for more in ({}, {"dataset": newer}):  # a layout is that of the run
+        judge(run / "last.ckpt", discount=0.9, **more)
 
 
 @pytest.mark.parametrize(

@@ -183,9 +183,11 @@ def named(maze_id: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["name=mine", "steps=90"],
             r"holds this run already: resume=.*mine steps=90 goes on with it",
         ),
+        (["name=mine", "steps=5"], r"holds this run already, with steps=\d+: give another name"),
         (
             ["name=mine", "seeds=5", "expectile=0.6"],
-            r"holds a run with expectile=0.9, seeds=0, not expectile=0.6, seeds=5: checkpoint=",
+            r"holds a run with expectile=0.9, seeds=0, not expectile=0.6, seeds=5: begin a new run, of "
+            r"another name=; checkpoint=",
         ),
         (["hydra.run.dir=runs/pointmaze/stitch/mine"], "holds this run already"),
         (["name=../mine"], r"name=\.\./mine: expected the name of a folder"),

@@ -643,7 +643,9 @@ def test_a_run_leaves_what_the_readme_lists(offline_run: Path, tmp_path: Path) -
     share = load_dataset(cfg.data.dataset).transitions.shape[0]
     assert float(written[-1]["offline_share"]) == pytest.approx(share / (share + 60))
     assert {row["policy_lr"] for row in written} == {"", "0.0003"}
-    assert "before" in online.report(scores, tmp_path, cfg)
+    told = online.report(scores, tmp_path, cfg)
+    assert "before" in told
+    assert f"load_policy('{tmp_path}/last.ckpt')" in told
     again = online.run(cfg, tmp_path)  # nothing is left to do
     assert again == scores
 

@@ -465,7 +465,8 @@ def test_a_folder_of_another_run_is_not_taken_over(maze_id: str, tmp_path: Path)
         other = config(f"dataset={maze_id}", "temperature=3", given)
         name = given.partition("=")[0]
         expected = (
-            f"holds a run with {name}=.*, not {given}: checkpoint=.*/last.ckpt {given} begins"
+            f"holds a run with {name}=.*, not {given}: begin a new run, of another name=; "
+            f"checkpoint=.*/last.ckpt {given} begins it"
         )
         with pytest.raises(ValueError, match=expected):
             offline.run(other, tmp_path)

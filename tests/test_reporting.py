@@ -34,7 +34,7 @@ from torchrl_iql_recipes.experiment.choices import CONFIG
 from torchrl_iql_recipes.experiment.lock import held
 from torchrl_iql_recipes.experiment.settings import Compute, Settings, flat
 from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
-from torchrl_iql_recipes.reporting import commands, compare, gather, page, pictures, text
+from torchrl_iql_recipes.reporting import commands, compare, figures, gather, page, pictures, text
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}
 RECIPES = CONFIG.parent
@@ -296,8 +296,23 @@ def test_seeds_of_several_runs_are_one_group(runs: Path) -> None:
     score(runs / "bc", 1, 2, 3)
     shutil.copytree(runs / "bc", runs / "more")
     change(runs / "more", lambda i, its: {"seed": its["seed"] + 3, "score": its["score"] + 3})
+    config = OmegaConf.load(runs / "more/config.yaml")
+    OmegaConf.save(
+        {**config, "eval_interval": 17}, runs / "more/config.yaml"
+    )  # the last step is the last
     its = shown(runs / "bc", runs / "more", runs / "bc")
     assert its.table("settings")["BC"][:2] == ["6", "3.5"]
+
+
+def test_names_that_are_cut_stay_apart() -> None:
+    assert figures.short(["IQL", "IQL, expectile=0.7, temperature=3"]) == [
+        "IQL",
+        "IQL, expectile=0.7, t…",
+    ]
+    alike = [f"IQL, batch_size=256, expectile=0.{digit}" for digit in "67"]
+    assert figures.short(alike) == ["IQL, batch…pectile=0.6", "IQL, batch…pectile=0.7"]
+    hopeless = [f"IQL, learning_rate=0.000{digit}, temperature=3.0" for digit in "67"]
+    assert figures.short(hopeless) == hopeless
 
 
 @pytest.mark.usefixtures("words")

@@ -188,6 +188,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    from torchrl_iql_recipes.compare import main
+    from torchrl_iql_recipes.compare import PLAN, main
 
-    main()
+    main(PLAN)

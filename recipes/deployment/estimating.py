@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from torchrl_iql import OfflineDataset, checkpoint, load_policy
 from torchrl_iql.acting import Acting
+from torchrl_iql.data.logs import is_logs
 from torchrl_iql.estimation import SWEEPS, DataReturn, FittedQ, fitted_q, importance_sampling
 from torchrl_iql.models import Architecture
 from torchrl_iql.nested import texts
@@ -176,7 +177,7 @@ def data_for(settings: Estimation, judged: Sequence[Judged]) -> OfflineDataset:
             f"checkpoint={judged[0].path} does not name its data: give dataset=<id>"
         )
     values["layout"] = settings.layout
-    if settings.layout is None and settings.dataset is None:
+    if settings.layout is None and all(is_logs(each, {}) for each in texts(values["dataset"])):
         values["layout"] = _agreed("layout", known, None)
     values["columns"] = [] if settings.log_prob is None else [settings.log_prob]
     values["episodes"] = settings.episodes or _agreed("episodes", known, "as_stored")

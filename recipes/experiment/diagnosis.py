@@ -99,11 +99,11 @@ class Diagnosis:
         metrics = self._look(loss).metrics
         of_actions = _of_actions(self._settings, metrics, self._at_bounds)
         of_weights = _of_weights(self._settings, learner, metrics)
+        held_out = dict(_of_held_out(rows))  # then more steps, for values that move, are no remedy
         return {
             **self._of_rewards,
             **dict(_of_scores(self._settings, learner, rows, self._data_returns)),
-            **dict(_of_values(rows, learner, metrics)),
-            **dict(_of_held_out(rows)),
+            **(held_out or dict(_of_values(rows, learner, metrics))),
             **dict(of_weights),
             **dict(of_actions),
         }

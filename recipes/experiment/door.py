@@ -57,6 +57,8 @@ _OF_SCRIPTS = {"env_steps": "online", "behavior": "sac", "algorithm": "offline"}
 
 _NOT_OF_A_RUN = ("hydra", "task", "algorithm", "name", "resume")
 
+_LENGTHS = ("steps", "env_steps")
+
 _OPTIONS = {
     *(
         "-h",
@@ -259,6 +261,12 @@ class Door:
                 if again and not others:
                     yield folder
                     return
+                longer = [name for name in _LENGTHS if known.get(name, 0) > values.get(name, 0)]
+                if longer:
+                    its = ", ".join(f"{name}={written(known[name])}" for name in longer)
+                    raise SettingsError(
+                        f"{folder} holds this run already, with {its}: give another name"
+                    )
                 raise SettingsError(
                     f"{folder} holds this run already: {argument('resume', folder)}{others} goes on with it, "
                     "or give another name"

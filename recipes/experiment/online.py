@@ -444,4 +444,6 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
             f"Interrupted after {done}{phase}. Continue with: {settings.command_to_resume(path)}"
         )
     lines.append(f"Results: {shown(path)} (scores.json, times.json, metrics.csv, *.png, *.ckpt)")
+    if (path / "last.ckpt").exists():
+        lines.append(f"Load a policy: torchrl_iql.load_policy({str(shown(path / 'last.ckpt'))!r})")
     return "\n".join(lines)

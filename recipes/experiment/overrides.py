@@ -73,9 +73,8 @@ def parsed(overrides: Sequence[str]) -> list[Override]:
             parsed.append(parser.parse_override(each))
         except HydraException as error:
             if "=" not in each:
-                raise SettingsError(
-                    f"{each}: expected a setting and its value, {each}=..."
-                ) from None
+                likely = f"checkpoint={each}" if os.path.exists(each) else f"{each}=..."
+                raise SettingsError(f"{each}: expected a setting and its value, {likely}") from None
             reason = " ".join(str(error).partition("See http")[0].split())
             raise SettingsError(
                 f"{each}: can not be read, expected a number, text, [a,b] or {{key: value}}, in quotes where "

@@ -541,10 +541,11 @@ def check_continued(
     last = next(
         (p for p in (folder / "last.ckpt", *folder.glob("*/last.ckpt")) if p.exists()), None
     )
-    remedy = "begin a new run, in another folder"
+    remedy = "begin a new run, of another name="
     if last is not None and not differ & _not_with_a_checkpoint(values):
-        remedy = (
-            f"{argument('checkpoint', last)} {given.replace(', ', ' ')} begins a new one from it"
+        settings = given.replace(", ", " ")
+        remedy += (
+            f"; {argument('checkpoint', last)} {settings} begins it with the networks of this one"
         )
     raise SettingsError(f"{folder} holds a run with {theirs}, not {given}: {remedy}")
 

@@ -89,6 +89,11 @@ class Group:
         """Members whose runs are not over."""
         return [(run, its) for run, its in self.members if run.state != "finished"]
 
+    @property
+    def unscored(self) -> list[tuple[Run, Learner]]:
+        """Members without a score: these, and those whose last evaluation failed or was not made."""
+        return [(run, its) for run, its in self.members if _seed(run, its) not in self.scores]
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -184,9 +189,9 @@ def _seed(run: Run, learner: Learner) -> int | str:
 
 def _settings(run: Run, learner: Learner) -> dict[str, Any]:
     known = {**run.settings, **learner.settings, "transitions": run.transitions}
-    by_name = ("task", "algorithm")
+    without = ("task", "algorithm", "eval_interval")  # by name, and of no effect on the last score
     its = {
-        key: value for key, value in sorted(known.items()) if has_effect(key) and key not in by_name
+        key: value for key, value in sorted(known.items()) if has_effect(key) and key not in without
     }
     if isinstance(its.get("checkpoint"), str):  # the same of another seed
         its["checkpoint"] = re.sub(r"seed=\d+", "seed=*", its["checkpoint"])

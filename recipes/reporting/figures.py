@@ -132,7 +132,7 @@ def intervals(groups: Sequence[tuple[int, Group]], *, name: str, unit: str) -> s
         every = [score for _, its in known for score in its.values]
         if len(known) and max(every) == min(every):
             axes.set_xlim(every[0] - 1, every[0] + 1)
-        axes.set_yticks(range(len(known)), [short(its.label) for _, its in known])
+        axes.set_yticks(range(len(known)), short([its.label for _, its in known]))
         axes.set_ylim(len(known) - 0.5, -0.5)
         axes.margins(x=0.08)
         axes.set_xlabel(unit)
@@ -155,7 +155,7 @@ def ranges(rows: Mapping[str, tuple[float, float, float]], *, name: str, unit: s
                 [low, high], [row, row], color=colour(0), lw=6, alpha=0.3, solid_capstyle="butt"
             )
             axes.plot(value, row, "o", color=colour(0), ms=6)
-        axes.set_yticks(range(len(rows)), [short(label) for label in rows])
+        axes.set_yticks(range(len(rows)), short(list(rows)))
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.margins(x=0.1)
         axes.set_xlabel(unit)
@@ -206,9 +206,17 @@ def histogram(
     return done[0]
 
 
-def short(text: str) -> str:
-    """Cut a name to what a figure has room for."""
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+def short(names: Sequence[str]) -> list[str]:
+    """Cut names to what a figure has room for, at the end, before it, or not at all: none become alike."""
+    half = LONGEST // 2
+    at_the_end = [_cut(each, LONGEST - 1, 0) for each in names]
+    before_it = [_cut(each, half - 1, LONGEST - half) for each in names]
+    ways = (at_the_end, before_it, list(names))
+    return next(its for its in ways if len({*its}) == len({*names}))
+
+
+def _cut(text: str, first: int, last: int) -> str:
+    return text if len(text) <= LONGEST else f"{text[:first]}…{text[len(text) - last :]}"
 
 
 @contextmanager

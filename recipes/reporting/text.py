@@ -30,9 +30,10 @@ def table(folders: Sequence[Path]) -> list[str]:
         scored = [each for each in its if each.scores]
         if scored:
             lines += [f"{world}:", "", *_rows(scored), ""]
-        if idle := sum(len(each.members) - len(each.scores) for each in its):
-            are = "learner is" if idle == 1 else "learners are"
-            left.append(f"{world}: {idle} {are} not finished, or not evaluated")
+        if idle := [member for each in its for member in each.unscored]:
+            are = "learner is" if len(idle) == 1 else "learners are"
+            where = ", ".join(dict.fromkeys(str(shown(run.path)) for run, _ in idle))
+            left.append(f"{world}: {len(idle)} {are} not finished, or not evaluated, in {where}")
         left += [f"{world}: {note}" for each in its for note in repeated(each)]
     if not lines:
         raise gather.NoRunError(
