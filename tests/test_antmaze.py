@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from torchrl_iql.antmaze import CELL, MAZES, AntMaze, ant_model, centre, free_cells
+from torchrl_iql.antmaze import CELL, MAZES, AntMaze, ant_model, centre, free_cells, is_free
 
 IDS = {name: f"torchrl_iql/AntMaze_{name}-v0" for name in ("UMaze", "Medium", "Large")}
 
@@ -184,3 +184,5 @@ def test_cells_and_positions() -> None:
     assert all(len(set(map(len, rows))) == 1 for rows in MAZES.values())
     assert centre("medium", (6, 6)).tolist() == [5 * CELL, 5 * CELL]
     assert [len(free_cells(maze)) for maze in MAZES] == [7, 26, 46]
+    positions = np.array([[0, 0], [8, 0], [4, np.nan], [np.nan, np.nan], [np.inf, 0], [0, -np.inf]])
+    assert is_free("umaze", positions).tolist() == [True, True, False, False, False, False]

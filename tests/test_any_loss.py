@@ -675,6 +675,8 @@ def test_a_new_learner_may_begin_with_what_was_learned() -> None:
     assert_equal(second.losses[0], again.losses[0], 1e-12)
     with pytest.raises(ValueError, match=r"keep must hold some of \('settings', .* got 'setting'"):
         second.load_state_dict(first.state_dict(), keep=["setting"])  # pyright: ignore
+    with pytest.raises(TypeError, match=r"keep must be .*, as \('settings',\), got 'settings'"):
+        second.load_state_dict(first.state_dict(), keep="settings")
 
 
 def test_moments_that_a_state_has_not_are_missed_before_anything_changes() -> None:
@@ -697,6 +699,52 @@ def test_a_state_of_another_loss_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="the state has margin, and this IQLLoss has not"):
         step.load_state_dict(state)
     assert not moved(step.losses[0], before)
+
+
+def test_a_state_of_other_parameters_is_refused_by_what_differs() -> None:
+    step = TrainStep(make_loss(0))
+    state = step.state_dict()
+    wider = {f"{name}_network_params.wide": torch.zeros(2) for name in ("actor", "value")}
+    key, *rest = [key for key in state["loss"] if key.startswith("value_network")]
+    for loss, message in (
+        ({**state["loss"], key: torch.zeros(16, 9)}, rf"{key} is \(16, 9\), expected \(16, 3\)$"),
+        (
+            {k: x for k, x in state["loss"].items() if k != key},
+            f"{key} is missing, expected .*16, 3.$",
+        ),
+        ({**state["loss"], **wider}, r"value_network_params.wide is \(2,\), expected nothing of"),
+        (
+            {"x": torch.zeros(1)},
+            r"^the state is of other parameters: (\S+ is missing, .*){3} and \d+ more$",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            step.load_state_dict({**state, "loss": loss})
+        assert len(str(error.value)) < 400 and rest[0] not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["iql", "bc"])
+def test_a_state_of_a_loss_is_none_of_a_step(name: str) -> None:
+    step = TrainStep(build(name))
+    with pytest.raises(
+        ValueError, match=r"none of TrainStep.* no loss, moments, steps, .* more\."
+    ) as error:
+        step.load_state_dict(step.losses[0].state_dict())
+    assert "loss's own state_dict() returned goes into its load_state_dict" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["iql", "sac"])
+@pytest.mark.parametrize("execution", ["eager", "compiled"])
+def test_entries_of_another_width_are_named(name: str, execution: Any) -> None:
+    """Of a loss that says what its networks read, and of TorchRL's."""
+    step = TrainStep(build(name), execution=execution)
+    batch = transitions(name)
+    batch["observation"] = torch.zeros(64, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError) as error:
+        step(batch)
+    (note,) = [note for note in error.value.__notes__ if "was given" in note]
+    assert "'observation': (64, 4) of torch.float64" in note
+    assert note.startswith("qvalue_network" if name == "iql" else "SACLoss")
 
 
 def test_a_state_is_the_same_stacked_or_not() -> None:

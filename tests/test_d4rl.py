@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -188,6 +189,14 @@ class TestOfficial:
         cut = load(path, reward="minus_one", episodes="until_success")
         assert (cut.transitions == stored.transitions).all()
         assert stored.transitions["next", "terminated"].sum() > 5
+
+    @pytest.mark.filterwarnings("error::RuntimeWarning")
+    def test_ant_maze_with_nan(self, tmp_path):
+        """The maze is looked for among its positions, and nothing but the error says what is wrong."""
+        arrays = recorded(200, size=29, actions=np.zeros((200, 8), np.float32))
+        arrays["observations"][7:, 1] = np.nan
+        with pytest.raises(ValueError, match=r"observations\[\d+, 1\] is nan"):
+            load(write(tmp_path / "own.hdf5", arrays))
 
     @pytest.mark.parametrize("dtype", [np.float64, np.float32])
     def test_columns_and_numbers_as_flags(self, tmp_path, dtype):
@@ -568,3 +577,26 @@ class TestSeveral:
         message = rf"^{good} \+ {bad}, episode 0 \(rows \d.*\) of {bad}: rewards\[0\] is nan"
         with pytest.raises(ValueError, match=message):
             load([good, bad])
+
+
+@pytest.mark.parametrize("shift", [-1, 0, 1])
+def test_time_outs_a_row_late_are_told(shift: int, tmp_path: Path) -> None:
+    """The row before is then followed by the first of another episode: a jump that no other step makes."""
+    rng = np.random.default_rng(0)
+    steps = rng.normal(scale=0.1, size=(10, 30, 2)).cumsum(1) + rng.normal(scale=5, size=(10, 1, 2))
+    observations = np.concatenate([steps.reshape(300, 2), rng.normal(size=(300, 3))], 1)
+    arrays = {
+        "observations": observations.astype(np.float32),
+        "actions": rng.uniform(-1, 1, (300, 2)).astype(np.float32),
+        "rewards": rng.normal(size=300).astype(np.float32),
+        "terminals": np.zeros(300, bool),
+        "timeouts": np.roll(np.arange(300) % 30 == 29, shift),
+    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load(write(tmp_path / "walks.hdf5", arrays))
+    told = [str(each.message) for each in caught if "jumps where episodes end" in str(each.message)]
+    assert len(told) == (shift == 1)
+    assert all(
+        ": number 0 of" in each or ": number 1 of" in each for each in told
+    )  # those that walk

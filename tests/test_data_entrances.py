@@ -291,6 +291,10 @@ def test_arrays_of_a_file_are_named_or_refused(tmp_path: Path) -> None:
 def test_columns_take_no_other_entrys_place(column: str) -> None:
     with pytest.raises(ValueError, match=f"columns: '{column}' is taken"):
         joined(*WALKS, columns=[column])
+    with pytest.raises(
+        ValueError, match=r"columns must be a sequence .*, as \['cost'\], got 'cost'"
+    ):
+        joined(*WALKS, columns="cost")
 
 
 @pytest.mark.parametrize("storage", ["hdf5", "arrow"])
@@ -349,6 +353,7 @@ def test_advice_on_text_can_be_followed(space: Any, message: str) -> None:
     [
         (["speed"], r"observation_keys=\['speed'\]: expected some of .*'desired_goal'"),
         ([], r"observation_keys=\[\]: expected some of"),
+        ("speed", r"observation_keys must be a sequence of names, as \['speed'\], got 'speed'"),
     ],
 )
 def test_keys_that_are_not_there(keys: list[str], message: str, rollout: TensorDict) -> None:

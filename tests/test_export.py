@@ -44,11 +44,13 @@ POLICIES: dict[str, tuple[gymnasium.Space, gymnasium.Space, str, dict[str, Any]]
 }
 
 
-def consumer(suffix: str, action: gymnasium.Space) -> str:
+def consumer(suffix: str, action: gymnasium.Space, rows: np.ndarray) -> str:
     """Return the code of the page."""
     found = re.search(rf"<!-- tested: policy\{suffix} -->\n```python\n(.*?)```", PAGE, re.S)
     assert found is not None
-    lines = found[1].splitlines()
+    cast = r"\.astype\(np\.float32\)  # \[B, D\]; of images np\.uint8"
+    code = re.sub(cast, ".astype(np.uint8)", found[1]) if rows.dtype == np.uint8 else found[1]
+    lines = code.splitlines()
     assert len(lines) <= 10
     if suffix == ".npz" and isinstance(action, Discrete):
         other = re.search(r"Of discrete ones, there is\n`(.*?)` in place of the last two", PAGE)
@@ -71,7 +73,7 @@ def alone(code: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow), ".npz"])
 def test_a_file_acts_as_its_policy_without_this_package(suffix: str, tmp_path: Path) -> None:
-    """By the code of the page, on single observations and batches, also far outside of the data."""
+    """By the code of the page, on NumPy's numbers, single or in batches, also far outside of the data."""
     code, expected = ["import os", "import numpy as np", "import torch" * (suffix == ".pt2")], {}
     for name, (observed, action, kind, more) in POLICIES.items():
         folder = tmp_path / name
@@ -82,10 +84,10 @@ def test_a_file_acts_as_its_policy_without_this_package(suffix: str, tmp_path: P
         several = [observed.sample() for _ in range(37)]
         expected[name] = load_policy(path).act(batch_of(observed, several))
         rows, _ = observed_rows(observed, batch_of(observed, several))
-        np.save(folder / "observations.npy", rows)
+        np.save(folder / "observations.npy", rows if rows.dtype == np.uint8 else rows.astype(float))
         code += [f"os.chdir({str(folder)!r})", "several = np.load('observations.npy')"]
-        for batch, number in (("several", "all"), ("several[:1]", "one")):
-            code += [f"observations = {batch}", consumer(suffix, action)]
+        for batch, number in (("several", "all"), ("several[0]", "one")):
+            code += [f"observations = {batch}", consumer(suffix, action, rows)]
             code += [f"np.save('{number}.npy', action)"]
     alone("\n".join(code), tmp_path)
     for name, actions in expected.items():
@@ -305,7 +307,7 @@ def test_a_policy_that_sees_images_leaves_with_its_convolutions(
     np.save(tmp_path / "expected.npy", expected)
     code = [
         *("import numpy as np", "import torch" * (suffix == ".pt2"), names[0]),
-        *(consumer(suffix, BOUNDED), "expected = np.load('expected.npy')", names[1]),
+        *(consumer(suffix, BOUNDED, rows), "expected = np.load('expected.npy')", names[1]),
     ]
     alone("\n".join(code), tmp_path)
     with pytest.raises(ValueError, match=r"give a file that ends in \.pt2 or \.onnx"):

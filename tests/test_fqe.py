@@ -238,6 +238,7 @@ def test_bounds_are_those_of_all_that_can_happen(seed: int) -> None:
         ([1.0, float("nan")], GAMMA, "expected finite rewards, got 2"),
         ([], GAMMA, "expected finite rewards, got 0"),
         ([1.0, 2.0], 1.0, r"discount must be in \[0, 1\), got 1.0"),
+        ([1.0, 2.0], "0.9", r"discount must be in \[0, 1\), got '0.9'"),
     ],
 )
 def test_bounds_of_returns_need_finite_rewards_and_a_discount(
@@ -381,6 +382,7 @@ def test_keywords_and_names_of_ones_own() -> None:
     ("arguments", "message"),
     [
         ({"discount": 1.1}, r"discount must be in \[0, 1\], got 1.1"),
+        ({"discount": "0.9"}, r"discount must be in \[0, 1\], got '0.9'"),
         ({"bounds": (1, 0)}, "the lowest and the highest return, got"),
         ({"qvalue_networks": []}, "one or more TensorDictModules"),
         ({"qvalue_networks": [nn.Linear(1, 1)]}, "one or more TensorDictModules"),
@@ -463,6 +465,7 @@ def test_what_is_refused() -> None:
     policy = acting(np.zeros(STATES, int), True)
     for options, message in (
         ({"discount": 1.0}, r"discount must be in \[0, 1\), got 1.0"),
+        ({"discount": "0.9"}, r"discount must be in \[0, 1\), got '0.9'"),
         ({"networks": 0}, "networks must be at least 1"),
         ({"steps": 0}, "steps must be at least 1"),
     ):

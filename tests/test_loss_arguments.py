@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from torchrl.envs import GymEnv
 from torchrl.modules import (
     Actor,
     ProbabilisticActor,
+    TanhNormal,
 )
 from torchrl.objectives import SoftUpdate
 from torchrl.trainers import (
@@ -55,14 +57,19 @@ from iql_losses import (
     by_hand,
     iql_loss,
     networks,
+    own_critics,
     torchrl_extension,
     torchrl_loss,
     transitions,
 )
-from torchrl_iql import DiscreteIQLLoss, IQLLoss, models
+from torchrl_iql import AWACLoss, DiscreteIQLLoss, IQLLoss, models
 from torchrl_iql.objectives import functional as iql
 
 pytestmark = pytest.mark.usefixtures("seed")
+
+
+def awac_loss(nets: dict) -> AWACLoss:
+    return AWACLoss(nets["actor_network"], nets["qvalue_network"])
 
 
 # --- Arguments and errors ---------------------------------------------------------------------------
@@ -119,10 +126,10 @@ def test_loss_function(kind, distance, torch_loss):
 @pytest.mark.parametrize(
     "name, value",
     [
-        *(("expectile", value) for value in (0.0, -0.2, 1.5, math.nan)),
-        *(("temperature", value) for value in (-1.0, math.inf, math.nan)),
-        *(("weight_clip", value) for value in (0.0, -1.0, math.nan)),
-        ("num_qvalue_nets", 0),
+        *(("expectile", value) for value in (0.0, -0.2, 1.5, math.nan, "0.7", [0.5])),
+        *(("temperature", value) for value in (-1.0, math.inf, math.nan, "3", None)),
+        *(("weight_clip", value) for value in (0.0, -1.0, math.nan, "100")),
+        *(("num_qvalue_nets", value) for value in (0, "2", 2.0)),
         ("loss_function", "huber"),
         ("reduction", "average"),
         ("scalar_output_mode", "tensor"),
@@ -146,6 +153,16 @@ def test_bad_discount(kind, gamma):
     with pytest.raises(ValueError, match=f"gamma must be in .*got {gamma}"):
         iql_loss(kind).make_value_estimator(gamma=gamma)
     torchrl_loss(kind, networks(kind)).make_value_estimator(gamma=gamma)
+
+
+@pytest.mark.parametrize("name", ["gamma", "lmbda"])
+@pytest.mark.parametrize("value", ["0.9", [0.9], 1.5])
+def test_what_discounts_is_a_number(name, value):
+    """Text of a configuration file, for example."""
+    with pytest.raises(
+        ValueError, match=rf"{name} must be in \[0, 1\], got {re.escape(repr(value))}"
+    ):
+        iql_loss().make_value_estimator("tdlambda", **{name: value})
 
 
 @pytest.mark.parametrize("given, num", [(0, 2), (2, 3), (3, 2), (2, 1)])
@@ -290,8 +307,64 @@ def test_float64_data_in_float32_networks_of_ones_own(key):
     td[key] = td[key].double()
     with pytest.raises(RuntimeError) as error:
         loss(td)
-    for part in ("'observation': torch.float64", "cast the data"):
+    for part in (
+        f"value_network was given {key!r}: ({BATCH}, {OBS}) of torch.float64",
+        "Cast the data",
+    ):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("make", [iql_loss, awac_loss, lambda nets: iql_loss("categorical", nets)])
+@pytest.mark.parametrize("key", ["observation", "action", ("next", "observation")], ids=str)
+def test_entries_of_another_width(key, make, own):
+    """A note names the network, and the entries that it read with their shapes."""
+    discrete = make not in (iql_loss, awac_loss)
+    if discrete and key == "action":
+        pytest.skip("test_discrete_actions_of_the_wrong_shape")
+    nets = networks("categorical" if discrete else "continuous")
+    if own:
+        nets["qvalue_network"] = own_critics(nets["qvalue_network"])
+    td = transitions("categorical" if discrete else "continuous")
+    td[key] = torch.cat([td[key], td[key][..., :1]], -1)
+    with pytest.raises(RuntimeError) as error:
+        make(nets=nets)(td)
+    note = error.value.__notes__[-1]
+    assert f"{key!r}: {tuple(td[key].shape)} of torch.float32" in note
+    assert re.match(r"(actor|qvalue|value)_network was given |the policy's \w+ was given ", note)
+
+
+@pytest.mark.parametrize("make", [iql_loss, awac_loss])
+def test_integer_actions_of_a_squashed_policy(make):
+    """Which has no density at them: the entry is named, with its type and the one that is expected."""
+    policy = models.gaussian_policy(OBS, ACT, hidden_sizes=HIDDEN)
+    nets = networks() | {
+        "actor_network": ProbabilisticActor(
+            policy[0], in_keys=["loc", "scale"], distribution_class=TanhNormal
+        )
+    }
+    td = transitions()
+    make(nets=nets)(td.clone())
+    td["action"] = td["action"].round().long()
+    with pytest.raises(ValueError) as error:
+        make(nets=nets)(td)
+    for part in ("TanhNormal", "'action'", "torch.int64", "expected floating point", ".float()"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("value", [CHOICES, -1])
+@pytest.mark.parametrize("shape", [(BATCH,), (BATCH, 1)], ids=str)
+def test_categories_out_of_range(shape, value, own):
+    """The message names the entry, the value and the range."""
+    nets, td = networks("categorical"), transitions("categorical")
+    if own:
+        nets["qvalue_network"] = own_critics(nets["qvalue_network"])
+    td["action"][3] = value
+    td["action"] = td["action"].reshape(shape)
+    message = f"'action' holds {value}, expected integers from 0 to {CHOICES - 1}"
+    with pytest.raises(ValueError, match=message):
+        iql_loss("categorical", nets)(td)
 
 
 @pytest.mark.parametrize(
@@ -360,6 +433,7 @@ def test_discrete_actions_of_the_wrong_shape(kind, shape, method):
     expected = (BATCH, CHOICES) if kind == "one-hot" else (BATCH, 1)
     for part in ("'action'", str(shape), str(expected)):
         assert part in str(error.value)
+    assert ('action_space="categorical"' in str(error.value)) == (kind == "one-hot")
 
 
 def test_deterministic_actions_of_the_wrong_shape():

@@ -27,7 +27,7 @@ from torchrl_iql import DiscreteIQLLoss, IQLLoss, TrainStep, models
 from torchrl_iql.data import Minibatches
 from torchrl_iql.data.minibatches import BLOCK
 from torchrl_iql.models import Architecture
-from torchrl_iql.training import adam_, cosine_decay, nonfinite
+from torchrl_iql.training import adam_, cosine_decay, nonfinite, warm_up
 from torchrl_iql.training import execution as execution_room
 from torchrl_iql.training.stacked import StackedProgram
 
@@ -394,6 +394,7 @@ def test_means_are_those_of_all_steps(
     for each in (step, restored):
         each.run(minibatches, 19)
         found.append(each.means().to_dict())
+    assert list(found[0]) == list(found[1]) == list(by_step[0])  # in one order in every process
     for key, mean in found[0].items():
         assert torch.equal(mean, found[1][key])
         expected = np.mean([its[key].double().numpy() for its in by_step], axis=0)
@@ -598,14 +599,29 @@ def test_batches_for_replicas_are_stacked() -> None:
         ("every", {"actor": 2}),
         ("learning_rate", {"policy": 1e-3}),
         ("schedule", {"actor": None}),
+        ("schedule", {"actor_network": 0.5}),
+        ("schedule", cosine_decay(5)),
+        ("learning_rate", "3e-4"),
+        ("every", [2]),
         ("entries", ()),
         ("execution", "fast"),
     ],
 )
 def test_bad_settings_are_named(setting: str, value: Any) -> None:
     shown = next(iter(value)) if isinstance(value, dict) else value
-    with pytest.raises(ValueError, match=f"{setting}.*{re.escape(str(shown))}"):
+    with pytest.raises(
+        (TypeError, ValueError), match=f"{setting}.*{re.escape(str(shown))}"
+    ) as error:
         TrainStep(make_loss(), **{setting: value})
+    if setting == "schedule" and not isinstance(value, dict):
+        assert "{'actor_network': cosine_decay(1000)}" in str(error.value)
+
+
+@pytest.mark.parametrize("steps", [0, math.nan, "5"])
+def test_a_schedule_has_steps(steps: Any) -> None:
+    for make in (cosine_decay, warm_up):
+        with pytest.raises(ValueError, match=f"steps must be at least 1, got {steps!r}"):
+            make(steps)
 
 
 def own_value_network() -> IQLLoss:
@@ -923,6 +939,28 @@ def test_bad_batches_are_explained(
         step(change(transitions(8)))
     assert step.steps == 0
     assert equal(step.losses[0], before)
+
+
+@pytest.mark.parametrize("execution", ["eager", "compiled"])
+def test_a_category_that_there_is_not_is_named(execution: Any) -> None:
+    sizes = {"observation_size": 3, "action_size": 2, "hidden_sizes": (16, 16)}
+    architecture = Architecture(**sizes, policy="categorical")
+    loss = DiscreteIQLLoss(*built(architecture), action_space="categorical")
+    step = TrainStep(loss, execution=execution)
+    assert step.path.startswith("stacked")
+    for category in (2, -1):
+        action = torch.tensor([0, 1, 1, category])
+        with pytest.raises(ValueError, match=f"'action' holds {category}, .* from 0 to 1"):
+            step(transitions(4).set("action", action))
+
+
+def test_categories_where_one_hot_actions_are_read_have_a_remedy() -> None:
+    sizes = {"observation_size": 3, "action_size": 2, "hidden_sizes": (16, 16)}
+    architecture = Architecture(**sizes, policy="categorical")
+    step = TrainStep(DiscreteIQLLoss(*built(architecture), action_space="one-hot"))
+    assert step.path.startswith("stacked")
+    with pytest.raises(ValueError, match=r"'action' is \(4,\) .*action_space=\"categorical\""):
+        step(transitions(4).set("action", torch.tensor([0, 1, 1, 0])))
 
 
 def test_minibatches_for_another_number_of_learners_are_refused() -> None:

@@ -132,8 +132,9 @@ def is_free(maze: str, positions: np.ndarray) -> np.ndarray:
     rows = MAZES[maze]
     free = np.pad([[kind != "#" for kind in row] for row in rows], 1)  # outside is not
     (reset,) = _cells(rows, "r")
-    cells = np.round(positions[:, ::-1] / CELL).astype(int) + np.array(reset) + 1
-    return free[tuple(cells.clip(0, np.array(free.shape) - 1).T)]
+    cells = np.round(positions[:, ::-1] / CELL) + np.array(reset) + 1
+    cells = np.nan_to_num(cells, nan=0).clip(0, np.array(free.shape) - 1)  # NaN is outside
+    return free[tuple(cells.astype(int).T)]
 
 
 def centre(maze: str, cell: Cell) -> np.ndarray:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import numpy as np
 import torch
@@ -181,7 +182,7 @@ def fitted_q(
             fit those of the data, or the transitions are not of single steps.
         NonFiniteError: a network is no longer finite.
     """
-    if not 0 <= discount < 1:
+    if not (isinstance(discount, Real) and 0 <= discount < 1):
         raise ValueError(f"discount must be in [0, 1), got {discount!r}")
     for name, value in (("networks", networks), ("steps", steps), ("batch_size", batch_size)):
         if value < 1:

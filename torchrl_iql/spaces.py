@@ -87,10 +87,14 @@ def selected(space: Space, keys: Sequence[str] | None) -> Space:
     """Return a ``Dict`` space with these entries alone, in its own order; the space itself for None.
 
     Raises:
-        ValueError: if it has no entries to choose from, or not one of these.
+        ValueError: if it has no entries to choose from, or not one of these, or ``keys`` is a string.
     """
     if keys is None:
         return space
+    if isinstance(keys, str):
+        raise ValueError(
+            f"observation_keys must be a sequence of names, as [{keys!r}], got {keys!r}"
+        )
     if not isinstance(space, spaces.Dict):
         raise ValueError(f"observation_keys={list(keys)}: observations are {space}, without keys")
     unknown = [key for key in keys if key not in space.spaces]

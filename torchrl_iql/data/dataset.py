@@ -925,6 +925,13 @@ def warn_of_fragments(dataset: OfflineDataset) -> None:
             "transitions; are they in the order of time?",
             stacklevel=_stacklevel(),
         )
+    elif (number := _jumps_at_time_outs(dataset.transitions)) is not None:
+        warnings.warn(
+            f"{dataset.name}: number {number} of the observation jumps where episodes end by a time-out, "
+            "further than at any other step; are the flags on the right rows, and is the last next "
+            "observation not that of another episode?",
+            stacklevel=_stacklevel(),
+        )
 
 
 def _looks_shuffled(transitions: TensorDictBase, pairs: int = 1000) -> bool:
@@ -936,7 +943,7 @@ def _looks_shuffled(transitions: TensorDictBase, pairs: int = 1000) -> bool:
     goes_on = ~transitions["next", "terminated"].squeeze(-1)[rows]
     rows, others = rows[goes_on], others[goes_on]
     here, after, elsewhere = (
-        torch.as_tensor(transitions[key][at]).flatten(1).double()
+        _observed(transitions, key, at)
         for key, at in (
             ("observation", rows),
             (("next", "observation"), rows),
@@ -952,6 +959,43 @@ def _looks_shuffled(transitions: TensorDictBase, pairs: int = 1000) -> bool:
         for other in (after, elsewhere)
     )
     return bool(near > 0.8 * far)
+
+
+JUMP, FEWEST = 3.0, 5
+"""In public data that are right it is 0.9 times as much at most, with flags a row late 21 times."""
+
+
+def _jumps_at_time_outs(transitions: TensorDictBase, rows: int = 1000) -> int | None:
+    """Find the number of the observation that jumps furthest where episodes end by a time-out, if one does.
+
+    Returns:
+        the one whose median change there is largest beside that which one of 100 other steps exceeds, if that
+        is ``JUMP`` times as much; None if none is, with fewer than 100 transitions or ``FEWEST`` time-outs.
+    """
+    terminated, done = (transitions["next", key].squeeze(-1) for key in ("terminated", "done"))
+    timed_out = (done & ~terminated).nonzero().squeeze(-1)
+    if len(transitions) < 100 or len(timed_out) < FEWEST:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    drawn, among = (
+        torch.randint(len(each), (rows,), generator=generator) for each in (transitions, timed_out)
+    )
+    usual, at_ends = (
+        (
+            _observed(transitions, ("next", "observation"), at)
+            - _observed(transitions, "observation", at)
+        ).abs()
+        for at in (drawn[~done[drawn]], timed_out[among])
+    )
+    if not len(usual):
+        return None
+    often = usual.sort(dim=0).values[int(0.99 * len(usual))]
+    times = torch.where(often > 0, at_ends.median(dim=0).values / often, 0.0)
+    return int(times.argmax()) if bool(times.max() > JUMP) else None
+
+
+def _observed(transitions: TensorDictBase, key: NestedKey, rows: Tensor) -> Tensor:
+    return torch.as_tensor(transitions[key][rows]).flatten(1).double()
 
 
 SINGLE = "; or give a rule of single transitions, as 'unit_rms' or 'none'"

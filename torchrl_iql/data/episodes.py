@@ -210,6 +210,8 @@ def _info(infos: Mapping[NestedKey, Any], key: NestedKey) -> Any:
 
 def require_names(columns: Sequence[NestedKey]) -> None:
     """Refuse columns that would take the place of other entries, or are there twice."""
+    if isinstance(columns, str):
+        raise ValueError(f"columns must be a sequence of names, as [{columns!r}], got {columns!r}")
     names = [written(key) for key in columns]
     for name in names:
         if name in TAKEN or names.count(name) > 1:

@@ -196,7 +196,8 @@ def _open(
         read = "a layout is of CSV, Parquet, NPZ and HDF5 files, and of folders of these"
         if Path(source).exists():
             raise ValueError(f"{source}: {read}")
-        raise FileNotFoundError(f"there is no file or folder {str(source)!r}; {read}")
+        there = "" if Path(source).is_absolute() else f" in {Path.cwd()}"
+        raise FileNotFoundError(f"there is no file or folder {str(source)!r}{there}; {read}")
     elif is_d4rl(source):
         found = d4rl_source(source, download=download, **told)
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from torchrl_iql.data.rules import RewardRule
@@ -70,7 +71,7 @@ def check_discount(discount: float) -> None:
     Raises:
         ValueError: it is not from 0 to 1.
     """
-    if not 0 <= discount <= 1:
+    if not (isinstance(discount, Real) and 0 <= discount <= 1):
         raise ValueError(f"discount must be from 0 to 1, got {discount!r}")
 
 

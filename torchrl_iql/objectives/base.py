@@ -8,10 +8,12 @@ reduced, as TorchRL's LossModules do it.
 from __future__ import annotations
 
 import math
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args
 
@@ -148,8 +150,8 @@ class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
             scalar_output_mode,
             (None, *get_args(ScalarOutputMode)),
         )
-        check_number("temperature", temperature, 0 <= temperature < math.inf, "[0, inf)")
-        check_number("weight_clip", weight_clip, weight_clip > 0, "(0, inf]")
+        check_number("temperature", temperature, lambda x: 0 <= x < math.inf, "[0, inf)")
+        check_number("weight_clip", weight_clip, lambda x: x > 0, "(0, inf]")
         qvalue_network = _check_qvalue_networks(networks["qvalue_network"], num_qvalue_nets)
 
         self._in_keys: list[NestedKey] = []
@@ -331,14 +333,14 @@ class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
     def _log_prob(self, td: TensorDictBase, dist: Any) -> Tensor:
         """Return the log-likelihood of the data's actions, ``[*B]``."""
         if isinstance(dist, CompositeDistribution):
-            log_prob = dist.log_prob(td.copy())
+            log_prob = _likelihood(dist, td.copy(), td, dist.dists)
         else:
             action = self._get(td, self.tensor_keys.action)
             if action.dtype is torch.bool:  # OneHot's own dtype, of which there is no argmax
                 action = action.to(torch.uint8)
             if not dist.event_shape and action.shape == (*dist.batch_shape, 1):
                 action = action.squeeze(-1)
-            log_prob = dist.log_prob(action)
+            log_prob = _likelihood(dist, action, td, [self.tensor_keys.action])
         if is_tensor_collection(log_prob):
             log_prob = log_prob.sum(dim="feature", reduce=True)  # pyright: ignore
         return at_least_float32(log_prob)
@@ -494,9 +496,9 @@ class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
         Returns:
             the loss itself.
         """
-        gamma = hyperparams.get("gamma")
-        if gamma is not None:
-            check_number("gamma", gamma, 0 <= gamma <= 1, "[0, 1]")
+        for name in ("gamma", "lmbda"):
+            if (number := hyperparams.get(name)) is not None:
+                check_number(name, number, lambda x: 0 <= x <= 1, "[0, 1]")
         if value_type is None:
             value_type = self.default_value_estimator
         if isinstance(value_type, ValueEstimatorBase) or (
@@ -583,8 +585,12 @@ def _check_choice(name: str, value: object, allowed: tuple) -> None:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 
 
-def check_number(name: str, value: float, within: bool, interval: str) -> None:
-    if not within:  # NaN is within nothing
+def check_number(name: str, value: Any, within: Callable[[Any], Any], interval: str) -> None:
+    try:
+        fits = bool(within(value))  # NaN is within nothing
+    except (TypeError, ValueError, RuntimeError):  # text, None, or several numbers
+        fits = False
+    if not fits:
         raise ValueError(f"{name} must be in {interval}, got {value!r}")
 
 
@@ -617,8 +623,8 @@ def _check_network(name: str, network: object) -> None:
 def _check_qvalue_networks(
     networks: TensorDictModule | list[TensorDictModule], number: int
 ) -> TensorDictModule | list[TensorDictModule]:
-    if number < 1:
-        raise ValueError(f"num_qvalue_nets must be at least 1, got {number!r}")
+    if not isinstance(number, Integral) or number < 1:
+        raise ValueError(f"num_qvalue_nets must be an integer of at least 1, got {number!r}")
     for network in networks if isinstance(networks, (list, tuple)) else [networks]:
         _check_network("qvalue_network", network)
     if isinstance(networks, (list, tuple)):
@@ -735,19 +741,46 @@ def run(
         return call(inputs)
     try:
         return call(inputs)
-    except KeyError as error:
+    except Exception as error:
         missing = [nested(prefix, key) for key in inputs_of(module) if key not in inputs.keys(True)]
-        if not missing:
-            raise
-        raise KeyError(_missing(td, missing, name)) from error
-    except RuntimeError as error:
-        if "dtype" not in str(error) and "scalar type" not in str(error):
-            raise
-        found = {key: value.dtype for key, value in inputs.items(True, True)}
-        raise RuntimeError(
-            f"{error}\nThe network was given {found}: cast the data to the dtype of the network's "
-            "parameters once, when it is loaded"
-        ) from error
+        if isinstance(error, KeyError) and missing:
+            raise KeyError(_missing(td, missing, name)) from error
+        given = were_given(name, inputs, prefix)
+        if isinstance(error, RuntimeError) and re.search("dtype|scalar type", str(error)):
+            raise RuntimeError(
+                f"{error}\n{given}. Cast the data to the dtype of the network's parameters once, when it is "
+                "loaded"
+            ) from error
+        error.add_note(given)
+        raise
+
+
+def were_given(name: str, entries: TensorDictBase, prefix: str | None = None) -> str:
+    """Say what entries were given to a network, of which shapes and types: the cause of most failures."""
+    found = (
+        f"{nested(prefix, key)!r}: {tuple(its.shape)} of {its.dtype}"
+        for key, its in entries.items(True, True)
+    )
+    return f"{name} was given {', '.join(found)}"
+
+
+def _likelihood(dist: Any, value: Any, td: TensorDictBase, actions: Iterable[NestedKey]) -> Any:
+    """Return the log-likelihood of a value, and explain a failure that comes from the actions in it.
+
+    Raises:
+        ValueError: they are integers, and the distribution can not do with them.
+    """
+    if torch.compiler.is_compiling():
+        return dist.log_prob(value)
+    try:
+        return dist.log_prob(value)
+    except Exception as error:
+        name = f"the policy's {type(dist).__name__}"
+        given = were_given(name, td.select(*actions, strict=False))
+        if isinstance(error, TypeError) and "floating point" in str(error):
+            raise ValueError(f"{given}, expected floating point: give it as .float()") from error
+        error.add_note(given)
+        raise
 
 
 def run_stacked(
@@ -766,7 +799,7 @@ def at_category(q: Tensor, action: Tensor, key: NestedKey) -> Tensor:
     """Select the values of categories, integers ``[*B]`` or ``[*B, 1]``: ``[N, *B, A]`` to ``[N, *B]``.
 
     Raises:
-        ValueError: ``action``, called by ``key``, is none.
+        ValueError: ``action``, called by ``key``, is none, or on a CPU out of range.
     """
     if action.is_floating_point() or action.dtype is torch.bool:
         raise ValueError(
@@ -775,7 +808,22 @@ def at_category(q: Tensor, action: Tensor, key: NestedKey) -> Tensor:
     if action.ndim == q.ndim - 2:
         action = action.unsqueeze(-1)
     check_shape(key, action, (*q.shape[1:-1], 1))
-    return q.gather(-1, action.long().expand(len(q), *action.shape)).squeeze(-1)
+    index = action.long().expand(len(q), *action.shape)
+    if torch.compiler.is_compiling():
+        return q.gather(-1, index).squeeze(-1)
+    try:
+        return q.gather(-1, index).squeeze(-1)
+    except RuntimeError:
+        if action.device.type == "cpu":  # a GPU has failed as a whole
+            check_categories(key, action, q.shape[-1])
+        raise
+
+
+def check_categories(key: NestedKey, action: Tensor, number: int) -> None:
+    """Raise a ValueError if not all categories are below ``number``; a GPU is waited for."""
+    for its in map(int, action.aminmax()) if action.numel() else ():
+        if not 0 <= its < number:
+            raise ValueError(f"{key!r} holds {its}, expected integers from 0 to {number - 1}")
 
 
 def output_of(outputs: TensorDictBase, key: NestedKey, module: TensorDictModule) -> Tensor:

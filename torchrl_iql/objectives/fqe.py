@@ -121,7 +121,7 @@ class FQELoss(LossModule):
         discount: float = 0.99,
         bounds: tuple[float, float] = (-math.inf, math.inf),
     ) -> None:
-        check_number("discount", discount, 0 <= discount <= 1, "[0, 1]")
+        check_number("discount", discount, lambda x: 0 <= x <= 1, "[0, 1]")
         low, high = map(float, bounds)
         if not low <= high:
             raise ValueError(f"bounds must be the lowest and the highest return, got {bounds!r}")

@@ -10,6 +10,7 @@ learners; but for :func:`return_bounds`, which is of the rewards of all data.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -311,7 +312,7 @@ def return_bounds(reward: Tensor, terminated: Tensor, discount: float) -> tuple[
     Raises:
         ValueError: there are no rewards, one is not finite, or the discount is out of range.
     """
-    if not 0 <= discount < 1:
+    if not (isinstance(discount, Real) and 0 <= discount < 1):
         raise ValueError(f"discount must be in [0, 1), got {discount!r}")
     if not len(reward) or not bool(reward.isfinite().all()):
         raise ValueError(f"expected finite rewards, got {len(reward)}, not all of them finite")

@@ -35,6 +35,9 @@ from torchrl_iql.objectives.base import (
 
 __all__ = ["DiscreteIQLLoss", "IQLLoss"]
 
+NOT_ONE_HOT = ': if it holds categories, build the loss with action_space="categorical"'
+"""What may be wrong with one-hot actions of another shape."""
+
 
 class IQLLoss(AdvantageWeightedLoss[iql.Outputs]):
     r"""Implicit Q-Learning for continuous, composite or any other actions that Q(s, a) takes as input.
@@ -82,9 +85,10 @@ class IQLLoss(AdvantageWeightedLoss[iql.Outputs]):
     Reads: the ``in_keys`` of the networks, ``action``, ``("next", "reward")`` (``[*B, 1]``),
     ``("next", "terminated")`` (bool ``[*B, 1]``; without it, ``("next", "done")``, which TD(1) and
     TD(lambda) read anyway), the ``in_keys`` of V under ``"next"``, and where present
-    ``steps_to_next_obs`` (n-step transitions), ``priority_weight`` (importance weights) and TorchRL's
-    masks. :meth:`set_keys` renames these, but for ``steps_to_next_obs``, and ``loss_mask_key`` the masks.
-    Inputs that a network can do without may be absent, as the states of
+    ``steps_to_next_obs`` (n-step transitions), ``priority_weight`` (importance weights w: as in TorchRL, a
+    mean is sum(w x) / sum(w), so that weights of 2 everywhere change nothing; a sum is sum(w x)) and
+    TorchRL's masks. :meth:`set_keys` renames these, but for ``steps_to_next_obs``, and ``loss_mask_key`` the
+    masks. Inputs that a network can do without may be absent, as the states of
     :class:`~torchrl.modules.LSTMModule` and :class:`~torchrl.modules.GRUModule`, whose sequences are the
     last batch dimension and begin where ``is_init``.
 
@@ -165,7 +169,7 @@ class IQLLoss(AdvantageWeightedLoss[iql.Outputs]):
         deactivate_vmap: bool = False,
         scalar_output_mode: ScalarOutputMode | None = None,
     ) -> None:
-        check_number("expectile", expectile, 0 < expectile <= 1, "(0, 1]")
+        check_number("expectile", expectile, lambda x: 0 < x <= 1, "(0, 1]")
         super().__init__(
             {
                 "actor_network": actor_network,
@@ -333,6 +337,6 @@ class DiscreteIQLLoss(IQLLoss):
     def at_action(self, td: TensorDictBase, q: Tensor) -> Tensor:
         action = self._get(td, self.tensor_keys.action)
         if self.action_space == "one_hot":
-            check_shape(self.tensor_keys.action, action, q.shape[1:])
+            check_shape(self.tensor_keys.action, action, q.shape[1:], NOT_ONE_HOT)
             return (q * action.to(q.dtype)).sum(dim=-1)
         return at_category(q, action, self.tensor_keys.action)

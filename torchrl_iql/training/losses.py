@@ -17,6 +17,7 @@ from torch import Tensor, distributions, nn
 from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
 from torchrl_iql.models import LOG_STD_BOUNDS, GaussianParameters, TanhTo
+from torchrl_iql.objectives.base import check_categories
 from torchrl_iql.objectives.functional import DISTANCES, Distance
 from torchrl_iql.training.native import Networks, address, function
 
@@ -133,11 +134,7 @@ class Losses:
             constant -= policy.unit.log().sum() + policy.outputs * math.log(2 * math.pi) / 2
         if policy.choices:
             choice = action.argmax(-1) if action.ndim == 3 else action
-            for its in (int(choice.min()), int(choice.max())):
-                if not 0 <= its < policy.outputs:
-                    raise ValueError(
-                        f"'action' holds {its}, expected integers from 0 to {policy.outputs - 1}"
-                    )
+            check_categories("action", choice, policy.outputs)
             action = None
         elif policy.tanh is not None:
             before = policy.tanh.inv(action)

@@ -58,7 +58,7 @@ def cosine_decay(steps: int) -> Schedule:
     Args:
         steps: its length, at least 1.
     """
-    if steps < 1:
+    if not (isinstance(steps, Real) and steps >= 1):
         raise ValueError(f"steps must be at least 1, got {steps!r}")
     return lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
 
@@ -69,7 +69,7 @@ def warm_up(steps: int) -> Schedule:
     Args:
         steps: its length, at least 1.
     """
-    if steps < 1:
+    if not (isinstance(steps, Real) and steps >= 1):
         raise ValueError(f"steps must be at least 1, got {steps!r}")
     return lambda step: min((step + 1) / steps, 1.0)
 
@@ -143,7 +143,17 @@ class Optimization:
             norm = _by_network("max_grad_norm", norm, trained, "(0, inf)", _positive)
         elif norm is not None and not _positive(norm):
             raise ValueError(f"max_grad_norm must be in (0, inf), got {norm!r}")
+        if not isinstance(schedule, Mapping):
+            raise TypeError(
+                f"schedule must be given by network, as {{{found[0]!r}: cosine_decay(1000)}}, "
+                f"got {schedule!r}"
+            )
         _known("schedule", schedule, trained)
+        for name, its in schedule.items():
+            if not callable(its):
+                raise TypeError(
+                    f"schedule of {name} must be a function, as cosine_decay(1000), got {its!r}"
+                )
         if not _count(target_every):
             raise ValueError(f"target_every must be an integer of at least 1, got {target_every!r}")
         return cls(

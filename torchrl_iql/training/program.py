@@ -12,6 +12,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives.common import LossModule
 
+from torchrl_iql.objectives.base import were_given
 from torchrl_iql.spaces import written
 from torchrl_iql.training.adam import Rates, adam_all_, clip_, follow_
 from torchrl_iql.training.optimization import Optimization, network_of
@@ -304,7 +305,7 @@ class LossProgram:
         ]
         leaves = [self._parameters[network][name] for network, name in names]
         with torch.enable_grad():
-            outputs = self.loss(batch)
+            outputs = self._outputs(batch)
             total = _total(outputs, entries)
             found = torch.autograd.grad(total, leaves, allow_unused=True) if leaves else ()
         gradients: dict[str, dict[str, Tensor]] = {network: {} for network, _ in names}
@@ -318,6 +319,18 @@ class LossProgram:
                     "learning_rate={...}, or descend what trains it"
                 )
         return gradients, outputs
+
+    def _outputs(self, batch: TensorDictBase) -> TensorDictBase:
+        """Call the loss, and note what it was given where PyTorch fails and the loss does not say it."""
+        if torch.compiler.is_compiling():
+            return self.loss(batch)
+        try:
+            return self.loss(batch)
+        except RuntimeError as error:
+            said = [str(error), *getattr(error, "__notes__", ())]
+            if not any("was given" in each for each in said):
+                error.add_note(were_given(type(self.loss).__name__, batch))
+            raise
 
     def _descend(self, gradients: dict[str, dict[str, Tensor]], rates: Tensor) -> None:
         optimization, norm = self.optimization, self.optimization.max_grad_norm

@@ -26,8 +26,8 @@ from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS, LossModule
 
 from torchrl_iql.models import GaussianParameters, Torso, unlike_made
 from torchrl_iql.objectives import functional as iql
-from torchrl_iql.objectives.base import at_least_float32
-from torchrl_iql.objectives.iql import DiscreteIQLLoss, IQLLoss
+from torchrl_iql.objectives.base import at_least_float32, check_categories
+from torchrl_iql.objectives.iql import NOT_ONE_HOT, DiscreteIQLLoss, IQLLoss
 from torchrl_iql.training.adam import Rates, adam_
 from torchrl_iql.training.execution import STEPS_AT_ONCE
 from torchrl_iql.training.losses import MEANS, Batch, Losses, Policy
@@ -324,6 +324,8 @@ class StackedLosses:
             return (action > 0.5).long() if action.is_floating_point() else action.long()
         if action.is_floating_point() or action.dtype is torch.bool:
             return action  # no categories
+        if action.device.type == "cpu":
+            check_categories("action", action, self.policy_size)
         return (action.squeeze(-1) if action.shape[1:] == (1,) else action).long()
 
     def columns(self, source: TensorDictBase) -> dict[str, Tensor]:
@@ -352,7 +354,8 @@ class StackedLosses:
             allowed = (kind, torch.uint8) if name.endswith("observation") else (kind,)
             if column.shape != shape or column.dtype not in allowed:
                 found = f"{tuple(column.shape)} of {column.dtype}"
-                raise ValueError(f"{key!r} is {found}, expected {shape} of {kind}")
+                remedy = NOT_ONE_HOT if key == "action" and self.one_hot else ""
+                raise ValueError(f"{key!r} is {found}, expected {shape} of {kind}{remedy}")
             columns[name] = column
         for key in ("steps_to_next_obs", "priority_weight", *AUTO_LOSS_MASK_KEYS):
             column = source.get(key, default=None)
@@ -790,7 +793,7 @@ class Parts:
 
 
 def _with(network: nn.Module, params: Any) -> Any:
-    """Return a network with its tensors, as ``get_stateful_net``, but without its deep copy, which takes long."""
+    """Return a network with its tensors, as ``get_stateful_net``; its deep copy takes ten times as long."""
     its = _shell(network)
     params.to_module(its, preserve_module_state=False)
     return its

@@ -34,6 +34,9 @@ Own = Literal["settings", "optimizer", "random"]
 the loss (expectile, discount) and of the optimisation (learning rates), ``"optimizer"`` the moments and
 the number of steps, ``"random"`` the random numbers."""
 
+NAMED = 3
+"""Of names that do not fit, those that a message lists."""
+
 T = TypeVar("T")
 
 
@@ -423,7 +426,7 @@ class TrainStep:
     def _add(self, sums: TensorDictBase, rows: slice) -> None:
         """Add to the totals of some learners."""
         found = {key: its.reshape(-1) for key, its in sums.items()}
-        for key in found.keys() - self._totals.keys():
+        for key in [key for key in found if key not in self._totals]:  # in their order
             self._totals[key] = found[key].new_zeros(len(self.losses))
         torch._foreach_add_([self._totals[key][rows] for key in found], list(found.values()))  # pyright: ignore
 
@@ -507,9 +510,13 @@ class TrainStep:
 
         Raises:
             IndexError, ValueError: as :meth:`state_dict`.
-            ValueError: the state is of a later format, of other networks, or of another loss.
+            TypeError: ``keep`` is no collection of names.
+            ValueError: the state is none of :meth:`state_dict`, of a later format, of other networks, or of
+                another loss.
         """
         replica = self.replica(replica)
+        if isinstance(keep, str):
+            raise TypeError(f"keep must be a collection of names, as ({keep!r},), got {keep!r}")
         for each in keep:
             if each not in get_args(Own):
                 raise ValueError(f"keep must hold some of {get_args(Own)}, got {each!r}")
@@ -519,6 +526,12 @@ class TrainStep:
                 f"the state has format {saved_format}, this version reads up to {FORMAT}: update "
                 "torchrl-iql"
             )
+        if lacks := [key for key in ("loss", "moments", "steps") if key not in state]:
+            raise ValueError(
+                f"the state is none of TrainStep.state_dict(): it has no {', '.join(lacks)}, and holds "
+                f"{_few(list(map(str, state))) or 'nothing'}. What a loss's own state_dict() returned goes "
+                "into its load_state_dict"
+            )
         self._adopt()
         if saved_format == 1 and not self._is_stacked:
             raise ValueError(f"a state of format 1 is of stacked networks, these are {self.path}")
@@ -526,8 +539,12 @@ class TrainStep:
         own = loss.state_dict()
         found = {key: tuple(tensor.shape) for key, tensor in its.items()}
         expected = {key: tuple(tensor.shape) for key, tensor in learned(loss, own).items()}
-        if found != expected:
-            raise ValueError(f"the state is of parameters {found}, expected {expected}")
+        if others := [
+            f"{key} is {found.get(key, 'missing')}, expected {expected.get(key, 'nothing of this name')}"
+            for key in {**expected, **found}
+            if found.get(key) != expected.get(key)
+        ]:
+            raise ValueError(f"the state is of other parameters: {_few(others, '; ')}")
         optimization = self._optimizations[replica]
         if "settings" not in keep:
             optimization = replace(optimization, **state.get("optimization", {}))
@@ -535,7 +552,7 @@ class TrainStep:
             trained = {n for n in its if network_of(n) in optimization.networks}
             missing = trained & dict(loss.named_parameters()).keys() - state["moments"].keys()
             if missing:
-                raise ValueError(f"the state has no moments of {', '.join(sorted(missing))}")
+                raise ValueError(f"the state has no moments of {_few(sorted(missing))}")
         if "settings" not in keep:
             persistent = {key: value for key, value in state["loss"].items() if key not in its}
             set_coefficients(loss, {**persistent, **state.get("coefficients", {})})
@@ -583,7 +600,7 @@ class TrainStep:
                 moment.copy_(its)
 
     def _load_totals(self, totals: Mapping[str, Any], counted: int, replica: int) -> None:
-        for key in {*totals, *self._totals}:
+        for key in [*totals, *(key for key in self._totals if key not in totals)]:
             if key not in self._totals:
                 zeros = torch.zeros(len(self.losses), dtype=torch.float64, device=self.device)
                 self._totals[key] = zeros
@@ -646,6 +663,12 @@ def _all(program: Program) -> list[Tensor]:
     return [*learned, *following]
 
 
+def _few(those: Sequence[str], separator: str = ", ") -> str:
+    """Name the first of them, and say how many more there are."""
+    shown = separator.join(those[:NAMED])
+    return shown if len(those) <= NAMED else f"{shown} and {len(those) - NAMED} more"
+
+
 def _check_apart(losses: Sequence[LossModule]) -> None:
     """Refuse losses that learn the same tensor."""
     owners: dict[int, int] = {}
@@ -660,7 +683,7 @@ def _check_apart(losses: Sequence[LossModule]) -> None:
 
 
 def _per_learner(name: str, given: T | Sequence[T], learners: int) -> list[T]:
-    if isinstance(given, Mapping) or not isinstance(given, Sequence):
+    if isinstance(given, (Mapping, str)) or not isinstance(given, Sequence):
         return [given] * learners  # pyright: ignore
     if len(given) != learners:
         raise ValueError(f"{name} must be one value or {learners}, got {given!r}")
