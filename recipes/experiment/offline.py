@@ -228,6 +228,6 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
     policy = Path(shown(path), replicas[0]["name"], "last.ckpt")
     lines += [
         f"Results: {shown(path)} (scores.json, times.json; for each learner metrics.csv, *.png, *.ckpt)",
-        f"Load a policy: torchrl_iql.load_policy({str(policy)!r})",
+        results.how_to_load(policy),
     ]
     return "\n".join(lines)

@@ -445,5 +445,5 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
         )
     lines.append(f"Results: {shown(path)} (scores.json, times.json, metrics.csv, *.png, *.ckpt)")
     if (path / "last.ckpt").exists():
-        lines.append(f"Load a policy: torchrl_iql.load_policy({str(shown(path / 'last.ckpt'))!r})")
+        lines.append(results.how_to_load(shown(path / "last.ckpt")))
     return "\n".join(lines)

@@ -23,6 +23,7 @@ __all__ = [
     "final_score",
     "half_width",
     "held_out",
+    "how_to_load",
     "not_evaluated",
     "objective",
     "outcome",
@@ -271,6 +272,11 @@ def diagnosis(replicas: Sequence[Mapping[str, Any]]) -> list[str]:
         whom = f" ({its[0]['name']}{others})" if len(replicas) > 1 else ""
         lines.append(f"Note{whom}: {its[0]['diagnosis'][name]}")
     return lines
+
+
+def how_to_load(policy: Path) -> str:
+    """Write the line that says how what was learned is loaded, of a path as it is shown."""
+    return f"Load a policy: torchrl_iql.load_policy({str(policy)!r})"
 
 
 def skipped(replicas: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -91,7 +91,7 @@ class Group:
 
     @property
     def unscored(self) -> list[tuple[Run, Learner]]:
-        """Members without a score: these, and those whose last evaluation failed or was not made."""
+        """Members without a score: their runs are not over, or the last evaluation failed or was not made."""
         return [(run, its) for run, its in self.members if _seed(run, its) not in self.scores]
 
 

@@ -989,7 +989,7 @@ def _jumps_at_time_outs(transitions: TensorDictBase, rows: int = 1000) -> int | 
     )
     if not len(usual):
         return None
-    often = usual.sort(dim=0).values[int(0.99 * len(usual))]
+    often = usual.kthvalue(int(0.99 * len(usual)) + 1, dim=0).values
     times = torch.where(often > 0, at_ends.median(dim=0).values / often, 0.0)
     return int(times.argmax()) if bool(times.max() > JUMP) else None
 

@@ -58,8 +58,7 @@ def cosine_decay(steps: int) -> Schedule:
     Args:
         steps: its length, at least 1.
     """
-    if not (isinstance(steps, Real) and steps >= 1):
-        raise ValueError(f"steps must be at least 1, got {steps!r}")
+    _require_length(steps)
     return lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
 
 
@@ -69,8 +68,7 @@ def warm_up(steps: int) -> Schedule:
     Args:
         steps: its length, at least 1.
     """
-    if not (isinstance(steps, Real) and steps >= 1):
-        raise ValueError(f"steps must be at least 1, got {steps!r}")
+    _require_length(steps)
     return lambda step: min((step + 1) / steps, 1.0)
 
 
@@ -246,6 +244,11 @@ def _known(setting: str, given: Mapping, networks: Sequence[str]) -> None:
     for name in given:
         if name not in networks:
             raise ValueError(f"{setting} names {name!r}, which is none of {list(networks)}")
+
+
+def _require_length(steps: object) -> None:
+    if not (isinstance(steps, Real) and steps >= 1):  # pyright: ignore
+        raise ValueError(f"steps must be at least 1, got {steps!r}")
 
 
 def _positive(value: object) -> bool:
