@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from runs import TINY, in_tensorboard, rows
 from torchrl_iql_recipes.experiment import offline, online, progress
 from torchrl_iql_recipes.experiment.folder import RunFolder
-from torchrl_iql_recipes.experiment.loggers import Wandb
+from torchrl_iql_recipes.experiment.loggers import TensorBoard, Wandb
 from torchrl_iql_recipes.experiment.records import Records
 from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.experiment.training import OFFLINE, ONLINE
@@ -209,6 +210,27 @@ def test_fine_tuning_has_a_run_of_its_own_after_that_of_its_offline_phase(
     assert in_csv(tmp_path).keys() >= {"frames", "loss_actor", "eval/score"}
     for folder in (tmp_path / "offline", tmp_path):
         assert_all_was_told_once(backend, folder)
+
+
+@pytest.mark.parametrize("clock", [0, -3600], ids=["within a second", "on a clock that is behind"])
+def test_event_files_are_read_in_the_order_they_were_written_in(
+    clock: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    now = time.time()
+    for again in range(3):  # killed in its fourth step, with a checkpoint of its second
+        monkeypatch.setattr(time, "time", lambda again=again: now + clock * again)
+        monkeypatch.setattr(os, "getpid", lambda again=again: 900 - again)  # next in the names
+        last = 2 * again
+        folder = RunFolder(tmp_path)
+        folder.return_to(last)
+        logger = TensorBoard(tmp_path, last)
+        folder.tell(logger)
+        for step in range(last + 1, last + 5):
+            folder.log(step, {"loss": step + 0.25 * again})
+        logger.close()
+    assert in_tensorboard(tmp_path) == in_csv(tmp_path)
+    assert [step for step, _ in in_csv(tmp_path)["loss"]] == list(range(1, 9))
 
 
 # --- wandb ---------------------------------------------------------------------------------------------

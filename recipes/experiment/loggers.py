@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -63,6 +64,7 @@ class TensorBoard(TensorboardLogger):
     def _create_experiment(self) -> SummaryWriter:  # TorchRL's does not know purge_step
         from torch.utils.tensorboard.writer import SummaryWriter
 
+        _put_before(Path(self.log_dir), int(time.time()))
         return SummaryWriter(self.log_dir, purge_step=self._last)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int, **_: Any) -> dict[str, Any]:
@@ -74,6 +76,20 @@ class TensorBoard(TensorboardLogger):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _put_before(folder: Path, second: int) -> None:
+    """Rename event files until all are older than a time.
+
+    TensorBoard reads them in the order of their names, which begin with the second they were opened in: a run
+    that goes on within it, or on a machine whose clock is behind, would be read before what it drops.
+    """
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    opened = [int(file.name.split(".")[3]) for file in files]
+    if opened and opened[-1] >= second:
+        for age, file in zip(range(len(files), 0, -1), files, strict=True):
+            rest = file.name.split(".", 4)[4]
+            file.rename(folder / f"events.out.tfevents.{second - age:010d}.{rest}")
 
 
 class Wandb(WandbLogger):
