@@ -88,6 +88,18 @@ class TestSource:
         with pytest.raises(FileNotFoundError, match=r"half-v0/data has no metadata\.json"):
             load("test/half-v0")
 
+    def test_what_is_near_to_a_name_that_is_none_is_told(self, root):
+        ids = [write(walk(2), dataset_id=f"near/{each}-v1") for each in ("a/one", "b", "c")]
+        for source, found in [("near", ids), ("near/a", ids[:1]), ("near/b", ids[1:2])]:
+            with pytest.raises(
+                FileNotFoundError, match=f"{source}.*; there are {', '.join(found)}:"
+            ):
+                load(source)
+        with pytest.raises(FileNotFoundError, match=rf"there are {root}/near/a/one-v1: give one"):
+            load(root / "near" / "a")
+        with pytest.raises(FileNotFoundError, match=r"ends with its version, as near/d-v0$"):
+            load("near/d")
+
     def test_several_are_one(self, cache_folder):
         options = {"ref_min_score": -5.0, "ref_max_score": 20.0}
         env = gymnasium.make("Pendulum-v1").spec

@@ -154,5 +154,5 @@ def test_values_are_drawn_against_returns(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     returns = rng.normal(size=500)
     plots.calibration(returns + 0.1, returns, tmp_path / "some.png")
-    plots.calibration(returns[:1], returns[:1], tmp_path / "one.png")
+    plots.calibration(returns[:1], returns[:1], tmp_path / "one.png", "IQL on a/b-v0, seed=0")
     assert (tmp_path / "some.png").stat().st_size > (tmp_path / "one.png").stat().st_size > 1000

@@ -169,7 +169,7 @@ def test_integral_numbers_may_be_written_with_an_exponent() -> None:
         ("env={frame_skip:2}", "env={'frame_skip': 2}: expected an id beside"),
         ("steps=[", "steps=[: can not be read, expected a number, text, [a,b] or {key: value}"),
         ("steps", "steps: expected a setting and its value, steps=..."),
-        (__file__, f"{__file__}: expected a setting and its value, checkpoint={__file__}"),
+        (__file__, f"{__file__}: expected a setting and its value, dataset={__file__}"),
         ("action_space=[-1]", "action_space=[-1]: expected [a, b], each a number or [a, b, ...]"),
     ],
 )
@@ -178,6 +178,16 @@ def test_what_people_mistype_is_answered_in_one_line(given: str, message: str) -
         OFFLINE.settings([given])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "config.yaml"])
+def test_a_checkpoint_or_a_run_alone_is_taken_for_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    given = tmp_path / name if name == "last.ckpt" else tmp_path
+    with pytest.raises(
+        SettingsError, match=f"expected a setting and its value, checkpoint={given}"
+    ):
+        OFFLINE.settings([str(given)])
 
 
 @pytest.mark.parametrize("name", ["seed=0", "temperature=3.0,seed=0", "it's (1)", "a#b"])

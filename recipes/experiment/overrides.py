@@ -66,6 +66,12 @@ def _items(text: str) -> Iterator[str]:
         yield item
 
 
+def _setting_of(path: str) -> str:
+    """Return what is most likely to be set by a file or folder."""
+    its = path.endswith(".ckpt") or os.path.exists(os.path.join(path, "config.yaml"))
+    return "checkpoint" if its else "dataset"
+
+
 def parsed(overrides: Sequence[str]) -> list[Override]:
     parser, parsed = OverridesParser.create(), []
     for each in overrides:
@@ -73,7 +79,7 @@ def parsed(overrides: Sequence[str]) -> list[Override]:
             parsed.append(parser.parse_override(each))
         except HydraException as error:
             if "=" not in each:
-                likely = f"checkpoint={each}" if os.path.exists(each) else f"{each}=..."
+                likely = f"{_setting_of(each)}={each}" if os.path.exists(each) else f"{each}=..."
                 raise SettingsError(f"{each}: expected a setting and its value, {likely}") from None
             reason = " ".join(str(error).partition("See http")[0].split())
             raise SettingsError(

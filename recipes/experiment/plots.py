@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -172,15 +173,22 @@ def _panels(
     return figure, drawn
 
 
-def calibration(q: np.ndarray, returns: np.ndarray, png: Path) -> None:
+def _entitle(figure: Figure, title: str) -> None:
+    if title:
+        figure.suptitle("\n".join(wrap(title, 60)), x=0.02, ha="left", fontsize=9, color=SLATE)
+
+
+def calibration(q: np.ndarray, returns: np.ndarray, png: Path, title: str = "") -> None:
     """Draw values against the returns that followed, and the mean return of values that are alike.
 
     Args:
         q: Q(s, a), ``[n]``.
         returns: the discounted return that followed, ``[n]``.
         png: the picture to write.
+        title: of the picture.
     """
     figure = Figure(figsize=(4.6, 4.2), layout="constrained")
+    _entitle(figure, title)
     axes = figure.add_subplot()
     low, high = min(q.min(), returns.min()), max(q.max(), returns.max())
     axes.plot([low, high], [low, high], color=SLATE, lw=1, ls=":", label="as it came")
@@ -201,6 +209,7 @@ def value_map(
     maze: Maze | Map,
     trajectories: Sequence[np.ndarray],
     png: Path,
+    title: str = "",
 ) -> None:
     """Draw V over the free cells of a maze, for a body at rest, and trajectories on top.
 
@@ -213,6 +222,7 @@ def value_map(
         maze: the maze of the environment, ``env.unwrapped.maze``.
         trajectories: flat observations ``[length + 1, D]`` of one or more episodes.
         png: the picture to write.
+        title: of the picture.
     """
     free = np.array([[cell != 1 for cell in row] for row in maze.maze_map])
     pixels = np.kron(free, np.ones((PIXELS_PER_CELL, PIXELS_PER_CELL), dtype=bool))
@@ -233,6 +243,7 @@ def value_map(
 
     height, width = pixels.shape
     figure = Figure(figsize=(6.4, 5.2 * height / width + 0.5), layout="constrained")
+    _entitle(figure, title)
     axes = figure.add_subplot()
     image = axes.imshow(
         values,

@@ -354,19 +354,19 @@ class Records:
         for r, (learner, folder) in enumerate(
             zip(self.settings.learners, self.folders, strict=True)
         ):
+            its = ", ".join([f"{title} on {self._dataset}", *filter(None, [learner.name])])
             if folder.metrics.exists():
                 plots.learning_curves(
-                    folder.metrics,
-                    folder.path / "learning_curves.png",
-                    title=", ".join([f"{title} on {self._dataset}", *filter(None, [learner.name])]),
-                    **earlier,
+                    folder.metrics, folder.path / "learning_curves.png", title=its, **earlier
                 )
             if self._held_out is not None:
-                self._held_out.draw(r, self.step.losses[r], folder.path / "calibration.png")
+                png = folder.path / "calibration.png"
+                self._held_out.draw(r, self.step.losses[r], png, title=its)
             value, evaluation = self._value_function(r), self.latest[r]
             if maze is not None and evaluation is not None and value is not None:
                 trajectories = evaluation.trajectories or []
-                plots.value_map(value, maze, trajectories[:5], folder.path / "value_map.png")
+                png = folder.path / "value_map.png"
+                plots.value_map(value, maze, trajectories[:5], png, title=its)
 
     def _combinations(self) -> dict[str, list[Path]]:
         """Return the metrics of the seeds of each combination of settings, by what differs."""

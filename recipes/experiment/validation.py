@@ -77,10 +77,10 @@ class HeldOut:
             if each is not None
         ]
 
-    def draw(self, replica: int, loss: LossModule, png: Path) -> None:
+    def draw(self, replica: int, loss: LossModule, png: Path, title: str) -> None:
         """Draw values against the returns that followed, if there are any."""
         from torchrl_iql_recipes.experiment import plots
 
         latest = self.latest[replica] or self._looks[replica](loss)
         if len(latest.q):
-            plots.calibration(latest.q.numpy(), latest.returns.numpy(), png)
+            plots.calibration(latest.q.numpy(), latest.returns.numpy(), png, title)

@@ -30,6 +30,8 @@ from torchrl_iql.spaces import selected, sorted_space
 __all__ = ["minari_source", "opened", "stored_env"]
 
 SPACES = "observation_space", "action_space"
+NAMED = 5
+"""Data sets that a message names, if there are no more."""
 
 
 def minari_source(
@@ -138,8 +140,17 @@ def _folder(source: str | Path, download: bool) -> Path:
     root = get_dataset_path()
     missing = f"no Minari data set {str(source)!r}, neither as a folder nor as an id in {root}"
     # What is no id, as ../there, would be looked for, and downloaded, outside of that folder.
-    if isinstance(source, Path) or DATASET_ID_RE.fullmatch(source) is None:
+    match = None if isinstance(source, Path) else DATASET_ID_RE.fullmatch(source)
+    near = [str(each) for each in _near(Path(source))]
+    if match is not None and not near:
+        near = [str(each.relative_to(root)) for each in _near(root / source)]
+    if near:
+        those = ", ".join([*near[:NAMED], *["..."][: len(near) > NAMED]])
+        raise FileNotFoundError(f"{missing}; there are {those}: give one of them")
+    if match is None:
         raise FileNotFoundError(missing)
+    if match["version"] is None:
+        raise FileNotFoundError(f"{missing}; an id ends with its version, as {source}-v0")
     folder = root / source
     if (folder / "data").is_dir() and not (folder / "data" / "metadata.json").is_file():
         raise FileNotFoundError(f"{folder / 'data'} has no metadata.json: its files are incomplete")
@@ -154,7 +165,7 @@ def _folder(source: str | Path, download: bool) -> Path:
             raise FileNotFoundError(f"{missing} (see `minari list local`), and download is False")
         is_new = not folder.exists()
         try:
-            minari.download_dataset(source)
+            minari.download_dataset(str(source))
         except BaseException as error:
             # Minari downloads into the final folder: half of a data set would pass for the whole.
             if is_new:
@@ -166,6 +177,13 @@ def _folder(source: str | Path, download: bool) -> Path:
                 f"{missing} (see `minari list local`), and its download failed: {error}"
             ) from error
     return folder / "data"
+
+
+def _near(folder: Path) -> list[Path]:
+    """Return the data sets in a folder, of a namespace, or of a name without its version."""
+    its = [f"{folder.name}-v*", f"{folder.name}/*", f"{folder.name}/*/*"] if folder.name else []
+    found = (folder.parent.glob(f"{each}/data/metadata.json") for each in its)
+    return sorted(path.parents[1] for each in found for path in each)
 
 
 def _advice(folder: Path) -> str:
