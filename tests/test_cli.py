@@ -104,6 +104,10 @@ def test_the_help_of_a_command_needs_no_pytorch(name: str, tmp_path: Path) -> No
         ("evaluate", "torchrl-iql evaluate: give checkpoint=<file>"),
         ("export checkpoint=a output=b.txt", "output=b.txt: expected a file that ends in .pt2 or"),
         ("compare nowhere", "torchrl-iql compare: nowhere is not there"),
+        (
+            "report out=a.html",
+            "torchrl-iql report: out=a.html is not there; options are written --",
+        ),
         ("compare", "torchrl-iql compare: nothing to compare: give folders of runs, or --plan"),
         ("compare .", "torchrl-iql compare: . holds no run: expected config.yaml"),
         ("compare --job 1", "torchrl-iql compare: unrecognized arguments: --job"),

@@ -171,6 +171,8 @@ def folders(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     for path in paths:
         if not path.is_dir():
             what = "is a file, expected the folder of a run" if path.exists() else "is not there"
+            if not path.exists() and "=" in str(path):
+                what += "; options are written --name value, see --help"
             raise NoRunError(f"{path} {what}")
         its = [path] if _is_run(path) else _below(path)
         if not its:
