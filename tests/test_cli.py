@@ -217,6 +217,26 @@ def test_the_first_line_comes_before_pytorch(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_that_wait_sleep_soon_where_nobody_said_otherwise(
+    given: dict[str, str], expected: str
+) -> None:
+    """Known to OpenMP when PyTorch loads it, and to processes that are started."""
+    code = (
+        "import os, sys; from torchrl_iql_recipes.experiment.training import OFFLINE\n"
+        "sys.argv[1:] = ['--help']; OFFLINE.open(print, None)\n"
+        "print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env | given, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == f"False {expected}", done.stderr
+
+
 def test_commands_are_written_as_they_were_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = OFFLINE.settings([])
     assert settings.command_to_resume(Path("runs/x")) == "python recipes/offline.py resume=runs/x"

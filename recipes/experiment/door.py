@@ -59,6 +59,12 @@ _NOT_OF_A_RUN = ("hydra", "task", "algorithm", "name", "resume")
 
 _LENGTHS = ("steps", "env_steps")
 
+_SPINS = "1000"
+"""How often a thread of OpenMP looks whether there is work before it sleeps: some microseconds.
+
+By default it looks for milliseconds, in which others may want its core, the thread it waits for too.
+"""
+
 _OPTIONS = {
     *(
         "-h",
@@ -132,6 +138,8 @@ class Door:
                 What it returns is what a sweeper of Hydra looks for the highest value of.
             description: what ``--help`` begins with.
         """
+        if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+            os.environ["GOMP_SPINCOUNT"] = _SPINS  # read when PyTorch is loaded
         debug = "--debug" in sys.argv
         arguments = [
             readable(each) if "=" in each and each[0] != "-" else each
