@@ -460,8 +460,12 @@ def test_a_wheel_holds_all_that_is_in_the_rooms(tmp_path: Path) -> None:
     for name in filter(None, names):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
-    subprocess.run([*command, "-w", str(tmp_path), str(copy)], check=True, timeout=300)
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"]
+    done = subprocess.run(
+        [*command, "-w", str(tmp_path), str(copy)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "is absent from" not in done.stdout + done.stderr  # a folder taken for a package
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
         held = set(file.namelist())
