@@ -239,6 +239,9 @@ def test_data_of_one_behaviour() -> None:
     one = made(of_the_action, lambda s, _: np.tanh(s @ weights))
     got = found(one, "algorithm=bc", "decay_steps=0", steps=600)
     assert got["narrow"].startswith("the actions follow from the observations (100.0%")
+    assert got["narrow"].endswith("little to choose: cloning finds what there is")
+    got = found(one, "algorithm=td3bc", "alpha=0", "decay_steps=0", steps=600)
+    assert ". If cloning (algorithm=bc) is better, normalize" in got["narrow"]
     many = made(of_the_action, lambda s, rng: np.tanh(s @ weights + rng.normal(size=(N, 2))))
     assert "narrow" not in found(many, "algorithm=bc", "decay_steps=0", steps=600)
 

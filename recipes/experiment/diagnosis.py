@@ -277,9 +277,11 @@ def _of_actions(
         )
     explained = metrics.get("actions_explained", 0.0)
     if explained > EXPLAINED:
+        advice = ": cloning finds what there is"
+        if hasattr(settings.algorithm, "discount"):  # it has values, and does not only clone
+            advice = f". If cloning (algorithm=bc) is better, {_first_things(settings)}"
         yield (
             "narrow",
             f"the actions follow from the observations ({explained:.1%} of their variance): data of one "
-            "behaviour, between whose actions there is little to choose. If cloning (algorithm=bc) is "
-            f"better, {_first_things(settings)}",
+            f"behaviour, between whose actions there is little to choose{advice}",
         )
