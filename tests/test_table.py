@@ -291,14 +291,20 @@ def test_a_signal_is_passed_on_to_the_runs(name: str, code: int, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_named(tmp_path: Path, maze_id: str) -> None:
-    file = plan_of(tmp_path, maze_id)
-    file.write_text(file.read_text().replace("[0, 1, 2]", "[0, 0]"))
-    done = started(tmp_path / "runs", file)
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, maze_id: str) -> None:
+    data = {"mini/hopper-medium": "no/such-v0", "mini/pointmaze-medium": maze_id}
+    tasks = {task: {"settings": [*SETTINGS, f"dataset={its}"]} for task, its in data.items()}
+    plan = {"algorithms": ["iql"], "seeds": [0], "steps": 20, "evaluations": 1, "episodes": 1}
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump({**plan, "tasks": tasks}, sort_keys=False))
+    done = started(tmp_path / "runs", file, "--jobs", "1")
     assert done.returncode == 1
-    log = tmp_path / "runs/mini-pointmaze-medium/bc/log.txt"
-    assert f"offline.py failed, see {log}" in done.stderr
-    assert "expected one or several different integers" in log.read_text()
+    log = tmp_path / "runs/mini-hopper-medium/iql/log.txt"
+    assert f"offline.py failed, see {log}; the others go on" in done.stderr
+    assert done.stderr.splitlines()[-1].endswith(f"1 of 2 runs: offline.py failed, see {log}")
+    assert "no Minari data set 'no/such-v0'" in log.read_text()
+    assert (tmp_path / "runs/mini-pointmaze-medium/iql/scores.json").exists()
+    assert "| `mini/pointmaze-medium` | 20 |" in (tmp_path / "runs/table.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -142,17 +142,24 @@ class Finishing(Protocol):
 
 
 def finish(jobs: Sequence[Finishing], processes: int) -> None:
-    """Finish them, so many at a time; what is finished stays if one fails.
+    """Finish them, so many at a time; one that fails is told at once, and the others go on.
 
     Raises:
+        RuntimeError: some have failed, raised after the others are finished.
+        ValueError: the folder of one holds another run; no other is begun.
         Stopped: a signal came; the runs have saved what they had.
     """
+    failed = []
     with stoppable() as stop, ThreadPoolExecutor(processes) as executor:
         pending = [executor.submit(job.finish) for job in jobs]
         try:
             try:
                 for each in tqdm(pending, desc="runs", unit="run"):
-                    each.result()
+                    try:
+                        each.result()
+                    except RuntimeError as error:
+                        failed.append(str(error))
+                        tqdm.write(f"{error}; the others go on", file=sys.stderr)
             except Exception:
                 executor.shutdown(cancel_futures=True)
                 raise
@@ -161,6 +168,8 @@ def finish(jobs: Sequence[Finishing], processes: int) -> None:
             with stop.patient():
                 _stop(pending, stopped.signal)
             raise
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(pending)} runs: {'; '.join(failed)}")
 
 
 def _stop(pending: Sequence[Future], name: str) -> None:

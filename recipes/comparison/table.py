@@ -169,22 +169,28 @@ def run(args: argparse.Namespace) -> None:
         args: of compare.py.
 
     Raises:
-        RuntimeError: runs have failed.
+        RuntimeError: runs have failed; the table is that of the others.
         SettingsError: a run can not have its settings.
         ValueError: there is no such plan or record.
     """
     args.folder = args.folder or Path("runs") / args.plan.stem
     record = Record.read(args.record) if args.record else Record()
     plan = Plan.load(args.plan, args.folder, record)
+    failure = None
     with told_if_stopped():
         if args.launcher or args.jobs:
             prepare(plan)
         if args.launcher and plan.jobs:
             launch(args, len(plan.jobs))
         elif args.jobs and plan.jobs:
-            finish(plan.jobs, args.jobs)
+            try:
+                finish(plan.jobs, args.jobs)
+            except RuntimeError as error:
+                failure = error
     print("\n".join(report(plan, args.folder)))
     print(f"Table, CSV and pictures: {shown(args.folder)}")
+    if failure is not None:
+        raise failure
 
 
 if __name__ == "__main__":
