@@ -308,7 +308,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, maze_id:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("table", marks=pytest.mark.slow), "suite", "finetuning"]
+    "name", [pytest.param("table", marks=pytest.mark.slow), "suite", "finetuning", "adroit"]
 )
 def test_our_plans_can_be_run(name: str, tmp_path: Path) -> None:
     plan = Plan.load(Path(table.__file__).with_name(f"{name}.yaml"), tmp_path)

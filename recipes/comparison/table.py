@@ -83,7 +83,8 @@ def table(plan: Plan, its: aggregates.Aggregates | None) -> list[str]:
         f"Normalized score {'after the steps offline, and then online' if online else 'of the last step'}: "
         "mean over seeds, half the width of its 95% interval "
         f"(Student's t, from {aggregates.FEWEST} seeds on), number of seeds. Below, 95% intervals of a "
-        "bootstrap stratified by task.",
+        "bootstrap stratified by task: of few seeds too narrow, and without width where all runs of one are "
+        "above all of another.",
         *(
             f"\\* {algorithms()[name].title}: {steps} steps, outside of the aggregates."
             for name, steps in beside
