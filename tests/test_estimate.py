@@ -229,6 +229,7 @@ def of(value: float, spread: float, **others: Any) -> FittedQ:
         (of(0.2, 0.1), "Worse than the data, by 0.8."),
         (of(1.2, 0.1), "As good as the data, as far as this can tell."),
         (of(2.0, 0.6), "As good as the data, as far as this can tell."),
+        (of(2.0, 0.1, of_data=DataReturn(1.0, 0.1, 3.0, 20, 5, -9.0)), "Better than the data's episodes "),
         (of(3.5, 0.1), "Above every episode of the data: better than all of them, or, more often, too high."),
         (of(2.0, 0.1, distance=1.2), "Better than the data, by 1. It does what the data hardly show"),
         (of(2.0, 0.1, clip_fraction=0.3), "Not to be trusted: Q diverges, 30% of the targets are beyond"),
@@ -249,6 +250,38 @@ def test_who_is_not_told_apart_is_by_the_same_draws() -> None:
         "The first is apart from all others" in estimating.ranked({"a": alike, "b": worse}, 0.9)[-1]
     )
     assert estimating.ranked({"a": alike, "c": noisy}, 0.9)[-1].endswith("of the difference: 2.")
+
+
+def test_those_that_can_not_be_trusted_are_not_told_apart() -> None:
+    moving = of(9.0, 0.1, history=torch.arange(50.0)[:, None].expand(50, 3))
+    said = estimating.ranked({"a": of(2.0, 0.1), "b": moving}, 0.9)[-1]
+    assert said == "Which is the best is not known before all of them can be trusted."
+
+
+def test_episodes_that_are_cut_are_told() -> None:
+    its = of(2.0, 0.1, of_data=DataReturn(1.0, 0.1, 3.0, 20, 5, -9.0))
+    (line,) = (each for each in estimating.told(its, 0.9) if each.startswith("data"))
+    assert line.endswith(
+        "of the 20 episodes whose return is known; the best 3; 5 are cut before, at -9 until then"
+    )
+
+
+def test_data_that_have_moved_are_asked_for(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for episode in range(5):
+        (logs / f"{episode}.csv").write_text("x,u,r,end\n" + "0.1,0.2,1,0\n" * 9 + "0.3,-0.2,0,1\n")
+    layout = "layout={observations:[x],actions:[u],rewards:r,terminals:end}"
+    given = [f"dataset={logs}", layout, *TINY, "eval_episodes=0", "algorithm=bc"]
+    offline.run(OFFLINE.settings(given), tmp_path / "run")
+    logs.rename(tmp_path / "moved")
+    run = tmp_path / "run/last.ckpt"
+    message = (
+        rf"that is what the run of {run} learned from: where it is elsewhere, give dataset=<it>"
+    )
+    with pytest.raises(SettingsError, match=message):
+        judge(run, discount=0.9)
+    judge(run, discount=0.9, dataset=str(tmp_path / "moved"))
 
 
 def test_what_is_to_be_said_of_one_is_said_of_each_that_is_ranked() -> None:

@@ -440,15 +440,19 @@ def test_what_the_data_came_to_is_of_episodes_whose_return_is_known() -> None:
     """Of those that were cut early it is not."""
     episodes = play(300, 8)
     found = data_return(recorded(episodes, True), GAMMA)
-    known = [
-        sum(GAMMA**t * r for t, r in enumerate(each["rewards"]))
-        for each in episodes
-        if each["terminations"][-1]
-    ]
+    known, cut = (
+        [
+            sum(GAMMA**t * r for t, r in enumerate(each["rewards"]))
+            for each in episodes
+            if each["terminations"][-1] == ended
+        ]
+        for ended in (True, False)
+    )
     assert 0 < found.episodes == len(known) < 300
     assert found.value == pytest.approx(np.mean(known), abs=1e-5)
     assert found.stderr == pytest.approx(np.std(known, ddof=1) / len(known) ** 0.5, abs=1e-5)
     assert found.best == pytest.approx(max(known), abs=1e-5)
+    assert found.cut == len(cut) and found.paid_until_cut == pytest.approx(np.mean(cut), abs=1e-5)
 
 
 def test_a_policy_is_what_is_deployed() -> None:

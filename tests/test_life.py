@@ -189,6 +189,10 @@ def named(maze_id: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
             r"holds a run with expectile=0.9, seeds=0, not expectile=0.6, seeds=5: begin a new run, of "
             r"another name=; checkpoint=",
         ),
+        (  # of which no checkpoint is the beginning
+            ["name=mine", "expectile=[0.6,0.9]"],
+            r"not expectile=\[0.6,0.9\]: begin a new run, of another name=$",
+        ),
         (["hydra.run.dir=runs/pointmaze/stitch/mine"], "holds this run already"),
         (["name=../mine"], r"name=\.\./mine: expected the name of a folder"),
         (["name=mine", "resume=runs/pointmaze/stitch/mine"], "goes on with one run, in its folder"),

@@ -896,3 +896,23 @@ def test_ctrl_c_ends_a_run_without_noise(tmp_path: Path) -> None:
     (its,) = json.loads((folder / "scores.json").read_text())["replicas"]
     frames = its["frames"]
     assert continued(folder).frames == frames
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "said"), [(0, "2.0 before"), (500, "2.0 before, 3.0 after 500 steps")]
+)
+def test_what_was_evaluated_before_alone_has_no_after(
+    evaluated: int, said: str, tmp_path: Path
+) -> None:
+    learner = {"before": {"score": 2.0, "return": 2.0}, "after": {"score": 3.0, "return": 3.0}}
+    learner |= {
+        "frames": 700,
+        "evaluated_after": evaluated,
+        "steps": 0,
+        "interrupted": True,
+        "name": "",
+    }
+    settings = ONLINE.settings(["dataset=null", "env=Pendulum-v1", "temperature=3"])
+    lines = online.report({"replicas": [learner]}, tmp_path, settings).splitlines()
+    assert lines[0] == f"return: {said}"
+    assert any(each.startswith("Interrupted after 700 steps") for each in lines)

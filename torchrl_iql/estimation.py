@@ -70,12 +70,17 @@ class DataReturn:
         best: the highest.
         episodes: how many are known: those that end by a termination, or are so long that what would have
             followed counts for less than a twentieth.
+        cut: how many are not, as those that end by a time-out: where these are the failures, ``value`` is
+            that of the successes.
+        paid_until_cut: the mean discounted return of these, up to where they are cut; NaN if there are none.
     """
 
     value: float
     stderr: float
     best: float
     episodes: int
+    cut: int = 0
+    paid_until_cut: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -382,12 +387,14 @@ def data_return(dataset: OfflineDataset, discount: float) -> DataReturn:
     """Return what the episodes of a data set came to, in its rewards as they are."""
     starts = dataset.episode_starts
     known = return_is_known(dataset, discount)[starts]
-    returns = dataset.returns_to_go(discount)[starts[known], 0].double()
+    paid = dataset.returns_to_go(discount)[starts, 0].double()
+    returns, cut = paid[known], paid[~known]
     number = len(returns)
+    of_cut = len(cut), cut.mean().item()
     if not number:
-        return DataReturn(float("nan"), float("nan"), float("nan"), 0)
+        return DataReturn(float("nan"), float("nan"), float("nan"), 0, *of_cut)
     error = returns.std().item() / number**0.5 if number > 1 else float("nan")
-    return DataReturn(returns.mean().item(), error, returns.max().item(), number)
+    return DataReturn(returns.mean().item(), error, returns.max().item(), number, *of_cut)
 
 
 @torch.no_grad()

@@ -187,7 +187,15 @@ def data_for(settings: Estimation, judged: Sequence[Judged]) -> OfflineDataset:
             "it, add trust_env=true"
         )
     data = Data.of({**values, "trust_env": settings.trust_env})
-    dataset = build.dataset_for(data, played=False)
+    try:
+        dataset = build.dataset_for(data, played=False)
+    except SettingsError as error:
+        if settings.dataset is not None:
+            raise
+        raise SettingsError(
+            f"{error}; that is what the run of {judged[0].path} learned from: where it is elsewhere, give "
+            "dataset=<it>"
+        ) from error
     if settings.fit_on == "all":
         return dataset
     share = _agreed("validation", known, 0.0)
@@ -251,6 +259,8 @@ def _data_line(its: DataReturn) -> str:
         return f"{'data':<12}{'-':>10}  every episode is cut before its return is known"
     figures = f"{its.value:>10.4g} ± {its.stderr:.2g}"
     known = f"the {its.episodes:,} episodes whose return is known; the best {its.best:.4g}"
+    if its.cut:
+        known += f"; {its.cut:,} are cut before, at {its.paid_until_cut:.4g} until then"
     return f"{'data':<12}{figures}  of {known}"
 
 
@@ -288,14 +298,15 @@ def verdict(its: FittedQ) -> str:
     data = its.of_data
     if not data.episodes:
         return f"There is nothing in the data to compare it with.{far}"
+    name = "the data's episodes that end" if data.cut else "the data"
     error = math.hypot(*(0.0 if math.isnan(each) else each for each in (its.spread, data.stderr)))
     difference = its.value - data.value
     if its.value > data.best and data.episodes > 1:
         said = "Above every episode of the data: better than all of them, or, more often, too high."
     elif abs(difference) <= APART * error:
-        said = "As good as the data, as far as this can tell."
+        said = f"As good as {name}, as far as this can tell."
     else:
-        said = f"{'Better' if difference > 0 else 'Worse'} than the data, by {abs(difference):.2g}."
+        said = f"{'Better' if difference > 0 else 'Worse'} than {name}, by {abs(difference):.2g}."
     return said + far
 
 
@@ -320,7 +331,9 @@ def ranked(found: Mapping[str, FittedQ], discount: float) -> list[str]:
             alike.append(place)
     lines.append(_data_line(best.of_data))
     lines += [f"{place:>3}. {verdict(found[path])}" for place, path in enumerate(order, start=1)]
-    if alike:
+    if any(its.clip_fraction > CLIPPED or not its.is_converged for its in found.values()):
+        lines.append("Which is the best is not known before all of them can be trusted.")
+    elif alike:
         lines.append(
             f"Not told apart from the first, by {APART:g} standard deviations of the difference: "
             f"{', '.join(map(str, alike))}."

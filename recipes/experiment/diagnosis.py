@@ -75,6 +75,8 @@ class Diagnosis:
         self._data_returns = data_returns
         self._look = Validator(dataset, rows=ROWS)
         asks_for_rewards = hasattr(settings.algorithm, "discount") and dataset.window is None
+        rewards = dataset.transitions["next", "reward"]
+        self._has_one_reward = bool((rewards == rewards[0]).all())
         self._of_rewards = dict(_of_rewards(dataset)) if asks_for_rewards else {}
         actions, space = dataset.transitions["action"], dataset.action_space
         self._at_bounds = 0.0
@@ -97,16 +99,16 @@ class Diagnosis:
             a line for each thing that is wrong; none if nothing is.
         """
         metrics = self._look(loss).metrics
-        of_actions = _of_actions(self._settings, metrics, self._at_bounds)
-        of_weights = _of_weights(self._settings, learner, metrics)
-        held_out = dict(_of_held_out(rows))  # then more steps, for values that move, are no remedy
-        return {
-            **self._of_rewards,
-            **dict(_of_scores(self._settings, learner, rows, self._data_returns)),
-            **(held_out or dict(_of_values(rows, learner, metrics))),
-            **dict(of_weights),
-            **dict(of_actions),
-        }
+        found = self._of_rewards | dict(
+            _of_scores(self._settings, learner, rows, self._data_returns)
+        )
+        if not self._has_one_reward:  # of which no values and weights are better than others
+            held_out = dict(
+                _of_held_out(rows)
+            )  # then more steps, for values that move, are no remedy
+            found |= held_out or dict(_of_values(rows, learner, metrics))
+            found |= dict(_of_weights(self._settings, learner, metrics))
+        return found | dict(_of_actions(self._settings, metrics, self._at_bounds))
 
 
 def _of_rewards(dataset: OfflineDataset) -> Iterator[tuple[str, str]]:
@@ -260,7 +262,8 @@ def _of_weights(
         yield (
             "weights",
             f"the weights are all alike (effective sample size {share:.1%}): this is behaviour cloning; "
-            f"give a larger temperature than {temperature:g}, or data in which some actions are better",
+            f"give more steps if the values are still young, a larger temperature than {temperature:g}, or "
+            "data in which some actions are better",
         )
 
 

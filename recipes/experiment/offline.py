@@ -178,7 +178,7 @@ def describe(dataset: OfflineDataset, held_out: OfflineDataset | None = None) ->
     return (
         f"{dataset.name}: {rows} transitions in "
         f"{len(dataset.episode_lengths)} episodes, mean return {rounded(dataset.episode_returns.mean())}; "
-        f"environment: {dataset.env_spec and dataset.env_spec.id}"
+        f"environment: {dataset.env_spec.id if dataset.env_spec else 'not known'}"
         f"{ends or ''}\n"
         f"Rules: reward {dataset.reward_rule}, r -> {dataset.reward_transform}; episodes "
         f"{dataset.episode_rule}{share}"

@@ -424,9 +424,9 @@ def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:
         before, after = learner["before"], learner["after"]
         kind = results.score_kind(after)
         frames = learner.get("evaluated_after", learner["frames"])
-        values = (
-            f"{rounded(before['score'])} before, {rounded(after['score'])} after {frames} steps"
-        )
+        values = f"{rounded(before['score'])} before"
+        if frames:
+            values += f", {rounded(after['score'])} after {frames} steps"
         lines.append(f"{kind.replace('_', ' ')}: {values}")
         error = math.hypot(*(each.get(f"{kind}_stderr", math.nan) for each in (before, after)))
         if before["score"] - after["score"] > FALLEN * error:

@@ -542,7 +542,9 @@ def check_continued(
         (p for p in (folder / "last.ckpt", *folder.glob("*/last.ckpt")) if p.exists()), None
     )
     remedy = "begin a new run, of another name="
-    if last is not None and not differ & _not_with_a_checkpoint(values):
+    axes = (*algorithms()[values["algorithm"]].axes(), "seeds")
+    several = any(isinstance(values.get(axis), list) for axis in axes)
+    if last is not None and not several and not differ & _not_with_a_checkpoint(values):
         settings = given.replace(", ", " ")
         remedy += (
             f"; {argument('checkpoint', last)} {settings} begins it with the networks of this one"

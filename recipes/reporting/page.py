@@ -423,9 +423,9 @@ def _of_data(runs: Sequence[Run], room: Room) -> dict[str, Any]:
 def _histograms(data: Mapping[str, Any], name: str, room: Room) -> list[tuple[str, Markup | None]]:
     panels = []
     for key, (title, x, y) in {
-        "returns": ("return of an episode", "sum of raw rewards", "episodes"),
+        "returns": ("return of an episode, as recorded", "sum of raw rewards", "episodes"),
         "lengths": ("length of an episode", "steps", "episodes"),
-        "rewards": ("reward of a step", "after the rule", "steps"),
+        "rewards": ("reward of a step, after the rule", "after the rule", "steps"),
     }.items():
         its = data[key]
         draw = partial(
