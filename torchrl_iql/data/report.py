@@ -87,7 +87,7 @@ class Report:
             "normalized": _known(
                 self.normalized, ".1f", "needs reference scores and whole episodes"
             ),
-            "success": _known(self.success_rate, ".1%", "needs raw rewards of 0 and 1"),
+            "success": _known(self.success_rate, ".1%", "is told by raw rewards of 0 and 1 alone"),
             "reward": _range(self.rewards),
             "ends": f"{self.terminations:,} terminations, {self.time_outs:,} time-outs",
             "observation": _parts(self.observation_size, self.observation_parts),
