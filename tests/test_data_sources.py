@@ -100,6 +100,13 @@ class TestSource:
         with pytest.raises(FileNotFoundError, match=r"ends with its version, as near/d-v0$"):
             load("near/d")
 
+    def test_what_is_stored_is_loaded_whatever_lies_near_it(self, tmp_path, monkeypatch):
+        source = write(walk(2), dataset_id="near/stored-v1")
+        (tmp_path / "here" / source / "other" / "data").mkdir(parents=True)
+        (tmp_path / "here" / source / "other" / "data" / "metadata.json").touch()
+        monkeypatch.chdir(tmp_path / "here")
+        assert len(load(source).episode_lengths) == 1
+
     def test_several_are_one(self, cache_folder):
         options = {"ref_min_score": -5.0, "ref_max_score": 20.0}
         env = gymnasium.make("Pendulum-v1").spec

@@ -33,6 +33,7 @@ __all__ = [
     "images_of",
     "in_float32",
     "leaf_spaces",
+    "listed",
     "matrices",
     "named_leaves",
     "numbers",
@@ -671,6 +672,12 @@ def flags(values: Any, key: str) -> np.ndarray:
         step = wrong.argmax()
         raise ValueError(f"{key}[{step}] is {values[step]}, expected 0 or 1")
     return values.astype(bool)
+
+
+def listed(those: Sequence[Any], most: int, separator: str = ", ") -> str:
+    """Name the first of them, and say how many more there are."""
+    shown = separator.join(map(str, those[:most]))
+    return shown if len(those) <= most else f"{shown} and {len(those) - most} more"
 
 
 def written(key: NestedKey) -> str:

@@ -316,7 +316,7 @@ def ranked(found: Mapping[str, FittedQ], discount: float) -> list[str]:
     best = found[order[0]]
     lines = [f"Return, discounted by {discount:g}, from where episodes begin:"]
     width = max(map(len, order))
-    alike = []
+    alike, doubtful = [], False
     for place, path in enumerate(order, start=1):
         its = found[path]
         notes = [f"distance {its.distance:.2f}"]
@@ -324,6 +324,7 @@ def ranked(found: Mapping[str, FittedQ], discount: float) -> list[str]:
             notes.append("diverges")
         elif not its.is_converged:
             notes.append("not converged")
+        doubtful |= len(notes) > 1
         figures = f"{its.value:>10.4g} ± {its.spread:<8.2g}"
         lines.append(f"{place:>3}. {path:<{width}}{figures}{', '.join(notes)}")
         difference = best.members - its.members  # on the same draws of episodes
@@ -331,7 +332,7 @@ def ranked(found: Mapping[str, FittedQ], discount: float) -> list[str]:
             alike.append(place)
     lines.append(_data_line(best.of_data))
     lines += [f"{place:>3}. {verdict(found[path])}" for place, path in enumerate(order, start=1)]
-    if any(its.clip_fraction > CLIPPED or not its.is_converged for its in found.values()):
+    if doubtful:
         lines.append("Which is the best is not known before all of them can be trusted.")
     elif alike:
         lines.append(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.spaces import Box
+from torch import Tensor
 from torchrl.objectives.common import LossModule
 
 from torchrl_iql import OfflineDataset
@@ -75,9 +76,12 @@ class Diagnosis:
         self._data_returns = data_returns
         self._look = Validator(dataset, rows=ROWS)
         asks_for_rewards = hasattr(settings.algorithm, "discount") and dataset.window is None
-        rewards = dataset.transitions["next", "reward"]
+        rewards = dataset.transitions["next", "reward"][:, 0]
         self._has_one_reward = bool((rewards == rewards[0]).all())
-        self._of_rewards = dict(_of_rewards(dataset)) if asks_for_rewards else {}
+        self._of_rewards = {}
+        if asks_for_rewards:
+            lengths = dataset.episode_lengths
+            self._of_rewards = dict(_of_rewards(rewards, lengths, self._has_one_reward))
         actions, space = dataset.transitions["action"], dataset.action_space
         self._at_bounds = 0.0
         if isinstance(space, Box) and space.is_bounded():
@@ -103,18 +107,16 @@ class Diagnosis:
             _of_scores(self._settings, learner, rows, self._data_returns)
         )
         if not self._has_one_reward:  # of which no values and weights are better than others
-            held_out = dict(
-                _of_held_out(rows)
-            )  # then more steps, for values that move, are no remedy
+            # Where held-out episodes tell, more steps, for values that move, are no remedy.
+            held_out = dict(_of_held_out(rows))
             found |= held_out or dict(_of_values(rows, learner, metrics))
             found |= dict(_of_weights(self._settings, learner, metrics))
         return found | dict(_of_actions(self._settings, metrics, self._at_bounds))
 
 
-def _of_rewards(dataset: OfflineDataset) -> Iterator[tuple[str, str]]:
-    rewards = dataset.transitions["next", "reward"][:, 0]
+def _of_rewards(rewards: Tensor, lengths: Tensor, all_are_one: bool) -> Iterator[tuple[str, str]]:
     usual = rewards.median()
-    if bool((rewards == usual).all()):
+    if all_are_one:
         yield (
             "rewards",
             f"every reward is {usual:g}: nothing tells good from bad, and the policy can only imitate; look "
@@ -122,11 +124,11 @@ def _of_rewards(dataset: OfflineDataset) -> Iterator[tuple[str, str]]:
         )
         return
     is_unlike = (rewards != usual).float()
-    reached = int(torch.segment_reduce(is_unlike, "max", lengths=dataset.episode_lengths).sum())
-    if reached < REACHED * len(dataset.episode_lengths):
+    reached = int(torch.segment_reduce(is_unlike, "max", lengths=lengths).sum())
+    if reached < REACHED * len(lengths):
         yield (
             "rewards",
-            f"{reached} of {len(dataset.episode_lengths)} episodes have a reward other than {usual:g}: V can "
+            f"{reached} of {len(lengths)} episodes have a reward other than {usual:g}: V can "
             "hardly know of it; give data that reach it, or a reward that leads there",
         )
 

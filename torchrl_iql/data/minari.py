@@ -25,7 +25,7 @@ from torchrl_iql.data.saving import STOPPED
 from torchrl_iql.data.source import Source
 from torchrl_iql.data.stored import DownloadError
 from torchrl_iql.environments import observing, registered, require_reference_scores
-from torchrl_iql.spaces import selected, sorted_space
+from torchrl_iql.spaces import listed, selected, sorted_space
 
 __all__ = ["minari_source", "opened", "stored_env"]
 
@@ -141,12 +141,12 @@ def _folder(source: str | Path, download: bool) -> Path:
     missing = f"no Minari data set {str(source)!r}, neither as a folder nor as an id in {root}"
     # What is no id, as ../there, would be looked for, and downloaded, outside of that folder.
     match = None if isinstance(source, Path) else DATASET_ID_RE.fullmatch(source)
-    near = [str(each) for each in _near(Path(source))]
-    if match is not None and not near:
-        near = [str(each.relative_to(root)) for each in _near(root / source)]
-    if near:
-        those = ", ".join([*near[:NAMED], *["..."][: len(near) > NAMED]])
-        raise FileNotFoundError(f"{missing}; there are {those}: give one of them")
+    if match is None or not (root / source / "data").is_dir():
+        near = [str(each) for each in _near(Path(source))]
+        if match is not None and not near:
+            near = [str(each.relative_to(root)) for each in _near(root / source)]
+        if near:
+            raise FileNotFoundError(f"{missing}; there are {listed(near, NAMED)}: give one of them")
     if match is None:
         raise FileNotFoundError(missing)
     if match["version"] is None:

@@ -41,6 +41,7 @@ from torchrl_iql.spaces import (
     column,
     fits,
     flags,
+    listed,
     observation_rows,
     require_finite,
 )
@@ -412,7 +413,7 @@ def _from_observations(simulator: Simulator, drawn: _Transitions) -> _Outcome:
     lacking = np.flatnonzero(simulator.columns[:size] < 0)
     if lacking.tolist() not in ([], [0], [0, 1]):
         entries = [f"qpos[{i}]" if i < positions else f"qvel[{i - positions}]" for i in lacking]
-        raise _NotRecovered(f"observations are not the state, they lack {_listed(entries)}")
+        raise _NotRecovered(f"observations are not the state, they lack {listed(entries, NAMED)}")
     clipped = simulator.clipped(drawn.observations).any(1)
     if clipped.all():
         raise _NotRecovered("all states that were drawn are clipped")
@@ -633,7 +634,7 @@ def _judged(outcome: _Outcome, simulator: Simulator, name: str, environment: str
         (each for each in columns if each.differ), key=lambda each: each.scaled, reverse=True
     )
     wrong = [each for each in differing if not each.matches]
-    reasons = [f"columns {_listed([each.name for each in wrong])}"] if wrong else []
+    reasons = [f"columns {listed([each.name for each in wrong], NAMED)}"] if wrong else []
     if found.reward is not None and not found.reward.matches:
         reasons.append("rewards")
     if found.terminations is not None:
@@ -650,7 +651,7 @@ def _judged(outcome: _Outcome, simulator: Simulator, name: str, environment: str
             )
             return replace(found, verdict="unknown", reason=reason)
     elif differing:
-        few = _listed([each.name for each in differing])
+        few = listed([each.name for each in differing], NAMED)
         reason = f"but for {far.any(1).sum():,} of {count:,} observations, in columns {few}"
         found = replace(found, reason=reason)
     return found
@@ -682,8 +683,3 @@ def _begins_alike(outcome: _Outcome, simulator: Simulator) -> bool:
         played=False,
     )
     return _judged(first, simulator, "", "").verdict == "match"
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:NAMED])
-    return shown if len(names) <= NAMED else f"{shown} and {len(names) - NAMED} more"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchrl_iql.data.episodes import EpisodeRule
 from torchrl_iql.data.rewards import RewardRule, RewardTransform
 from torchrl_iql.environments import reference_scores_of
-from torchrl_iql.spaces import named_leaves
+from torchrl_iql.spaces import listed, named_leaves
 
 __all__ = ["Report", "report"]
 
@@ -73,10 +73,10 @@ class Report:
     def __str__(self) -> str:
         if self.action_counts:
             size = len(self.action_counts)
-            actions = f"{size} categories, taken {_listed(self.action_counts)} times"
+            actions = f"{size} categories, taken {listed(self.action_counts, SHOWN)} times"
         else:
             ranges = [f"{low:z.3g} to {high:z.3g}" for low, high in self.action_ranges]
-            actions = f"{len(ranges)} dimensions, {_listed(ranges)}"
+            actions = f"{len(ranges)} dimensions, {listed(ranges, SHOWN)}"
         rows = {
             "environment": self.environment or "not known",
             "rules": f"reward {self.reward_rule}, episodes {self.episode_rule}",
@@ -91,7 +91,7 @@ class Report:
             "reward": _range(self.rewards),
             "ends": f"{self.terminations:,} terminations, {self.time_outs:,} time-outs",
             "observation": _parts(self.observation_size, self.observation_parts),
-            "constant": f"columns {_listed(self.constant_columns) or 'none'}",
+            "constant": f"columns {listed(self.constant_columns, SHOWN) or 'none'}",
             "NaN": f"{self.nan_rows:,} observations after a termination",
             "action": actions,
         }
@@ -194,8 +194,3 @@ def _range(values: tuple[float, float, float]) -> str:
 
 def _known(value: float | None, form: str, otherwise: str) -> str:
     return f"not known, {otherwise}" if value is None else f"{value:{form}}"
-
-
-def _listed(values: tuple | list) -> str:
-    shown = ", ".join(map(str, values[:SHOWN]))
-    return shown if len(values) <= SHOWN else f"{shown} and {len(values) - SHOWN} more"

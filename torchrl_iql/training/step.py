@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
 from torchrl_iql.data.minibatches import BLOCK, Minibatches
+from torchrl_iql.spaces import listed
 from torchrl_iql.training import native
 from torchrl_iql.training.coefficients import coefficients, learned, plain, set_coefficients
 from torchrl_iql.training.execution import Execution, Executor, RandomStream
@@ -529,7 +530,7 @@ class TrainStep:
         if lacks := [key for key in ("loss", "moments", "steps") if key not in state]:
             raise ValueError(
                 f"the state is none of TrainStep.state_dict(): it has no {', '.join(lacks)}, and holds "
-                f"{_few(list(map(str, state))) or 'nothing'}. What a loss's own state_dict() returned goes "
+                f"{listed(list(state), NAMED) or 'nothing'}. What a loss's own state_dict() returned goes "
                 "into its load_state_dict"
             )
         self._adopt()
@@ -544,7 +545,7 @@ class TrainStep:
             for key in {**expected, **found}
             if found.get(key) != expected.get(key)
         ]:
-            raise ValueError(f"the state is of other parameters: {_few(others, '; ')}")
+            raise ValueError(f"the state is of other parameters: {listed(others, NAMED, '; ')}")
         optimization = self._optimizations[replica]
         if "settings" not in keep:
             optimization = replace(optimization, **state.get("optimization", {}))
@@ -552,7 +553,7 @@ class TrainStep:
             trained = {n for n in its if network_of(n) in optimization.networks}
             missing = trained & dict(loss.named_parameters()).keys() - state["moments"].keys()
             if missing:
-                raise ValueError(f"the state has no moments of {_few(sorted(missing))}")
+                raise ValueError(f"the state has no moments of {listed(sorted(missing), NAMED)}")
         if "settings" not in keep:
             persistent = {key: value for key, value in state["loss"].items() if key not in its}
             set_coefficients(loss, {**persistent, **state.get("coefficients", {})})
@@ -661,12 +662,6 @@ def _kind(loss: LossModule) -> tuple:
 def _all(program: Program) -> list[Tensor]:
     learned, following = program.changing()
     return [*learned, *following]
-
-
-def _few(those: Sequence[str], separator: str = ", ") -> str:
-    """Name the first of them, and say how many more there are."""
-    shown = separator.join(those[:NAMED])
-    return shown if len(those) <= NAMED else f"{shown} and {len(those) - NAMED} more"
 
 
 def _check_apart(losses: Sequence[LossModule]) -> None:
