@@ -205,8 +205,8 @@ def _are_comparable(dataset: OfflineDataset) -> bool:
 
 
 def _held_out(episodes: int) -> str:
-    few = ", too few to judge by: give a larger share" if episodes < FEW_EPISODES else ""
-    return f"{episodes} episodes{few}"
+    few = f", too few to judge by, which takes {FEW_EPISODES}: give a larger share"
+    return f"{episodes} episodes{few if episodes < FEW_EPISODES else ''}"
 
 
 def report(scores: dict[str, Any], path: Path, settings: Settings) -> str:

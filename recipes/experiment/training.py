@@ -108,7 +108,7 @@ class Experiment(Door):
         if "decay_steps" not in given:
             print(
                 f"decay_steps={length}: the policy's learning rate falls as it did before, and is 0 after "
-                f"{length} steps; decay_steps={after} stretches it"
+                f"{length} steps; decay_steps={after} lets it fall until the end"
             )
         return Settings.of({**resumed.values, "decay_steps": length})
 

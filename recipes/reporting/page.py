@@ -425,7 +425,7 @@ def _histograms(data: Mapping[str, Any], name: str, room: Room) -> list[tuple[st
     for key, (title, x, y) in {
         "returns": ("return of an episode, as recorded", "sum of raw rewards", "episodes"),
         "lengths": ("length of an episode", "steps", "episodes"),
-        "rewards": ("reward of a step, after the rule", "after the rule", "steps"),
+        "rewards": ("reward of a step, after the rule", "reward", "steps"),
     }.items():
         its = data[key]
         draw = partial(
