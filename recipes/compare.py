@@ -28,7 +28,8 @@ def main(default: Path | None = None) -> None:
     Args:
         default: the plan that is done where nothing is given; None: then that is refused.
     """
-    parser = Parser(__doc__, "compare")
+    script = "compare" if default is None else "comparison/table"
+    parser = Parser(__doc__, script)
     parser.add_argument(
         "given",
         nargs="*",
@@ -59,7 +60,7 @@ def main(default: Path | None = None) -> None:
             "take days"
         )
     args.plan, args.jobs = args.plan or PLAN, 2 if args.jobs is None else args.jobs
-    with errors_in_one_line(label("compare"), debug=args.debug):
+    with errors_in_one_line(label(script), debug=args.debug):
         if args.given and not args.launcher:
             from torchrl_iql_recipes.reporting import gather, text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.algorithms.iql import IQL
 from torchrl_iql_recipes.algorithms.onestep import OneStep
 from torchrl_iql_recipes.experiment import build, offline, online
-from torchrl_iql_recipes.experiment.choices import CONFIG
+from torchrl_iql_recipes.experiment.choices import CONFIG, of_task, tasks
 from torchrl_iql_recipes.experiment.networks import architecture_for
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.settings import Settings
@@ -54,7 +55,7 @@ def same(one: Path, other: Path) -> bool:
 
 def step_of(settings: Settings) -> tuple[TrainStep, Any]:
     dataset = settings.algorithm.data(build.dataset_for(settings.data))
-    described = architecture_for(settings.networks, dataset)
+    described = architecture_for(settings.networks, dataset, settings.algorithm)
     architecture = settings.algorithm.architecture(described, dataset)
     step = build.step_for(settings.learners, architecture, dataset, settings.compute, 60)
     return step, dataset.minibatches(32, seeds=[each.seed for each in settings.learners])
@@ -227,3 +228,48 @@ def test_an_algorithm_with_columns_of_its_own_is_not_fine_tuned(
     settings = ONLINE.settings([f"dataset={maze_id}", "temperature=3", "steps=10"])
     with pytest.raises(SettingsError, match=r"algorithm=iql learns from \['weight'\]"):
         online.data_for(settings)
+
+
+@EVERY
+def test_on_discrete_actions_it_learns_or_says_that_it_does_not(name: str, tmp_path: Path) -> None:
+    rng, n = np.random.default_rng(0), 200
+    observations = rng.normal(size=(n + 1, 3)).astype(np.float32)
+    np.savez(
+        tmp_path / "log.npz",
+        observations=observations[:-1],
+        next_observations=observations[1:],
+        actions=rng.integers(3, size=n),
+        rewards=rng.normal(size=n),
+        terminals=np.arange(n) % 20 == 19,
+    )
+    quick = ["steps=3", "eval_episodes=0", "seeds=0", "batch_size=16", "compute.execution=eager"]
+    settings = OFFLINE.settings(
+        [f"algorithm={name}", f"dataset={tmp_path / 'log.npz'}", "action_space=3", *quick]
+    )
+    if name in ("awac", "td3bc", "cql", "dt"):
+        with pytest.raises(SettingsError, match=r"discrete.* give another algorithm"):
+            offline.run(settings, tmp_path / "run")
+        return
+    assert offline.run(settings, tmp_path / "run")["replicas"][0]["steps"] == 3
+    policy = load_policy(tmp_path / "run/last.ckpt")
+    taken = policy(TensorDict({"observation": torch.tensor(observations)}, [n + 1]))["action"]
+    assert set(taken.tolist()) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [("awac", "gaussian"), ("cql", "heteroscedastic"), ("td3bc", "deterministic")],
+)
+def test_it_has_a_policy_that_it_can_train_in_every_task(name: str, policy: str) -> None:
+    """Also where a task has one of its own, which is IQL's."""
+    default = "gaussian"
+    assert {task: of_task(task, name).get("policy", default) for task in tasks()} == dict.fromkeys(
+        tasks(), policy
+    )
+
+
+def test_weights_may_have_no_bound() -> None:
+    assert OFFLINE.settings(["weight_clip=inf"]).algorithm.weight_clip == math.inf  # pyright: ignore
+    for value in ("nan", "0", "true", "text"):
+        with pytest.raises(SettingsError, match=r"weight_clip=.*: expected a number above 0"):
+            OFFLINE.settings([f"weight_clip={value}"])

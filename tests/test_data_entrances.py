@@ -458,6 +458,27 @@ def test_rows_without_an_order_are_told_also_if_nothing_says_what_came_next(tmp_
             assert all("as far away as the observations of any other" in each for each in told)
 
 
+def test_what_is_fast_in_a_part_of_what_is_observed_is_no_other_order() -> None:
+    """As velocities are; in another order all of it leads as far as to any other row."""
+    rng, n = np.random.default_rng(0), 2000
+    fast, slow = rng.normal(size=(n + 1, 15)), rng.normal(size=(n + 1, 2)).cumsum(axis=0)
+    states = np.concatenate([fast, slow], axis=1)
+    for order, count in ((np.arange(n), 0), (rng.permutation(n), 1)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            OfflineDataset.from_arrays(
+                "fast",
+                observations=states[:-1],
+                next_observations=states[1:][order],
+                actions=np.zeros((n, 1)),
+                rewards=np.zeros(n),
+                terminals=np.arange(n) == n - 1,
+                timeouts=np.arange(n) % 100 == 99,
+            )
+        told = [each for each in caught if "in the order of time" in str(each.message)]
+        assert len(told) == count, [str(each.message) for each in caught]
+
+
 def test_rows_that_are_slices_are_fragments() -> None:
     transitions = as_tensordict(shuffled_walk(np.arange(N)) | {"timeouts": np.zeros(N, bool)})
     slices = transitions.reshape(30, 20)

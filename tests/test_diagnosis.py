@@ -71,7 +71,7 @@ def found(
     (learner,) = settings.learners
     learned, rest = dataset.split(held_out, seed=0) if held_out else (dataset, None)
     learned = build.learned_from(settings, learned)
-    architecture = architecture_for(settings.networks, learned)
+    architecture = architecture_for(settings.networks, learned, settings.algorithm)
     step = build.step_for([learner], architecture, learned, settings.compute, steps)
     minibatches, rows = build.over_steps(settings, learned).minibatches(64), []
     look = None if rest is None else HeldOut(settings, rest)

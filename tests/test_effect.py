@@ -789,7 +789,34 @@ def test_actions_out_of_a_checkpoints_reach_are_refused(
 def test_discrete_actions_have_their_own_policy(change: str) -> None:
     settings = OFFLINE.settings([change])
     with pytest.raises(SettingsError, match=f"{change}: without effect, the actions of CartPole"):
-        architecture_for(settings.networks, OfflineDataset.empty("CartPole-v1"))
+        empty = OfflineDataset.empty("CartPole-v1")
+        architecture_for(settings.networks, empty, settings.algorithm)
+
+
+@pytest.mark.parametrize("name", ["awac", "td3bc", "cql"])
+def test_discrete_actions_are_refused_before_a_policy_that_nobody_asked_for(name: str) -> None:
+    settings = OFFLINE.settings([f"algorithm={name}"])
+    with pytest.raises(SettingsError, match=r"continuous actions, those of CartPole-v1 are discr"):
+        empty = OfflineDataset.empty("CartPole-v1")
+        architecture_for(settings.networks, empty, settings.algorithm)
+
+
+def test_an_action_that_can_not_change_is_refused_by_name() -> None:
+    settings = OFFLINE.settings(["algorithm=td3bc"])
+    n, bounds = 4, Box(np.float32([-1, 0]), np.float32([1, 0]))
+    data = OfflineDataset.from_arrays(
+        "still",
+        observations=np.arange(4.0)[:, None],
+        next_observations=np.arange(4.0)[:, None] + 1,
+        actions=np.zeros((n, 2)),
+        rewards=np.ones(n),
+        terminals=np.arange(n) == n - 1,
+        action_space=bounds,
+    )
+    with pytest.raises(
+        SettingsError, match=r"action 1 of still can only be 0, .*: give data without"
+    ):
+        architecture_for(settings.networks, data, settings.algorithm)
 
 
 # --- What no parameters depend on ----------------------------------------------------------------------

@@ -513,7 +513,7 @@ def started(cfg: Settings, folder: Path) -> FineTuning:
     dataset, _ = online.data_for(cfg)
     known = last if last.exists() else start
     if known is None:
-        architecture = online.architecture_for(cfg.networks, dataset)
+        architecture = online.architecture_for(cfg.networks, dataset, cfg.algorithm)
     else:
         architecture = checkpoint.load_architecture(known)
     return FineTuning(cfg, dataset, architecture, None, folder, start)
@@ -735,7 +735,7 @@ def of_diary(tmp_path: Path, *overrides: str, **trouble: int) -> FineTuning:
         "dataset=null", "normalize_observation=false", "reward=none", "seeds=0", *overrides
     )
     dataset = OfflineDataset.empty(diary(**trouble))
-    architecture = online.architecture_for(cfg.networks, dataset)
+    architecture = online.architecture_for(cfg.networks, dataset, cfg.algorithm)
     return FineTuning(cfg, dataset, architecture, None, tmp_path, None)
 
 

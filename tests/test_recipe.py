@@ -122,7 +122,7 @@ def test_the_settings_reach_the_learners(maze_id: str) -> None:
     overrides = ["weight_clip=7", "discount=0.9", "learning_rate=0.01", "num_qvalue_nets=3"]
     cfg = config("expectile=0.8", "temperature=[2,5]", *overrides)
     dataset = load_dataset(maze_id)
-    architecture = architecture_for(cfg.networks, dataset)
+    architecture = architecture_for(cfg.networks, dataset, cfg.algorithm)
     step = build.step_for(cfg.learners, architecture, dataset, cfg.compute, 60)
     for loss, temperature in zip(step.losses, (2, 5), strict=True):
         assert (loss.expectile, loss.temperature, loss.weight_clip) == (0.8, temperature, 7)
@@ -139,7 +139,7 @@ def test_the_length_of_the_decay_is_a_setting(maze_id: str) -> None:
     rates = {}
     for given in ("decay_steps=null", "decay_steps=0", "decay_steps=4"):
         cfg = config("temperature=3", given)
-        architecture = architecture_for(cfg.networks, dataset)
+        architecture = architecture_for(cfg.networks, dataset, cfg.algorithm)
         step = build.step_for(cfg.learners, architecture, dataset, cfg.compute, 8)
         step.run(dataset.minibatches(8, seeds=[0]), 4)
         (rates[given],) = step.learning_rates()["actor_network"]
@@ -298,7 +298,7 @@ def test_what_does_not_say_enough_is_refused(maze_id: str) -> None:
     with pytest.raises(
         ValueError, match=rf"action 1 of {maze_id} is always 0.5; give action_bounds"
     ):
-        architecture_for(cfg.networks, dataset)
+        architecture_for(cfg.networks, dataset, cfg.algorithm)
 
 
 @pytest.mark.parametrize(
@@ -495,7 +495,7 @@ def test_what_learners_share_can_not_differ_between_them(
 ) -> None:
     cfg = config("temperature=[1,3]")
     dataset = load_dataset(maze_id)
-    architecture = architecture_for(cfg.networks, dataset)
+    architecture = architecture_for(cfg.networks, dataset, cfg.algorithm)
 
     def optimization(self: IQL, steps: int) -> dict[str, Any]:
         return {"learning_rate": 1e-3, "target_rate": 0.1 * self.temperature}

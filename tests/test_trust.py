@@ -42,6 +42,7 @@ from torchrl_iql_recipes.behaviors.mazes import point_maze
 from torchrl_iql_recipes.behaviors.policies import Stages
 from torchrl_iql_recipes.behaviors.sac import run as train_sac
 from torchrl_iql_recipes.collect import COLLECT
+from torchrl_iql_recipes.comparison import jobs
 from torchrl_iql_recipes.comparison.jobs import Job
 from torchrl_iql_recipes.experiment import build, offline, online
 from torchrl_iql_recipes.experiment.choices import CONFIG
@@ -511,20 +512,23 @@ def test_the_command_that_goes_on_says_what_it_needs(tmp_path: Path) -> None:
             assert door.resumed(path, overrides).data.trust_env == bool(given)
 
 
-def test_a_run_of_a_comparison_goes_on_with_the_trust_it_was_given(tmp_path: Path) -> None:
+def test_a_run_of_a_comparison_goes_on_with_the_trust_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "offline.py"
     script.write_text(
         "import pathlib, sys; pathlib.Path(sys.argv[0] + '.given').write_text(' '.join(sys.argv[1:]))"
     )
-    (tmp_path / "run").mkdir()
-    job = Job(script, tmp_path / "run", ["env=mine:Env-v0", "trust_env=true", "steps=5"])
+    monkeypatch.setattr(jobs, "RECIPES", tmp_path)
+    given = ["env=mine:Env-v0", "trust_env=true", "steps=5", "seeds=0"]
+    job = Job(OFFLINE, tmp_path / "run", given)
     for begun in (False, True):
         with pytest.raises(RuntimeError, match="was interrupted"):
             job.finish()
         given = script.with_name("offline.py.given").read_text()
         assert "env=mine:Env-v0 trust_env=true" in given
         assert ("steps=5" in given, "resume=" in given) == (not begun, begun)
-        (tmp_path / "run/config.yaml").touch()
+        run_folder(tmp_path / "run", OFFLINE, **job.wanted.values)
 
 
 def test_collect_takes_no_settings_of_a_file(

@@ -155,7 +155,7 @@ def test_a_loss_without_a_policy_is_looked_at() -> None:
 def test_of_every_algorithm_there_is_what_it_has(name: str, maze_id: str) -> None:
     settings = config(name, maze_id)
     dataset = build.learned_from(settings, load_dataset(maze_id))
-    described = architecture_for(settings.networks, dataset)
+    described = architecture_for(settings.networks, dataset, settings.algorithm)
     architecture = settings.algorithm.architecture(described, dataset)
     torch.manual_seed(0)
     loss = settings.algorithm.loss(Networks(architecture))

@@ -350,10 +350,15 @@ def decision_transformer(
 
     Raises:
         ImportError: the package ``transformers`` is not installed.
-        ValueError: ``hidden_sizes`` differ.
+        ValueError: ``hidden_sizes`` differ, or another argument is out of range.
     """
     if len(set(hidden_sizes)) != 1:
         raise ValueError(f"hidden_sizes must all be the same width, got {list(hidden_sizes)}")
+    for name, number in {"context": context, "episode_length": episode_length}.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number!r}")
+    if not 0 < return_scale < math.inf:
+        raise ValueError(f"return_scale must be in (0, inf), got {return_scale!r}")
     low, high = _bounds(action)
     statistics = observation_statistics
     actor = TimedDTActor(

@@ -27,6 +27,7 @@ class AWAC(Algorithm):
 
     title: ClassVar[str] = "AWAC"
     of_networks: ClassVar[tuple[str, ...]] = ("num_qvalue_nets",)
+    is_continuous: ClassVar[bool] = True
 
     discount: Discount = 0.99
     target_rate: TargetRate = 0.005

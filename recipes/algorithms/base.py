@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from torchrl_iql_recipes.experiment.schema import (
     AXIS,
@@ -15,6 +15,7 @@ from torchrl_iql_recipes.experiment.schema import (
     Part,
     Positive,
     Rate,
+    number,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +54,10 @@ Temperature = Annotated[
     NotNegative, AXIS, Field(description="inverse: 0 is behaviour cloning, large is greedy")
 ]
 WeightClip = Annotated[
-    Positive, Field(description="the largest weight of an action in the policy's loss")
+    float,  # also infinity
+    BeforeValidator(number),
+    Field(gt=0),
+    Field(description="the largest weight of an action in the policy's loss"),
 ]
 NumQvalueNets = Annotated[Count, Field(description="the smallest of their values counts")]
 
@@ -69,11 +73,13 @@ class Algorithm(Part):
         title: what results call it.
         of_networks: the settings that say what is in a checkpoint, and can not be changed with one.
         is_offline: whether it learns from whole episodes, and not from what is collected step by step.
+        is_continuous: whether it is for continuous actions only.
     """
 
     title: ClassVar[str]
     of_networks: ClassVar[tuple[str, ...]] = ()
     is_offline: ClassVar[bool] = False
+    is_continuous: ClassVar[bool] = False
 
     learning_rate: LearningRate = 3e-4
     decay_steps: DecaySteps = None

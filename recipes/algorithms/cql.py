@@ -22,6 +22,7 @@ class CQL(Algorithm):
 
     title: ClassVar[str] = "CQL"
     of_networks: ClassVar[tuple[str, ...]] = ("gap",)
+    is_continuous: ClassVar[bool] = True
 
     discount: Discount = 0.99
     target_rate: TargetRate = 0.005

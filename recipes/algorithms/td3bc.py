@@ -24,6 +24,7 @@ class TD3BC(Algorithm):
     """The defaults are the paper's, for all tasks; it normalises observations, as config/algorithm says."""
 
     title: ClassVar[str] = "TD3+BC"
+    is_continuous: ClassVar[bool] = True
 
     discount: Discount = 0.99
     target_rate: TargetRate = 0.005

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +84,7 @@ def of(plan: Plan) -> Aggregates | None:
     Returns are of another scale in every task: those without normalized scores are left out.
     """
     names = [
-        name for name in plan.algorithms if any(_counts(plan, task, name) for task in plan.tasks)
+        name for name in plan.compared if any(_counts(plan, task, name) for task in plan.tasks)
     ]
     found: dict[str, dict[str, list[float]]] = {}
     for task in plan.tasks:
@@ -120,7 +121,7 @@ def _counts(plan: Plan, task: str, algorithm: str) -> list[float] | None:
 
 def draw_aggregates(its: Aggregates, titles: Mapping[str, str], png: Path) -> None:
     """Draw interquartile means, the probability of improvement, and performance profiles."""
-    names = list(its.means)
+    names, colours = list(its.means), _colours(list(titles))
     figure = Figure(figsize=(11, 1.3 + 0.35 * len(names)), dpi=DPI, layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     best = names[-1]
@@ -129,7 +130,7 @@ def draw_aggregates(its: Aggregates, titles: Mapping[str, str], png: Path) -> No
         (middle, its.improvement, f"probability that {titles[best]} is better"),
     ):
         for row, (name, (value, low, high)) in enumerate(values.items()):
-            colour = BLUE if name == best else SLATE
+            colour = colours[name] if name == best else SLATE
             axes.plot([low, high], [row, row], color=colour, linewidth=6, alpha=0.35)
             axes.plot(value, row, "o", color=colour)
         axes.set_yticks(range(len(values)), [titles[name] for name in values])
@@ -137,15 +138,20 @@ def draw_aggregates(its: Aggregates, titles: Mapping[str, str], png: Path) -> No
         axes.margins(y=0.2)
     middle.axvline(0.5, color=SLATE, linestyle=":", linewidth=1)
     middle.set_xlim(0, 1)
-    colours = [*SEEDS[1:], "#8d99ae", "#b56576"]
-    for name, colour in zip(names, [*colours[: len(names) - 1], BLUE], strict=False):
+    for name in names:
         share, low, high = its.profiles[name]
-        right.plot(its.thresholds, share, color=colour, label=titles[name])
-        right.fill_between(its.thresholds, low, high, color=colour, alpha=0.12, linewidth=0)
+        right.plot(its.thresholds, share, color=colours[name], label=titles[name])
+        right.fill_between(its.thresholds, low, high, color=colours[name], alpha=0.12, linewidth=0)
     right.set(xlabel="normalized score", ylim=(-0.02, 1.02))
     right.set_title("share of runs with at least this score", fontsize=9)
     right.legend(fontsize=7)
     figure.savefig(png)
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    """Return the colour of each algorithm, the same in all pictures: IQL's is blue."""
+    others = itertools.cycle([*SEEDS[1:], "#8d99ae", "#b56576", "#6d597a"])
+    return {name: BLUE if name == "iql" else next(others) for name in names}
 
 
 def curves(plan: Plan, titles: Mapping[str, str], png: Path) -> None:
@@ -161,9 +167,7 @@ def curves(plan: Plan, titles: Mapping[str, str], png: Path) -> None:
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     online = any(cell.env_steps for cell in plan.cells)
     xlabel = "gradient steps; past the line online" if online else "gradient steps"
-    others = [*SEEDS[1:], "#8d99ae", "#b56576", "#6d597a"]
-    names = [name for name in plan.algorithms if name != "iql"]
-    colours = {**dict(zip(names, others, strict=False)), "iql": BLUE}
+    colours = _colours(plan.algorithms)
     for panel, task in zip(panels, tasks, strict=False):
         for name in plan.algorithms:
             cell = plan.cell(task, name)

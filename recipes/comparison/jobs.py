@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -11,26 +10,26 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from torchrl_iql_recipes.behaviors import collection
+from torchrl_iql_recipes.comparison.record import Known
 from torchrl_iql_recipes.experiment import results
+from torchrl_iql_recipes.experiment.overrides import as_given
+from torchrl_iql_recipes.experiment.schema import SettingsError, written
 from torchrl_iql_recipes.experiment.settings import Settings
 from torchrl_iql_recipes.experiment.stopping import EXIT_CODES, Stopped, stoppable
-from torchrl_iql_recipes.files import whole
+from torchrl_iql_recipes.experiment.training import Experiment
 
-__all__ = [
-    "Job",
-    "ensure_data",
-    "finish",
-    "run",
-    "settings_in",
-    "told_if_stopped",
-    "write_settings",
-]
+__all__ = ["RECIPES", "Job", "ensure_data", "finish", "new_folder", "run", "told_if_stopped"]
+
+RECIPES = Path(__file__).parents[1]
+LONGEST = 300
+"""Letters of what a run has said last."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,50 @@ class Job:
     """One run of a recipe.
 
     Attributes:
-        script: the recipe.
+        door: of the recipe.
         folder: where it leaves its results.
         settings: what it is started with.
     """
 
-    script: Path
+    door: Experiment
     folder: Path
     settings: Sequence[str]
+
+    @cached_property
+    def wanted(self) -> Settings:
+        """The settings that it is to have.
+
+        Raises:
+            SettingsError: it can not have them.
+        """
+        return self.door.settings(self.settings)
+
+    @property
+    def found(self) -> Settings | None:
+        """The settings of the run in its folder; None if none has begun there."""
+        return self.door.stored(self.folder) if self.has_begun else None
+
+    @property
+    def has_begun(self) -> bool:
+        return (self.folder / "config.yaml").exists()
+
+    def check(self) -> None:
+        """Refuse a run in its folder that has other settings or seeds than it is to have.
+
+        Raises:
+            SettingsError: it names the folder and the settings.
+        """
+        if (found := self.found) is None:
+            return
+        differ = Known(found.values, {}).differences(self.wanted.values)
+        seeds, asked = ({each.seed for each in its.learners} for its in (found, self.wanted))
+        if seeds != asked:
+            differ.append(f"seeds={written(sorted(seeds))}, not {written(sorted(asked))}")
+        if differ:
+            raise SettingsError(
+                f"{self.folder} holds a run with other settings than are asked for: "
+                f"{', '.join(differ)}: remove it, or give another --folder"
+            )
 
     def result(self) -> dict[str, Any] | None:
         """Return what its ``scores.json`` holds, once it is finished."""
@@ -58,46 +93,42 @@ class Job:
         """Start it, or go on with it, unless it is finished.
 
         Raises:
-            ValueError: if the folder holds a run with other settings.
+            SettingsError: the folder holds a run with other settings.
             RuntimeError: if it fails or is interrupted; its output is in ``log.txt`` of its folder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        known, begun = self.folder / "settings.json", (self.folder / "config.yaml").exists()
-        asked = settings_in(known)
-        is_of_others = begun and not known.exists()
-        if is_of_others or asked not in (None, list(self.settings)):
-            where = "config.yaml" if is_of_others else known.name
-            raise ValueError(
-                f"{self.folder} holds a run with other settings, see {where}: remove it, or give "
-                "another --folder"
-            )
-        if asked is None:
-            write_settings(known, self.settings)
+        self.check()
         if self.result() is not None:
             return
-        arguments = [*self.settings, "compute.threads=1", f"hydra.run.dir='{self.folder}'"]
-        if begun:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        own = as_given("hydra.run.dir", str(self.folder))
+        arguments = [*self.settings, "compute.threads=1", own]
+        if self.has_begun:
             again = [each for each in self.settings if each.startswith(("env=", "trust_env="))]
-            arguments = [f"resume='{self.folder}'", *again]
-        log = self.folder / "log.txt"
-        if run(self.script, arguments, log) != 0:
-            raise RuntimeError(f"{self.script.name} failed, see {log}")
+            arguments = [as_given("resume", str(self.folder)), *again]
+        script, log = RECIPES / f"{self.door.name}.py", self.folder / "log.txt"
+        if run(script, arguments, log) != 0:
+            raise RuntimeError(f"{script.name} failed, see {log}{_last_line(log)}")
         if self.result() is None:
-            raise RuntimeError(f"{self.script.name} was interrupted, see {log}: start it again")
+            raise RuntimeError(f"{script.name} was interrupted, see {log}: start it again")
 
 
-def settings_in(file: Path) -> list[str] | None:
-    """Return what something was started with; None if there is no such file, or a kill cut it."""
+def _last_line(log: Path) -> str:
+    """Return what a run has said last."""
+    lines = [each.strip() for each in log.read_text(errors="replace").splitlines()]
+    return f": {lines[-1][:LONGEST]}" if lines and lines[-1] else ""
+
+
+def new_folder(path: Path) -> Path:
+    """Make the folder of all runs, unless it is there.
+
+    Raises:
+        SettingsError: that is not possible.
+    """
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def write_settings(file: Path, settings: Sequence[str]) -> None:
-    """Write what something is started with, for :func:`settings_in`."""
-    with whole(file) as new:
-        new.write_text(json.dumps(list(settings), indent=2) + "\n")
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--folder {path}: {error.strerror}") from None
+    return path
 
 
 _running: set[subprocess.Popen] = set()
@@ -146,7 +177,7 @@ def finish(jobs: Sequence[Finishing], processes: int) -> None:
 
     Raises:
         RuntimeError: some have failed, raised after the others are finished.
-        ValueError: the folder of one holds another run; no other is begun.
+        SettingsError: the folder of one holds another run; no other is begun.
         Stopped: a signal came; the runs have saved what they had.
     """
     failed = []

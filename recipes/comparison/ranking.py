@@ -36,17 +36,17 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from torchrl_iql_recipes.comparison.jobs import (
+    RECIPES,
     Job,
     ensure_data,
     finish,
+    new_folder,
     run,
-    settings_in,
     told_if_stopped,
-    write_settings,
 )
-from torchrl_iql_recipes.comparison.plan import RECIPES
 from torchrl_iql_recipes.experiment import results
 from torchrl_iql_recipes.experiment.curves import in_file
+from torchrl_iql_recipes.experiment.overrides import as_given
 from torchrl_iql_recipes.experiment.plots import DPI
 from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.experiment.training import OFFLINE
@@ -112,16 +112,35 @@ class Fit:
     settings: Sequence[str]
 
     def result(self) -> dict[str, Any] | None:
-        """Return what was found, once it was, of the checkpoint as it is now."""
+        """Return what was found, once it was, of the checkpoint as it is now.
+
+        Raises:
+            SettingsError: it was done with other settings.
+        """
         if not self.output.exists():
             return None
+        known, asked = self._known(), self._asked()
+        if known and [each for each in known if not _is_digest(each)] != asked:
+            raise SettingsError(
+                f"{self.output} is of other settings, see {self._settings.name}: remove both"
+            )
         # Earlier versions did not record it: theirs is taken for the same.
-        judged = [each for each in settings_in(self._known) or () if _is_digest(each)]
+        judged = [each for each in known if _is_digest(each)]
         return json.loads(self.output.read_text()) if judged in ([], [self._digest()]) else None
 
     @property
-    def _known(self) -> Path:
+    def _settings(self) -> Path:
         return self.output.with_suffix(".settings.json")
+
+    def _asked(self) -> list[str]:
+        return [f"fit_on={self.fit_on}", *self.settings]
+
+    def _known(self) -> list[str]:
+        """Return what it was done with; nothing if that is not known, or a kill cut the file."""
+        try:
+            return json.loads(self._settings.read_text())
+        except (OSError, ValueError):
+            return []
 
     def _digest(self) -> str:
         """Return what tells a checkpoint from what a run that goes on leaves in its place."""
@@ -133,21 +152,17 @@ class Fit:
 
         Raises:
             RuntimeError: it fails; its output is beside its results.
-            ValueError: it was done with other settings.
+            SettingsError: it was done with other settings.
         """
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        asked, known = [f"fit_on={self.fit_on}", *self.settings], settings_in(self._known)
-        if known is not None and [each for each in known if not _is_digest(each)] != asked:
-            raise ValueError(
-                f"{self.output} is of other settings, see {self._known.name}: remove both"
-            )
         if self.result() is not None:
             return
         self.output.unlink(missing_ok=True)  # of the checkpoint that was there before
-        write_settings(self._known, [*asked, self._digest()])
-        files = f"checkpoint='{self.checkpoint}'", f"output='{self.output}'"
+        with whole(self._settings) as new:
+            new.write_text(json.dumps([*self._asked(), self._digest()], indent=2) + "\n")
+        files = as_given("checkpoint", str(self.checkpoint)), as_given("output", str(self.output))
         log = self.output.with_suffix(".txt")
-        code = run(RECIPES / "estimate.py", [*files, "compute.threads=1", *asked], log)
+        code = run(RECIPES / "estimate.py", [*files, "compute.threads=1", *self._asked()], log)
         if code != 0 or not self.output.exists():
             raise RuntimeError(f"estimate.py failed, see {log}")
 
@@ -173,7 +188,7 @@ def trainings(args: argparse.Namespace) -> list[Job]:
                 *("validation=0.1", *args.settings),
             ]
             folder = args.folder / task.replace("/", "-") / algorithm
-            found.append(Job(RECIPES / "offline.py", folder, settings))
+            found.append(Job(OFFLINE, folder, settings))
     return found
 
 
@@ -325,6 +340,7 @@ def page(table: Table, args: argparse.Namespace) -> list[str]:
                     f"{np.mean([each.regret for each in found if each]):.2f}",
                 ]
             lines.append(f"| {title} | {' | '.join(cells)} | {' | '.join(means)} |")
+    trained = f"{args.steps:,} steps of training, " if args.tasks else ""
     blind = [by_chance([policy.score for policy, _ in table[name]]) for name in told]
     mean = f"{np.mean(blind):.2f}" if blind else ""
     lines.append(f"| blindly | {' | '.join(f'0 | {each:.2f}' for each in blind)} | 0 | {mean} |")
@@ -334,8 +350,8 @@ def page(table: Table, args: argparse.Namespace) -> list[str]:
         "policies that have the measure, if not all do. Regret: the best score less that of the policy "
         "that the measure puts first, over the range of the scores: 0 is the best choice, 1 the worst.",
         *(_of_data(name, table[name]) for name in table),
-        f"Made by `python recipes/comparison/ranking.py`, {args.steps:,} steps of training, "
-        f"{args.fit_steps:,} of fitted Q, discount {args.discount:g}, "
+        f"Made by `python recipes/comparison/ranking.py`, {trained}"
+        f"{args.fit_steps:,} steps of fitted Q, discount {args.discount:g}, "
         f"{datetime.date.today().isoformat()}.",
     ]
     return [*lines, "", *(f"- {each}" for each in notes)]
@@ -426,26 +442,29 @@ def main() -> None:
     args = parser.parse_args()
     try:
         with told_if_stopped():
+            new_folder(args.folder)
             jobs = trainings(args)
+            for each in jobs:
+                each.check()
             if args.jobs:
-                ensure_data([OFFLINE.settings(each.settings) for each in jobs])
+                ensure_data([each.wanted for each in jobs])
                 finish(jobs, args.jobs)
             folders = [each.folder for each in jobs if each.result() is not None]
             for given in args.runs:
                 if not (scored := sorted(given.rglob("scores.json"))):
                     raise SettingsError(f"--runs {given}: there is no scores.json in it")
                 folders += [file.parent for file in scored]
-            policies = policies_in(folders)
+            # Given twice, or as a part of another, a run counts once.
+            policies = policies_in({each.resolve(): each for each in folders}.values())
             if not policies:
                 raise SettingsError(
                     f"there are no finished runs with scores in {args.folder} or --runs"
                 )
             if args.jobs:
                 finish([fit for each in policies for fit in fits(each, args).values()], args.jobs)
+            table = tabled(policies, args)
     except (SettingsError, ValueError, RuntimeError) as error:
         sys.exit(f"ranking.py: {error}")
-    table = tabled(policies, args)
-    args.folder.mkdir(parents=True, exist_ok=True)
     lines = page(table, args)
     with whole(args.folder / "ranking.md") as new:
         new.write_text("\n".join(lines) + "\n")

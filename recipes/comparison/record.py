@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,16 @@ class Known:
     settings: Mapping[str, Any]
     curves: Curves
     is_normalized: bool = True
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Those of the task and of the algorithm."""
+        return self.settings["task"], self.settings["algorithm"]
+
+    def seeds_in(self, other: Known) -> set[int]:
+        """Return the seeds that another has, too, with the same settings."""
+        both = self.curves.keys() & other.curves.keys()
+        return both if both and not self.differences(other.settings) else set()
 
     def differences(self, settings: Mapping[str, Any]) -> list[str]:
         """Return the settings, but for seeds, that a run with these would have otherwise, with both values.
@@ -74,17 +85,49 @@ class Record:
     known: tuple[Known, ...] = ()
 
     def of(self, settings: Mapping[str, Any], seeds: Collection[int]) -> list[Known]:
-        """Return what it has of runs with these settings and seeds."""
-        return [
-            replace(each, curves={s: each.curves[s] for s in seeds if s in each.curves})
-            for each in self.known
-            if each.curves.keys() & {*seeds} and not each.differences(settings)
-        ]
+        """Return what it has of runs with these settings and seeds, each seed once.
+
+        Raises:
+            SettingsError: it has other scores of a seed of them, too.
+        """
+        found: list[Known] = []
+        curves: dict[int, Mapping[int, float]] = {}
+        for each in self.known:
+            if not each.curves.keys() & {*seeds} or each.differences(settings):
+                continue
+            its = {s: each.curves[s] for s in seeds if s in each.curves}
+            for seed in its.keys() & curves.keys():
+                if its[seed] != curves[seed]:
+                    of = f"{settings['task']}, {settings['algorithm']}, seed {seed}"
+                    raise SettingsError(f"the record has two runs of {of}, with different scores")
+            if new := {seed: its[seed] for seed in its if seed not in curves}:
+                found.append(replace(each, curves=new))
+            curves |= its
+        return found
+
+    def beside(self, others: Record) -> Record:
+        """Return it, and of others what it does not have."""
+        more = []
+        for each in others.known:
+            same = (its for its in self.known if its.names == each.names)
+            has = {seed for its in same for seed in each.seeds_in(its)}
+            if left := {seed: curve for seed, curve in each.curves.items() if seed not in has}:
+                more.append(replace(each, curves=left))
+        return Record((*self.known, *more))
 
     def tells_of(self, task: str, algorithm: str) -> bool:
         """Return whether there is anything of them, with whatever other settings."""
-        its = ((each.settings["task"], each.settings["algorithm"]) for each in self.known)
-        return (task, algorithm) in its
+        return (task, algorithm) in (each.names for each in self.known)
+
+    @classmethod
+    def kept_in(cls, folder: Path) -> Record:
+        """Read the record of a folder; it is empty if there is none.
+
+        Raises:
+            SettingsError: it is no record.
+        """
+        file = folder / "record.json"
+        return cls.read(file) if file.exists() else cls()
 
     @classmethod
     def read(cls, file: Path) -> Record:
@@ -122,4 +165,6 @@ def _known(read: Any) -> Iterator[Known]:
             int(seed): {int(step): float(score) for step, score in curve.items()}
             for seed, curve in scores.items()
         }
+        if not all(math.isfinite(score) for its in curves.values() for score in its.values()):
+            raise ValueError(f"a score of {settings['task']} is not finite")
         yield Known(settings, curves, each.get("normalized", True))

@@ -22,8 +22,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from torchrl_iql_recipes.comparison.jobs import Job, ensure_data, finish, told_if_stopped
-from torchrl_iql_recipes.comparison.plan import RECIPES
+from torchrl_iql_recipes.comparison.jobs import (
+    Job,
+    ensure_data,
+    finish,
+    new_folder,
+    told_if_stopped,
+)
 from torchrl_iql_recipes.comparison.record import Known, Record, curves_of
 from torchrl_iql_recipes.experiment import results
 from torchrl_iql_recipes.experiment.plots import DPI, SLATE
@@ -45,7 +50,7 @@ def job(task: str, args: argparse.Namespace) -> Job:
         *(f"{name}=[{','.join(map(str, its))}]" for name, its in axes(args).items()),
         *args.settings,
     ]
-    return Job(RECIPES / "offline.py", args.folder / task.replace("/", "-"), settings)
+    return Job(OFFLINE, args.folder / task.replace("/", "-"), settings)
 
 
 def axes(args: argparse.Namespace) -> dict[str, list[float]]:
@@ -56,7 +61,7 @@ def settings_by_place(
     task: str, args: argparse.Namespace
 ) -> dict[tuple[float, float], dict[str, Any]]:
     """Return the settings of the learners of a run, by expectile and temperature, whatever their seeds."""
-    settings = OFFLINE.settings(job(task, args).settings)
+    settings = job(task, args).wanted
     return {
         (its.algorithm.expectile, its.algorithm.temperature): settings.of_learner(its)  # pyright: ignore
         for its in settings.learners
@@ -144,11 +149,13 @@ def main() -> None:
     try:
         with told_if_stopped():
             record = Record.read(args.record) if args.record else Record()
+            before = Record.kept_in(new_folder(args.folder))
             known = {task: of_record(record, task, args) for task in args.tasks}
-            missing = [task for task, its in known.items() if its is None]
+            jobs = [job(task, args) for task, its in known.items() if its is None]
+            for each in jobs:
+                each.check()
             if args.jobs:
-                jobs = [job(task, args) for task in missing]
-                ensure_data([OFFLINE.settings(each.settings) for each in jobs])
+                ensure_data([each.wanted for each in jobs])
                 finish(jobs, args.jobs)
     except (SettingsError, ValueError, RuntimeError) as error:
         sys.exit(f"sensitivity.py: {error}")
@@ -156,8 +163,7 @@ def main() -> None:
     done = {task: scores for task, scores in its.items() if scores}
     if not done:
         sys.exit(f"sensitivity.py: nothing is finished in {args.folder}")
-    args.folder.mkdir(parents=True, exist_ok=True)
-    kept(done, args).write(args.folder / "record.json")
+    kept(done, args).beside(before).write(args.folder / "record.json")
     with whole(args.folder / "sensitivity.csv") as new, new.open("w", newline="") as lines:
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(["task", "steps", "episodes", "expectile", "temperature", "seed", "score"])
@@ -169,9 +175,11 @@ def main() -> None:
     for task, scores in done.items():
         values = grid(scores, args)
         row, column = np.unravel_index(values.argmax(), values.shape)
+        equal = int((values == values.max()).sum()) - 1
         print(
             f"{task}: {values.min():.1f} to {values.max():.1f}, highest at expectile "
             f"{args.expectiles[column]:g} and temperature {args.temperatures[row]:g}"
+            f"{f' and {equal} others' if equal else ''}"
         )
     print(f"Scores and picture: {shown(args.folder)}")
 

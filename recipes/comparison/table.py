@@ -26,15 +26,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+from torchrl_iql.spaces import listed
 from torchrl_iql_recipes.algorithms import algorithms
 from torchrl_iql_recipes.comparison import aggregates
-from torchrl_iql_recipes.comparison.jobs import ensure_data, finish, told_if_stopped
+from torchrl_iql_recipes.comparison.jobs import (
+    ensure_data,
+    finish,
+    new_folder,
+    told_if_stopped,
+)
 from torchrl_iql_recipes.comparison.plan import Cell, Plan
 from torchrl_iql_recipes.comparison.record import Record
+from torchrl_iql_recipes.experiment.overrides import as_given
 from torchrl_iql_recipes.experiment.results import half_width
+from torchrl_iql_recipes.experiment.schema import SettingsError
 from torchrl_iql_recipes.files import shown, whole
 
 HERE = Path(__file__).parent
+SHOWN = 3
+"""Names of many that an error shows."""
+BOOTSTRAP = (
+    "Below, 95% intervals of a bootstrap stratified by task: of few seeds too narrow, and without width "
+    "where all runs of one are above all of another."
+)
 
 
 def written(cell: Cell | None) -> str:
@@ -53,8 +67,14 @@ def _mean(scores: Sequence[float]) -> str:
     return f"{mean(scores):.1f}{interval}"
 
 
-def table(plan: Plan, its: aggregates.Aggregates | None) -> list[str]:
-    """Write the lines of the table, and below what its signs mean."""
+def table(plan: Plan, its: aggregates.Aggregates | None, more: str = "") -> list[str]:
+    """Write the lines of the table, and below what its signs mean.
+
+    Args:
+        plan: of it.
+        its: aggregates, if any.
+        more: options, beside the plan, of the command that makes it.
+    """
     names = plan.algorithms
     titles = [algorithms()[name].title for name in names]
     lines = [f"| task | steps | {' | '.join(titles)} |", f"| --- | ---: |{' ---: |' * len(names)}"]
@@ -64,33 +84,39 @@ def table(plan: Plan, its: aggregates.Aggregates | None) -> list[str]:
         head = f"| `{task}` | {', '.join(steps)} "
         lines.append(f"{head}| {' | '.join(map(written, cells))} |")
         known = [cell.published if cell else () for cell in cells]
-        if longest := max(map(len, known)):
+        if any(known):
             figures = (" → ".join(f"*{its:.1f}*" for its in each) for each in known)
-            steps = "*1,000,000*" + " + *1,000,000* online" * (longest - 1)
-            lines.append(f"| *published, D4RL's data* | {steps} | {' | '.join(figures)} |")
+            lines.append(f"| *published, other data* | | {' | '.join(figures)} |")
     if its is not None:
         tasks, seeds = len(its.tasks), its.seeds
         number = f"{tasks} task{'s' * (tasks > 1)}, {seeds} seed{'s' * (seeds > 1)} of each"
         figures = [_with_interval(its.means.get(name)) for name in names]
         lines.append(f"| interquartile mean of {number} | | {' | '.join(figures)} |")
-        chances = [_with_interval(its.improvement.get(name), digits=2) for name in names]
-        last = algorithms()[list(its.means)[-1]].title
-        lines.append(f"| probability that {last} is better | | {' | '.join(chances)} |")
+        if its.improvement:
+            chances = [_with_interval(its.improvement.get(name), digits=2) for name in names]
+            last = algorithms()[list(its.means)[-1]].title
+            lines.append(f"| probability that {last} is better | | {' | '.join(chances)} |")
     beside = sorted({(c.algorithm, _steps(c)) for c in plan.cells if c.is_beside})
     online = any(cell.env_steps for cell in plan.cells)
     returns = dict.fromkeys(cell.task for cell in plan.cells if not cell.is_normalized)
+    apart = [name for name in names if name not in plan.compared and (name not in dict(beside))]
+    episodes = dict.fromkeys(cell.episodes for cell in plan.cells)
     notes = [
         f"Normalized score {'after the steps offline, and then online' if online else 'of the last step'}: "
-        "mean over seeds, half the width of its 95% interval "
-        f"(Student's t, from {aggregates.FEWEST} seeds on), number of seeds. Below, 95% intervals of a "
-        "bootstrap stratified by task: of few seeds too narrow, and without width where all runs of one are "
-        "above all of another.",
+        f"of {' or '.join(map(str, episodes))} episodes, mean over seeds, half the width of its 95% interval "
+        f"(Student's t, from {aggregates.FEWEST} seeds on), number of seeds; - where not all seeds are "
+        "finished.",
+        *([BOOTSTRAP] if its is not None else []),
         *(
             f"\\* {algorithms()[name].title}: {steps} steps, outside of the aggregates."
             for name, steps in beside
         ),
+        *(
+            f"{algorithms()[name].title}: of some tasks only, outside of the aggregates."
+            for name in apart
+        ),
         *(f"`{task}`: returns, not normalized, outside of the aggregates." for task in returns),
-        f"Made by `python recipes/comparison/table.py --plan {shown(plan.file)}`, "
+        f"Made by `python recipes/comparison/table.py --plan {shown(plan.file)}{more}`, "
         f"{datetime.date.today().isoformat()}.",
     ]
     return [*lines, "", *notes]
@@ -108,22 +134,27 @@ def _with_interval(value: tuple[float, float, float] | None, digits: int = 1) ->
     return f"{middle:.{digits}f}{interval}"
 
 
-def launch(args: argparse.Namespace, jobs: int) -> None:
+def launch(args: argparse.Namespace, plan: Plan) -> None:
     """Finish all runs, so many, by a launcher of Hydra, each as a job of its own."""
-    record = [f"record='{args.record.resolve()}'"] if args.record else []
+    record = [as_given("record", str(args.record.resolve()))] if args.record else []
     command = [
         *(sys.executable, str(HERE / "job.py"), "-m", f"hydra/launcher={args.launcher}"),
-        *(f"plan='{args.plan.resolve()}'", f"folder='{args.folder.resolve()}'"),
+        as_given("plan", str(args.plan.resolve())),
+        as_given("folder", str(args.folder.resolve())),
         *record,
         *(
-            f"job={','.join(map(str, range(jobs)))}",
-            f"hydra.sweep.dir='{args.folder.resolve() / 'launcher'}'",
+            f"job={','.join(map(str, range(len(plan.jobs))))}",
+            as_given("hydra.sweep.dir", str(args.folder.resolve() / "launcher")),
         ),
         *args.given,
     ]
     done = subprocess.run(command, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"the launcher ended with {done.returncode}; the same command goes on")
+        open_ = [str(each.folder / "log.txt") for each in plan.jobs if each.result() is None]
+        logs = f", not finished: {listed(open_, SHOWN)}" if open_ else ""
+        raise RuntimeError(
+            f"the launcher ended with {done.returncode}{logs}; the same command goes on"
+        )
 
 
 def prepare(plan: Plan) -> None:
@@ -132,19 +163,35 @@ def prepare(plan: Plan) -> None:
     Raises:
         SettingsError: a run can not have its settings.
     """
-    ensure_data([cell.settings for cell in plan.cells if cell.runs])
+    for cell in plan.cells:
+        for run in cell.runs.values():
+            names = [each.name for each in run.wanted.learners]
+            if len(names) > len({each.seed for each in run.wanted.learners}):
+                raise SettingsError(
+                    f"{plan.file}: {cell.task}, {cell.algorithm}: expected one learner for each seed, "
+                    f"one value of each of the settings; they are {listed(names, SHOWN)}"
+                )
+    ensure_data([run.wanted for run in plan.jobs])
 
 
-def report(plan: Plan, folder: Path) -> list[str]:
-    """Write table and pictures of what is finished; return the lines of the table."""
+def report(plan: Plan, folder: Path, more: str = "") -> list[str]:
+    """Write table and pictures of what is finished; return the lines of the table.
+
+    What the record of the folder has of other runs, it keeps.
+
+    Args:
+        plan: of it.
+        folder: of all runs.
+        more: options, beside the plan, of the command that makes it.
+    """
     titles = {name: algorithms()[name].title for name in plan.algorithms}
     its = aggregates.of(plan)
-    lines = table(plan, its)
+    lines = table(plan, its, more)
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / "table.md") as new:
         new.write_text("\n".join(lines) + "\n")
     record = plan.finished()
-    record.write(folder / "record.json")
+    record.beside(Record.kept_in(folder)).write(folder / "record.json")
     write_scores(record, folder / "table.csv")
     aggregates.curves(plan, titles, folder / "curves.png")
     if its is not None:
@@ -174,21 +221,24 @@ def run(args: argparse.Namespace) -> None:
         SettingsError: a run can not have its settings.
         ValueError: there is no such plan or record.
     """
-    args.folder = args.folder or Path("runs") / args.plan.stem
+    given = {"record": args.record, "folder": args.folder}
+    more = "".join(f" --{name} {shown(its)}" for name, its in given.items() if its is not None)
+    args.folder = new_folder(args.folder or Path("runs") / args.plan.stem)
+    Record.kept_in(args.folder)  # to be added to, after days
     record = Record.read(args.record) if args.record else Record()
     plan = Plan.load(args.plan, args.folder, record)
     failure = None
     with told_if_stopped():
         if args.launcher or args.jobs:
             prepare(plan)
-        if args.launcher and plan.jobs:
-            launch(args, len(plan.jobs))
-        elif args.jobs and plan.jobs:
-            try:
+        try:
+            if args.launcher and plan.jobs:
+                launch(args, plan)
+            elif args.jobs and plan.jobs:
                 finish(plan.jobs, args.jobs)
-            except RuntimeError as error:
-                failure = error
-    print("\n".join(report(plan, args.folder)))
+        except RuntimeError as error:
+            failure = error
+    print("\n".join(report(plan, args.folder, more)))
     print(f"Table, CSV and pictures: {shown(args.folder)}")
     if failure is not None:
         raise failure

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchrl_iql import OfflineDataset, checkpoint
 from torchrl_iql.models import SMALLEST, Architecture, Statistics
 from torchrl_iql.spaces import images_of, share_outside
+from torchrl_iql_recipes.algorithms.base import Algorithm
 from torchrl_iql_recipes.experiment import settings
 from torchrl_iql_recipes.experiment.schema import SettingsError, written
 
@@ -68,14 +69,21 @@ class Networks:
         return self.architecture.value_network(self._statistics)
 
 
-def architecture_for(networks: settings.Networks, dataset: OfflineDataset) -> Architecture:
+def architecture_for(
+    networks: settings.Networks, dataset: OfflineDataset, algorithm: Algorithm
+) -> Architecture:
     """Describe the networks of the settings, in the sizes of the data.
 
     Raises:
-        SettingsError: the data have no such networks.
+        SettingsError: the data have no such networks, or the algorithm is for other actions.
     """
     space = dataset.action_space
     if isinstance(space, Discrete):
+        if algorithm.is_continuous:
+            raise SettingsError(
+                f"{algorithm.title} is for continuous actions, those of {dataset.name} are discrete: give "
+                "another algorithm"
+            )
         for name, only in (("policy", "gaussian"), ("action_bounds", "space")):
             if (given := getattr(networks, name)) != only:
                 raise SettingsError(
@@ -95,6 +103,12 @@ def architecture_for(networks: settings.Networks, dataset: OfflineDataset) -> Ar
                     "give action_bounds=space"
                 )
             bounds["data"] = low.tolist(), high.tolist()
+        if networks.action_bounds == "space" and (space.low == space.high).any():  # pyright: ignore
+            column = int((space.low == space.high).ravel().argmax())  # pyright: ignore
+            raise SettingsError(
+                f"action_space: action {column} of {dataset.name} can only be {space.low.ravel()[column]:g}, "  # pyright: ignore
+                f"{space}: give data without it, there is nothing to learn of it"
+            )
         if networks.action_bounds == "space" and not np.isfinite(bounds["space"]).all():
             remedy = (
                 "give action_bounds=data" if len(data) else "none of the networks here is for them"

@@ -56,7 +56,7 @@ def _run(settings: Settings, path: Path, stop: Stop) -> dict[str, Any]:
     start = settings.training.checkpoint and Path(settings.training.checkpoint)
     lasts = [path / learner.name / "last.ckpt" for learner in settings.learners]
     if start is None:
-        described = architecture_for(settings.networks, learned)
+        described = architecture_for(settings.networks, learned, settings.algorithm)
         architecture = settings.algorithm.architecture(described, learned)
     else:
         known = lasts[0] if lasts[0].exists() else start

@@ -77,7 +77,7 @@ def _run(settings: Settings, path: Path) -> dict[str, Any]:
                 return results.write(path, settings, *known)
     known = last if last.exists() else start
     if known is None:
-        architecture = architecture_for(settings.networks, dataset)
+        architecture = architecture_for(settings.networks, dataset, settings.algorithm)
     else:
         architecture = architecture_of(known, dataset, settings.networks)
     _require_noise(settings.online.exploration, architecture)

@@ -132,12 +132,15 @@ def read(path: Path) -> dict[str, Any] | None:
     """Read the ``scores.json`` of a folder, of any version; None if there is none.
 
     Raises:
-        ValueError: it was written by a later version.
+        ValueError: it was written by a later version, or is damaged.
     """
     file = path / "scores.json"
     if not file.exists():
         return None
-    scores = json.loads(file.read_text())
+    try:
+        scores = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
     if scores.get("version", 1) > VERSION:
         raise ValueError(f"{file} has version {scores['version']}, this reads up to {VERSION}")
     return scores if "replicas" in scores else {**scores, "replicas": [scores]}  # once of online.py

@@ -45,6 +45,7 @@ __all__ = [
     "allowed",
     "combinations",
     "is_installed",
+    "number",
     "options",
     "rounded",
     "written",
@@ -59,20 +60,21 @@ class RunError(RuntimeError):
     """A run that had to end, told in one line."""
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
+    """Return a value, unless it is text or a truth value."""
     # Python takes true for 1, and pydantic "1"; who writes so means something else.
     if isinstance(value, bool | str):
         raise ValueError("not a number")
     return value
 
 
-Natural = Annotated[int, BeforeValidator(_number), Field(ge=0)]
-Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)]
-Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
+Natural = Annotated[int, BeforeValidator(number), Field(ge=0)]
+Count = Annotated[int, BeforeValidator(number), Field(ge=1)]
+Number = Annotated[float, BeforeValidator(number), Field(allow_inf_nan=False)]
+Positive = Annotated[float, BeforeValidator(number), Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, BeforeValidator(number), Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, BeforeValidator(number), Field(gt=0, lt=1)]
+Rate = Annotated[float, BeforeValidator(number), Field(gt=0, le=1)]
 Flag = StrictBool
 Text = StrictStr
 
@@ -243,9 +245,8 @@ def _words(annotation: Any, metadata: Sequence[Any]) -> str:
     if origin is Literal:
         return " or ".join(written(option) or "''" for option in arguments)
     if origin is tuple:
-        each = _words(arguments[0], []).removeprefix("an ").removeprefix("a ")
         entries = "a, b, ..." if arguments[-1] is Ellipsis else ", ".join("abcd"[: len(arguments)])
-        return f"[{entries}], each a {each}".replace("a integer", "an integer")
+        return f"[{entries}], each {_words(arguments[0], [])}"
     kind = {
         int: "an integer",
         float: "a number",

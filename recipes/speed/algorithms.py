@@ -84,7 +84,7 @@ class _Parts:
 
     @cached_property
     def architecture(self) -> Any:
-        described = architecture_for(self.settings.networks, self.dataset)
+        described = architecture_for(self.settings.networks, self.dataset, self.settings.algorithm)
         return self.settings.algorithm.architecture(described, self.dataset)
 
 

@@ -781,7 +781,15 @@ class OfflineDataset:
 
         Returns:
             a read-only buffer whose ``sample()`` is a TensorDict ``[batch_size]`` on ``device``.
+
+        Raises:
+            ValueError: minibatches are windows, of which a buffer knows nothing.
         """
+        if self.window is not None:
+            raise ValueError(
+                f"{self.name} is of windows of {self.window} transitions, and a buffer samples single ones: "
+                "take minibatches"
+            )
         return ReplayBuffer(
             storage=TensorStorage(self.transitions.to(device), device=device),
             sampler=RandomSampler(),
@@ -935,7 +943,12 @@ def warn_of_fragments(dataset: OfflineDataset) -> None:
 
 
 def _looks_shuffled(transitions: TensorDictBase, pairs: int = 1000) -> bool:
-    """Return whether a step leads as far as to any other row, as if what follows were not what came next."""
+    """Return whether a step leads as far as to any other row, as if what follows were not what came next.
+
+    So it does in public data, too, in what is fast, as velocities of a cheetah at 20 steps a second, but not
+    in all that is observed: in the tenth of it that moves least it is 0.55 times as far at most, and of rows
+    in the wrong order 0.94 times at least.
+    """
     if len(transitions) < 100:
         return False
     generator = torch.Generator().manual_seed(0)
@@ -950,15 +963,11 @@ def _looks_shuffled(transitions: TensorDictBase, pairs: int = 1000) -> bool:
             ("observation", others),
         )
     )
-    scale = here.std(dim=0)
-    changes = scale > 0
+    near, far = ((other - here).abs().mean(dim=0) for other in (after, elsewhere))
+    changes = far > 0
     if not changes.any():
         return False
-    near, far = (
-        ((other - here)[:, changes] / scale[changes]).norm(dim=1).median()
-        for other in (after, elsewhere)
-    )
-    return bool(near > 0.8 * far)
+    return bool((near[changes] / far[changes]).quantile(0.1) > 0.8)
 
 
 JUMP, FEWEST = 3.0, 5

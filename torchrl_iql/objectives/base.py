@@ -143,16 +143,16 @@ class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
         for name, network in networks.items():
             if name != "qvalue_network":
                 _check_network(name, network)
-        _check_choice("loss_function", loss_function, functional.DISTANCES)
-        _check_choice("reduction", reduction, (None, *get_args(Reduction)))
-        _check_choice(
+        check_choice("loss_function", loss_function, functional.DISTANCES)
+        check_choice("reduction", reduction, (None, *get_args(Reduction)))
+        check_choice(
             "scalar_output_mode",
             scalar_output_mode,
             (None, *get_args(ScalarOutputMode)),
         )
         check_number("temperature", temperature, lambda x: 0 <= x < math.inf, "[0, inf)")
         check_number("weight_clip", weight_clip, lambda x: x > 0, "(0, inf]")
-        qvalue_network = _check_qvalue_networks(networks["qvalue_network"], num_qvalue_nets)
+        qvalue_network = check_qvalue_networks(networks["qvalue_network"], num_qvalue_nets)
 
         self._in_keys: list[NestedKey] = []
         self._out_keys = None
@@ -447,7 +447,7 @@ class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
     def _get(td: TensorDictBase, key: NestedKey) -> Tensor:
         value = td.get(key, default=None)
         if value is None:
-            raise KeyError(_missing(td, [key], "the loss"))
+            raise KeyError(missing(td, [key], "the loss"))
         return value
 
     @property
@@ -496,9 +496,7 @@ class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
         Returns:
             the loss itself.
         """
-        for name in ("gamma", "lmbda"):
-            if (number := hyperparams.get(name)) is not None:
-                check_number(name, number, lambda x: 0 <= x <= 1, "[0, 1]")
+        check_gamma(hyperparams)
         if value_type is None:
             value_type = self.default_value_estimator
         if isinstance(value_type, ValueEstimatorBase) or (
@@ -573,14 +571,14 @@ class AdvantageWeightedLoss(LossModule, Generic[Outputs]):
             parameter = given.get_parameter(name)
             stacked.data[0] = parameter
             for other in stacked.data[1:]:
-                other.copy_(_drawn_like(parameter, is_bias=name.endswith("bias")))
+                other.copy_(drawn_like(parameter, is_bias=name.endswith("bias")))
         self.target_qvalue_network_params.data.update_(self.qvalue_network_params.data)
 
 
 # --- Checks and helpers -----------------------------------------------------------------------------
 
 
-def _check_choice(name: str, value: object, allowed: tuple) -> None:
+def check_choice(name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 
@@ -592,6 +590,13 @@ def check_number(name: str, value: Any, within: Callable[[Any], Any], interval: 
         fits = False
     if not fits:
         raise ValueError(f"{name} must be in {interval}, got {value!r}")
+
+
+def check_gamma(hyperparams: Mapping[str, Any]) -> None:
+    """Refuse discounts that a value estimator can not have."""
+    for name in ("gamma", "lmbda"):
+        if (number := hyperparams.get(name)) is not None:
+            check_number(name, number, lambda x: 0 <= x <= 1, "[0, 1]")
 
 
 @contextmanager
@@ -620,7 +625,7 @@ def _check_network(name: str, network: object) -> None:
         raise TypeError(f"{name} must be a TensorDictModule, got {network!r}")
 
 
-def _check_qvalue_networks(
+def check_qvalue_networks(
     networks: TensorDictModule | list[TensorDictModule], number: int
 ) -> TensorDictModule | list[TensorDictModule]:
     if not isinstance(number, Integral) or number < 1:
@@ -693,7 +698,7 @@ def _coefficient(number: float | Tensor, device: torch.device | None) -> Tensor:
     return torch.as_tensor(number, dtype=torch.float64).to(device)
 
 
-def _missing(td: TensorDictBase, keys: list[NestedKey], reader: str) -> str:
+def missing(td: TensorDictBase, keys: list[NestedKey], reader: str) -> str:
     entries = f"the entry {keys[0]!r}" if len(keys) == 1 else f"one of the entries {keys}"
     return f"{reader} needs {entries}, and the batch holds {list(td.keys(True, True))}"
 
@@ -742,9 +747,9 @@ def run(
     try:
         return call(inputs)
     except Exception as error:
-        missing = [nested(prefix, key) for key in inputs_of(module) if key not in inputs.keys(True)]
-        if isinstance(error, KeyError) and missing:
-            raise KeyError(_missing(td, missing, name)) from error
+        lacking = [nested(prefix, key) for key in inputs_of(module) if key not in inputs.keys(True)]
+        if isinstance(error, KeyError) and lacking:
+            raise KeyError(missing(td, lacking, name)) from error
         given = were_given(name, inputs, prefix)
         if isinstance(error, RuntimeError) and re.search("dtype|scalar type", str(error)):
             raise RuntimeError(
@@ -848,14 +853,15 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _drawn_like(parameter: Tensor, is_bias: bool) -> Tensor:
+def drawn_like(parameter: Tensor, is_bias: bool) -> Tensor:
     """Draw a parameter of the kind of the given one: a rotated matrix, or a bias of its range."""
     if is_bias:
         return torch.empty_like(parameter).uniform_(-1, 1) * parameter.abs().max()
     if parameter.ndim < 2:
         return parameter  # the scale of a normalisation layer
     matrix = parameter.flatten(1).to(torch.float32)
-    gaussian = torch.randn(matrix.shape[1], matrix.shape[1], device=matrix.device)
+    size = matrix.shape[1]
+    gaussian = torch.randn(size, size, device=matrix.device, dtype=matrix.dtype)
     rotation, r = torch.linalg.qr(gaussian)
     return (matrix @ (rotation * r.diagonal().sign())).view_as(parameter)
 

@@ -15,6 +15,7 @@ from torchrl.objectives.common import LossModule
 
 from torchrl_iql.objectives import (
     AWACLoss,
+    BCLoss,
     CQLLoss,
     DiscreteIQLLoss,
     DTLoss,
@@ -39,6 +40,7 @@ DESCENDED: dict[type, tuple[str, ...]] = {
     objectives.IQLLoss: ("loss_actor", "loss_qvalue", "loss_value"),
     objectives.DiscreteIQLLoss: ("loss_actor", "loss_qvalue", "loss_value"),
     objectives.BCLoss: ("loss_bc",),
+    BCLoss: ("loss_bc",),
     objectives.DQNLoss: ("loss",),
     objectives.SACLoss: ("loss_actor", "loss_qvalue", "loss_alpha"),
     objectives.TD3BCLoss: ("loss_actor", "loss_qvalue"),

@@ -142,8 +142,11 @@ class TrainStep:
         if len(set(map(id, self.losses))) < len(self.losses):
             raise ValueError("losses must be different objects: one of them is there twice")
         _check_apart(self.losses)
-        for loss in self.losses:  # TorchRL warns of targets that nobody updates
+        for loss in self.losses:
+            # TorchRL warns of targets that nobody updates. And its losses cache parameters: those of a copy
+            # are as they were when it was made.
             loss._has_update_associated = dict.fromkeys(loss._has_update_associated, True)
+            loss._erase_cache()
         if on_nonfinite not in get_args(OnNonfinite):
             raise ValueError(
                 f"on_nonfinite must be one of {get_args(OnNonfinite)}, got {on_nonfinite!r}"
