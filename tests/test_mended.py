@@ -164,6 +164,15 @@ def test_an_entry_that_is_missing_is_named(make: Callable[..., Any], key: Any) -
         make()(batch().exclude(key))
 
 
+@BOTH
+def test_networks_that_observe_otherwise_are_refused(make: Callable[..., Any]) -> None:
+    loss, td = make(), batch()
+    loss.qvalue_network.in_keys = ["privileged", "action"]
+    td["privileged"] = td["observation"]
+    with pytest.raises(ValueError, match="qvalue_network reads 'privileged', which is no input of"):
+        loss(td)
+
+
 def test_importance_weights_may_have_a_column() -> None:
     loss, td = td3bc(), batch()
     td["priority_weight"] = torch.rand(B)

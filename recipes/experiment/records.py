@@ -131,7 +131,8 @@ class Records:
             own = {key: value[r] for key, value in values.items()}
             folder.log(self.step.steps, common | own)
         self._times.log(self._evaluations)
-        self._losses = {key[5:]: value for key, value in values.items() if key.startswith("loss_")}
+        descended = [key for key in values if key in self.step.entries]
+        self._losses = {key.removeprefix("loss_"): values[key] for key in descended}
         return self.figures()
 
     def figures(self) -> str:

@@ -42,7 +42,8 @@ class Experiment(Door):
     def _unknown(self, key: str, known: Sequence[str]) -> str:
         theirs = [name for name, each in algorithms().items() if key in each.model_fields]
         if theirs:
-            return f"{key} is a setting of {' and '.join(theirs)}: give algorithm={theirs[0]}"
+            likely = "iql" if "iql" in theirs else theirs[0]
+            return f"{key} is a setting of {' and '.join(theirs)}: give algorithm={likely}"
         return super()._unknown(key, known)
 
     def _recorded(self, values: Mapping[str, Any]) -> set[str]:

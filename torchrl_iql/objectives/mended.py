@@ -89,12 +89,19 @@ class Mended(Modes):
 
         Raises:
             KeyError: an entry is missing.
+            ValueError: Q observes what the policy does not.
         """
         keys: Any = self.tensor_keys
         ends: list[NestedKey] = [("next", keys.terminated), ("next", keys.done)]
         needed = [*self.actor_network.in_keys, keys.action, ("next", keys.reward), ends[1]]
         if lacking := [key for key in needed if given.get(key, default=None) is None]:
             raise KeyError(missing(given, lacking, "the loss"))
+        known = {keys.action, *self.actor_network.in_keys}
+        if other := [key for key in self.qvalue_network.in_keys if key not in known]:
+            raise ValueError(
+                f"qvalue_network reads {other[0]!r}, which is no input of actor_network: this loss is of "
+                "networks that observe the same"
+            )
         td = given.copy()
         over: Tensor = td.get(ends[0], default=None)  # pyright: ignore
         over = (td.get(ends[1]) if over is None else over).bool()
