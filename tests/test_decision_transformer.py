@@ -525,10 +525,6 @@ def test_networks_that_it_can_not_have_are_refused(
 
 
 def test_what_it_can_not_learn_from_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        SettingsError, match="algorithm=dt: the actions of CartPole-v1 are discrete"
-    ):
-        small(PAID).algorithm.data(OfflineDataset.empty("CartPole-v1"))
     with pytest.raises(SettingsError, match="n_steps=3: DT has no rewards to sum"):
         small(PAID, "n_steps=3")
     for more in (["dataset=null", "env=test/Paid-v0"], []):

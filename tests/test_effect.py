@@ -793,7 +793,7 @@ def test_discrete_actions_have_their_own_policy(change: str) -> None:
         architecture_for(settings.networks, empty, settings.algorithm)
 
 
-@pytest.mark.parametrize("name", ["awac", "td3bc", "cql"])
+@pytest.mark.parametrize("name", ["awac", "td3bc", "cql", "dt"])
 def test_discrete_actions_are_refused_before_a_policy_that_nobody_asked_for(name: str) -> None:
     settings = OFFLINE.settings([f"algorithm={name}"])
     with pytest.raises(SettingsError, match=r"continuous actions, those of CartPole-v1 are discr"):

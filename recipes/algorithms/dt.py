@@ -31,6 +31,7 @@ class DT(Algorithm):
     title: ClassVar[str] = "DT"
     of_networks: ClassVar[tuple[str, ...]] = ("context", "target_return")
     is_offline: ClassVar[bool] = True
+    is_continuous: ClassVar[bool] = True
 
     learning_rate: LearningRate = 1e-4
     decay_steps: DecaySteps = 0
@@ -56,13 +57,6 @@ class DT(Algorithm):
         return self
 
     def data(self, dataset: OfflineDataset) -> OfflineDataset:
-        from gymnasium.spaces import Discrete
-
-        if isinstance(dataset.action_space, Discrete):
-            raise SettingsError(
-                f"algorithm=dt: the actions of {dataset.name} are discrete, expected continuous ones; give "
-                "another algorithm"
-            )
         return dataset.windows(self.context)
 
     def architecture(self, architecture: Architecture, dataset: OfflineDataset) -> Architecture:
