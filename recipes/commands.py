@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = [
     "COMMANDS",
@@ -24,6 +25,7 @@ __all__ = [
     "errors_in_one_line",
     "label",
     "listed",
+    "print_for_a_reader",
     "typed",
 ]
 
@@ -111,6 +113,14 @@ def errors_in_one_line(beginning: str, *, debug: bool) -> Iterator[None]:
         sys.exit(f"{beginning}: {'; '.join(str(error).splitlines())}")
 
 
+def print_for_a_reader(text: str) -> None:
+    """Print a text; who reads it may have seen enough, as ``head`` has, which is no error."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Parser(argparse.ArgumentParser):
     """Of commands without settings: what it refuses is one line; ``--debug`` shows where errors come from."""
 
@@ -122,6 +132,9 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.add_argument("--debug", action="store_true", help="errors with their traceback")
+
+    def print_help(self, file: Any = None) -> None:
+        print_for_a_reader(self.format_help()) if file is None else super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")

@@ -486,3 +486,16 @@ def test_the_package_imports_nothing_of_the_recipes() -> None:
             names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [name for name in names if name.startswith("torchrl_iql_recipes")], path
+
+
+@pytest.mark.parametrize(
+    "script", ["offline", "online", "estimate", "export", "evaluate", "compare", "report", "tasks"]
+)
+def test_who_reads_the_help_may_have_seen_enough(script: str) -> None:
+    """As head has: here nobody reads at all."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(ROOT / "recipes" / f"{script}.py"), "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert done.stderr == "" and done.returncode == 0

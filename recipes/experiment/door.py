@@ -29,7 +29,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from torchrl_iql_recipes.commands import as_typed, errors_in_one_line, label, typed
+from torchrl_iql_recipes.commands import (
+    as_typed,
+    errors_in_one_line,
+    label,
+    print_for_a_reader,
+    typed,
+)
 from torchrl_iql_recipes.experiment.choices import CONFIG, check_choice, files
 from torchrl_iql_recipes.experiment.lock import is_begun, new_folder
 from torchrl_iql_recipes.experiment.overrides import last, over, parsed, readable, values_of
@@ -159,7 +165,7 @@ class Door:
         with told():
             self._check_options(options)
             if {"-h", "--help"} & set(options):
-                print(self.help(description, overrides))
+                print_for_a_reader(self.help(description, overrides) + "\n")
                 return
             if self.keeps_folder and (folder := _folder(overrides)) is not None:
                 if options:
