@@ -365,9 +365,11 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, maze_id:
     done = started(tmp_path / "runs", file, "--jobs", "1")
     assert done.returncode == 1
     log = tmp_path / "runs/mini-hopper-medium/iql/log.txt"
-    assert f"offline.py failed, see {log}; the others go on" in done.stderr
-    assert done.stderr.splitlines()[-1].endswith(f"1 of 2 runs: offline.py failed, see {log}")
-    assert "no Minari data set 'no/such-v0'" in log.read_text()
+    why = log.read_text().splitlines()[-1].strip()
+    assert "no Minari data set 'no/such-v0'" in why
+    assert f"offline.py failed, see {log}: {why[:300]}; the others go on" in done.stderr
+    last = f"1 of 2 runs: offline.py failed, see {log}: {why[:300]}"
+    assert done.stderr.splitlines()[-1].endswith(last)
     assert (tmp_path / "runs/mini-pointmaze-medium/iql/scores.json").exists()
     assert "| `mini/pointmaze-medium` | 20 |" in (tmp_path / "runs/table.md").read_text()
 
