@@ -223,10 +223,11 @@ def run(args: argparse.Namespace) -> None:
     """
     given = {"record": args.record, "folder": args.folder}
     more = "".join(f" --{name} {shown(its)}" for name, its in given.items() if its is not None)
-    args.folder = new_folder(args.folder or Path("runs") / args.plan.stem)
+    args.folder = args.folder or Path("runs") / args.plan.stem
     Record.kept_in(args.folder)  # to be added to, after days
     record = Record.read(args.record) if args.record else Record()
     plan = Plan.load(args.plan, args.folder, record)
+    new_folder(args.folder)
     failure = None
     with told_if_stopped():
         if args.launcher or args.jobs:
